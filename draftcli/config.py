@@ -1,0 +1,415 @@
+"""The settings: preset < file < --set, in one pydantic model; checked, printed, saved in the run folder.
+
+A recipe is one YAML file. `load_config("toy", ["draftp.kl_coeff=0.1"])` takes a preset's name or a file, then overrides
+by dotted key. Names that a NeMo-Aligner user knows keep their name. The docstring under a field is its documentation.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from draftcli.errors import InputError
+
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+Size = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    """Settings are frozen, and a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which SDXL, where and in which precision."""
+
+    pretrained: str = "toy"
+    """Diffusers folder, hub id, single .safetensors file, or `toy`."""
+    config: str | None = None
+    """Folder or hub id with configuration and tokenizers for a single file; default the hub's SDXL base."""
+    vae: str | None = None
+    """Another VAE: diffusers folder, hub id or .safetensors."""
+    variant: str | None = None
+    """Which files of a folder or hub id, such as `fp16`."""
+    precision: Precision = "fp32"
+    """Of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
+    vae_precision: Precision | None = None
+    """Default float32: SDXL's own VAE gives NaN in fp16."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the network predicts; default as its scheduler configuration says."""
+    zero_terminal_snr: bool | None = None
+    """Trained with rescaled betas; default as its scheduler configuration says."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders on the CPU between batches."""
+
+
+class SamplingConfig(Section):
+    """How pictures are drawn, in training as in validation."""
+
+    height: Size = 1024
+    width: Size = 1024
+    steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    """N, sampler steps."""
+    scale: Annotated[float, Field(ge=0, le=100)] = 5.0
+    """Classifier-free guidance; 1 is none."""
+    sampler: Literal["euler"] = "euler"
+    schedule: Literal["trailing", "leading"] = "trailing"
+    """Step grid. Trailing gives the last step, the only one with gradient when K = 1, five times more leverage."""
+    s_churn: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Fresh noise per step (Karras et al. 2022), one draw for tuned and base."""
+    negative_prompt: str | None = None
+    sizes: list[tuple[Size, Size]] = []
+    """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
+
+
+class DraftpConfig(Section):
+    """The method."""
+
+    truncation_steps: Count = 1
+    """K: the last K sampler steps carry gradient."""
+    kl_coeff: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the KL penalty to the frozen base. It acts on guided noise: its strength moves with sampling.scale."""
+    kl_kind: Literal["eps"] = "eps"
+    """eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
+    log_kl: bool = True
+    """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
+
+
+class PeftConfig(Section):
+    """What is trained."""
+
+    peft_scheme: Literal["lora", "none"] = "lora"
+    """lora, or none: the whole UNet."""
+    rank: Count = 32
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of the LoRA is alpha / rank; default alpha = rank."""
+    target_modules: Annotated[list[str], Field(min_length=1)] = [
+        "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
+    ]  # fmt: skip
+    """Endings of the UNet's module names: linear layers or convolutions."""
+
+
+class RewardConfig(Section):
+    """One reward's part in the sum."""
+
+    weight: float = 1.0
+    normalise: Literal["none"] = "none"
+    target: float | None = None
+    """Stop pushing where an image's score is above this: min(score, target)."""
+    pretrained: str | None = None
+    """Hub id or local folder of the reward's weights; default the official ones."""
+
+
+def _weight_alone(value: Any) -> Any:
+    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    prompts: str | Annotated[list[str], Field(min_length=1)] = "toy-train"
+    """A .txt or .jsonl file, the name of a built-in set, or a list."""
+    validation_prompts: str | list[str] = []
+    """Held-out prompts, likewise; empty: no validation."""
+    validation_images: Count = 1
+    """Pictures per validation prompt, at seeds trainer.seed, trainer.seed + 1, ..."""
+
+
+class SchedConfig(Section):
+    """Learning rate over time, by diffusers.optimization.get_scheduler."""
+
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+
+class OptimConfig(Section):
+    """The optimizer."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    sched: SchedConfig = SchedConfig()
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    max_steps: Count = 300
+    micro_batch_size: Count = 1
+    """Images per backward."""
+    global_batch_size: Count = 16
+    """Images per optimizer step."""
+    gradient_clip_val: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; null: no clipping."""
+    val_check_interval: Annotated[int, Field(ge=0)] = 50
+    """Steps between validations (also at the start and the end); 0: never."""
+    save_interval: Count = 50
+    """Steps between checkpoints (also at the end)."""
+    keep_checkpoints: Count = 2
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
+
+
+class ShardingConfig(Section):
+    """Memory and processes."""
+
+    strategy: Literal["none"] = "none"
+    activation_checkpointing: bool = False
+    """Recompute the activations of UNet and VAE in backward: less memory, about a third more time in gradient steps."""
+
+
+class LoggingConfig(Section):
+    """Where figures go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """Everything a run is started with."""
+
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    draftp: DraftpConfig = DraftpConfig()
+    peft: PeftConfig = PeftConfig()
+    rewards: dict[str, Annotated[RewardConfig, BeforeValidator(_weight_alone)]] = Field(
+        default={}, validate_default=True
+    )
+    """NAME: WEIGHT, or NAME: {weight, target, pretrained}; NAME is built in, a plug-in's, or package.module:object."""
+    held_out_rewards: list[str] = []
+    """Logged in validation, never trained on."""
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        steps, k = self.sampling.steps, self.draftp.truncation_steps
+        if k > steps:
+            raise ValueError(f"draftp.truncation_steps is {k}, sampling.steps {steps}: K can be at most {steps}")
+        micro, total = self.trainer.micro_batch_size, self.trainer.global_batch_size
+        if total % micro:
+            near = sorted({max(micro, total // micro * micro), (total // micro + 1) * micro})
+            raise ValueError(
+                f"trainer.global_batch_size {total} is not a multiple of trainer.micro_batch_size {micro}; "
+                f"the nearest that work: {', '.join(map(str, near))}"
+            )
+        return self
+
+    def warnings(self) -> list[str]:
+        """Settings that somebody gave, that are allowed, and that yet have no effect or hardly the one meant."""
+        trainer, sched = self.trainer, self.optim.sched
+        validates = bool(trainer.val_check_interval and self.data.validation_prompts)
+        given = trainer.model_fields_set
+        lora_settings = self.peft.model_fields_set & {"rank", "alpha", "target_modules"}
+        beyond = f"is beyond trainer.max_steps {trainer.max_steps}"
+        rules = [
+            (
+                sched.warmup_steps > trainer.max_steps,
+                f"optim.sched.warmup_steps {sched.warmup_steps} {beyond}: the learning rate never gets there",
+            ),
+            (
+                sched.name == "constant" and sched.warmup_steps > 0,
+                "optim.sched.warmup_steps has no effect with the schedule constant; use constant_with_warmup",
+            ),
+            (
+                "save_interval" in given and trainer.save_interval > trainer.max_steps,
+                f"trainer.save_interval {trainer.save_interval} {beyond}: only the end is saved",
+            ),
+            (
+                "val_check_interval" in given and validates and trainer.val_check_interval > trainer.max_steps,
+                f"trainer.val_check_interval {trainer.val_check_interval} {beyond}: validation at start and end only",
+            ),
+            (
+                "val_check_interval" in given and trainer.val_check_interval > 0 and not self.data.validation_prompts,
+                "trainer.val_check_interval has no effect: data.validation_prompts is empty",
+            ),
+            (bool(self.held_out_rewards) and not validates, "held_out_rewards have no effect without validation"),
+            (
+                self.peft.peft_scheme == "none" and bool(lora_settings),
+                "peft.rank, alpha and target_modules have no effect: peft_scheme none trains the whole UNet",
+            ),
+            (
+                self.sampling.scale == 1 and self.sampling.negative_prompt is not None,
+                "sampling.negative_prompt has no effect at sampling.scale 1",
+            ),
+        ]
+        return [text for holds, text in rules if holds]
+
+
+def presets_folder() -> Path:
+    """Where the recipes lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(p for p in (package / "presets", package.parent / "presets") if p.is_dir())
+
+
+def preset_names() -> list[str]:
+    """The recipes that ship with draftp."""
+    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
+
+
+def load_config(preset: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
+    """Read a recipe and apply overrides.
+
+    Args:
+        preset: a preset's name, or a YAML file.
+        overrides: `KEY=VALUE` with a dotted key and a YAML value, such as `trainer.max_steps=300`. A later one wins.
+        values: settings by dotted key that are no text to be parsed, applied before the overrides.
+
+    Raises:
+        InputError: no such preset or file, invalid YAML, an unknown key (the nearest known one is named), a value
+            that is not allowed.
+    """
+    data = _read_yaml(_find(str(preset)))
+    for key, value in (values or {}).items():
+        _set(data, key.split("."), value)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {override}: expected KEY=VALUE, such as --set trainer.max_steps=300")
+        _set(data, key.strip().split("."), _parse(text, f"--set {override}"))
+    return check_config(data)
+
+
+def parse_reward(text: str) -> tuple[str, float]:
+    """`NAME` or `NAME=WEIGHT`, as on the command line.
+
+    Raises:
+        InputError: no name, or a weight that is no number.
+    """
+    name, equals, weight = text.partition("=")
+    try:
+        number = float(weight) if equals else 1.0
+    except ValueError:
+        number = float("nan")
+    if not name or not math.isfinite(number):
+        raise InputError(f"--reward {text}: expected NAME or NAME=WEIGHT, such as pickscore=0.5")
+    return name, number
+
+
+def check_config(data: dict[str, Any]) -> Config:
+    """The settings in `data`, checked.
+
+    Raises:
+        InputError: as for `load_config`.
+    """
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        raise InputError("; ".join(_explain(e) for e in error.errors()[:3])) from None
+
+
+def dump_config(config: Config) -> str:
+    """The resolved settings as YAML that `load_config` reads again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _find(preset: str) -> Path:
+    path = Path(preset)
+    if path.suffix in (".yaml", ".yml") or path.is_file():
+        if not path.is_file():
+            raise InputError(f"{preset}: there is no such file")
+        return path
+    names = preset_names()
+    if preset in names:
+        return presets_folder() / f"{preset}.yaml"
+    raise InputError(
+        f"unknown preset {preset!r}{_nearest(preset, names)}; there are: {', '.join(names)}, or give a .yaml file"
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    data = _parse(text, str(path))
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise InputError(
+            f"{path}: expected settings by section (model:, sampling:, ...), found a {type(data).__name__}"
+        )
+    return data
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        raise InputError(f"{where}: invalid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
+    if isinstance(value, str):
+        # YAML 1.1 reads 1e-4 as text; people mean the number.
+        try:
+            return float(value) if value.strip()[:1] in "0123456789+-." and "e" in value.lower() else value
+        except ValueError:
+            return value
+    return value
+
+
+def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
+    node = data
+    for key in keys[:-1]:
+        child = node.get(key)
+        if not isinstance(child, dict):
+            # `rewards: {toy: 1.0}` and --set rewards.toy.target=2: the short form becomes the long one.
+            child = {} if child is None else {"weight": child}
+            node[key] = child
+        node = child
+    node[keys[-1]] = value
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _known_keys(location: tuple[Any, ...]) -> list[str]:
+    """The keys that the section at `location` knows."""
+    section: Any = Config
+    for part in location:
+        if part == "rewards":
+            section = RewardConfig
+            continue
+        field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
+        if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return list(section.model_fields)
+
+
+def _explain(error: Any) -> str:
+    location = tuple(part for part in error["loc"] if not str(part).startswith("function-"))
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(location[:-1])
+        elsewhere = [
+            f"{name}.{k}"
+            for name, f in Config.model_fields.items()
+            if _is_section(f.annotation)
+            for k in f.annotation.model_fields
+        ]  # type: ignore[union-attr]
+        near = _nearest(str(location[-1]), known) or _nearest(key, elsewhere)
+        where = ".".join(map(str, location[:-1])) or "the settings"
+        return f"unknown setting {key}{near or f'; {where} knows: ' + ', '.join(known)}"
+    message = error["msg"].removeprefix("Value error, ")
+    if not key:
+        return message
+    return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+
+
+def _is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Section)

@@ -1,0 +1,129 @@
+"""LoRA on the UNet, and the frozen base as a context: adapters off, without a second copy of the weights."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from draftcli.errors import InputError
+
+# The linear layers of every transformer block: the reference's `sdlora` in diffusers' names.
+DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
+ADAPTER = "default"
+
+
+def attach_lora(
+    unet: nn.Module,
+    rank: int,
+    alpha: float | None = None,
+    targets: Sequence[str] = DEFAULT_TARGETS,
+    seed: int = 0,
+) -> None:
+    """Freeze `unet` and put a LoRA on it, in place. The adapter starts as zero (B = 0): tuned equals base.
+
+    Args:
+        unet: the network; its own weights keep their dtype.
+        rank: inner width r of each B A.
+        alpha: the update is alpha / rank * B A; None means alpha = rank, scale 1, as in the reference.
+        targets: endings of module names (linear layers and convolutions).
+        seed: of A, so that a run can be repeated; no random state of the caller is touched.
+
+    LoRA weights are float32 (float64 on a float64 network) whatever the dtype of the network: bfloat16 would swallow
+    the small updates of the optimizer.
+
+    Raises:
+        InputError: no module has such a name.
+    """
+    names = [name for name, _ in unet.named_modules()]
+    missing = [t for t in targets if not any(n == t or n.endswith("." + t) for n in names)]
+    if len(missing) == len(targets):
+        raise InputError(f"peft.target_modules {', '.join(missing)}: no module of the UNet has such a name")
+    if missing:
+        warnings.warn(f"peft.target_modules {', '.join(missing)}: no module of the UNet has such a name", stacklevel=2)
+    unet.requires_grad_(False)
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian", lora_dropout=0.0
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, unet, adapter_name=ADAPTER)
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def lora_layers(unet: nn.Module) -> list[BaseTunerLayer]:
+    """Every layer of `unet` that carries an adapter."""
+    return [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+
+
+@contextmanager
+def adapters_off(unet: nn.Module) -> Iterator[None]:
+    """Inside, `unet` is its base. Afterwards every adapter is exactly as it was, also after an exception.
+
+    Don't call backward inside: the gradient would silently go nowhere.
+    """
+    were_on = [layer for layer in lora_layers(unet) if not layer.disable_adapters]
+    try:
+        for layer in were_on:
+            _switch(layer, on=False)
+        yield
+    finally:
+        for layer in were_on:
+            _switch(layer, on=True)
+
+
+def _switch(layer: BaseTunerLayer, on: bool) -> None:
+    """Switch a layer's adapters, and nothing else.
+
+    peft's enable_adapters also freezes and un-freezes them. That would wake what someone froze, and under FSDP2 a first
+    forward pass with the base would leave gathered weights without gradient for good: they take the flag they are born
+    with.
+    """
+    wanted_grad = [(p, p.requires_grad) for p in layer.parameters()]
+    layer.enable_adapters(on)
+    for parameter, wanted in wanted_grad:
+        parameter.requires_grad_(wanted)
+
+
+def lora_state_dict(unet: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors by peft's names (`... .lora_A.weight`), without a prefix."""
+    return get_peft_model_state_dict(unet, adapter_name=ADAPTER)
+
+
+def load_lora_state_dict(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put tensors written by `lora_state_dict` back, in place.
+
+    Raises:
+        InputError: a tensor is missing, unknown, or of another shape.
+    """
+    own = lora_state_dict(unet)
+    if own.keys() != state.keys():
+        odd = sorted(own.keys() ^ state.keys())
+        raise InputError(f"the LoRA does not fit the UNet: {len(odd)} tensors differ, the first is {odd[0]}")
+    for name, tensor in own.items():
+        if tensor.shape != state[name].shape:
+            raise InputError(f"the LoRA does not fit: {name} is {tuple(state[name].shape)}, not {tuple(tensor.shape)}")
+    set_peft_model_state_dict(unet, dict(state), adapter_name=ADAPTER)
+
+
+def save_lora(unet: nn.Module, folder: Path) -> Path:
+    """Write `pytorch_lora_weights.safetensors` as `pipe.load_lora_weights(folder)` of diffusers reads it.
+
+    The scale alpha / rank travels in the file's metadata, as diffusers writes it.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    config: LoraConfig = unet.peft_config[ADAPTER]  # type: ignore[index]
+    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    StableDiffusionXLPipeline.save_lora_weights(
+        folder, unet_lora_layers=lora_state_dict(unet), unet_lora_adapter_metadata=metadata
+    )
+    return folder / "pytorch_lora_weights.safetensors"

@@ -1,0 +1,403 @@
+"""DRaFT+ for Stable Diffusion XL. The file to read first.
+
+What each method adds:
+
+1. DRaFT (Clark et al., ICLR 2024): unroll the sampler, x_T ~ N(0, I), and ascend the gradient of reward(x_0).
+2. DRaFT-K: only the last K of N sampler steps carry gradient (core/gradient.py).
+3. DRaFT+ (NVIDIA NeMo-Aligner): a penalty to the frozen base keeps the network from hacking the reward:
+
+       loss = -mean_b reward(x_0, prompt)  +  kl_coeff * mean_k mean (eps_tuned - eps_base)^2
+
+   over the last K steps, both estimates guided, at the same x, gradient through the tuned one only.
+4. AIG (Jena et al., WACV 2025): sample with w eps_tuned + (1 - w) eps_base, w rising from noise to image
+   (core/guidance.py).
+
+A training step is three pieces, each of which can be batched or recomputed by itself: `rollout` (N - K steps without
+gradient) -> x_K; `tail` (the last K steps, tuned and base) -> x_0 and two eps stacks; `decode` and reward -> scores.
+
+Names: `tuned` and `base`, always. Shape legend: B images, K gradient steps, N sampler steps, C latent channels,
+H W latent size. Images are float in [0, 1], NCHW, except where `generate` and `annealed_guidance` return [0, 255], the
+contract of the system whose public names they keep (NeMo-Aligner's MegatronSDXLDRaFTPModel).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftcli.config import Config
+from draftcli.core import adapters, sharding
+from draftcli.core.denoise import Level, Predict, Schedule, denoise, make_schedule, network_input, to_noise_estimate
+from draftcli.core.gradient import first_gradient_step
+from draftcli.core.guidance import Weighing, annealed, guided, linear
+from draftcli.core.runtime import ImageNoise, choose_runtime, derived_seed
+from draftcli.core.sdxl import Conditioning, Parts, decode, encode_prompts, load_parts, predict
+from draftcli.core.size_keys import size_keys, time_ids
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures to draw together: all of one size.
+
+    Attributes:
+        prompts: B texts.
+        seeds: B numbers; an image's noise depends on its seed and size alone.
+        size: (height, width) in pixels.
+        negatives: B negative prompts; None where none is given.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    size: tuple[int, int]
+    negatives: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def split(self, count: int) -> list[Batch]:
+        """Consecutive batches of at most `count` pictures."""
+        cuts = [slice(i, i + count) for i in range(0, len(self), count)]
+        return [replace(self, prompts=self.prompts[c], seeds=self.seeds[c], negatives=self.negatives[c]) for c in cuts]
+
+
+class SDXLDRaFTPModel:
+    """An SDXL being tuned, its frozen base, and the reward it is tuned for.
+
+    Attributes:
+        unet: the trained network (LoRA on it, or all of it); inside `base_weights()` it is the base.
+        vae: the decoder.
+        reward_model: assign before training: `reward_model(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`.
+        schedule: noise levels of the run's N steps.
+        grad_scaler: scales the loss under fp16, else does nothing; the trainer steps through it.
+
+    Args:
+        cfg: the settings, from `draftcli.load_config`.
+        parts: loaded modules; None loads `cfg.model`.
+
+    Raises:
+        InputError: the model cannot be loaded, or the settings do not fit it.
+    """
+
+    def __init__(self, cfg: Config, parts: Parts | None = None) -> None:
+        self.cfg = cfg
+        self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
+        in_full = cfg.peft.peft_scheme == "none"
+        self.parts = parts or load_parts(cfg.model, trained_in_full=in_full)
+        device = self.runtime.device
+        self.vae = self.parts.vae.to(device)
+        self.unet = self.parts.unet.to(device).requires_grad_(False)
+        self._base_unet = copy.deepcopy(self.unet).eval() if in_full else None
+        if in_full:
+            self.unet.requires_grad_(True)
+        else:
+            peft = cfg.peft
+            adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
+        if cfg.sharding.activation_checkpointing:
+            sharding.checkpoint_activations(self.unet, self.vae)
+        self.schedule = self._schedule()
+        self.first_gradient_step = first_gradient_step(cfg.sampling.steps, cfg.draftp.truncation_steps)
+        self.reward_model: Callable[[Tensor, list[str]], Tensor] | None = None
+        self.grad_scaler = torch.amp.GradScaler(device.type, enabled=cfg.model.precision == "fp16")
+        self._images_seen = 0
+
+    # ------------------------------------------------------------------------------------------------ the networks
+
+    @property
+    def trainable_parameters(self) -> list[Tensor]:
+        """The weights that are trained."""
+        return [p for p in self.unet.parameters() if p.requires_grad]
+
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Inside, `self.unet` is the frozen base: adapters off, or the frozen copy of full fine-tuning.
+
+        Whatever state adapters were in comes back afterwards, also after an exception.
+        """
+        if self._base_unet is None:
+            with adapters.adapters_off(self.unet):
+                yield
+            return
+        tuned, self.unet = self.unet, self._base_unet
+        try:
+            yield
+        finally:
+            self.unet = tuned
+
+    def configure_sharded_model(self) -> None:
+        """FSDP2 on the UNet (and on the frozen base of full fine-tuning); VAE and text encoders stay whole.
+
+        Raises:
+            InputError: no process group is initialised.
+        """
+        for unet in filter(None, [self.unet, self._base_unet]):
+            sharding.shard(unet)
+
+    # ------------------------------------------------------------------------------------------------ conditioning
+
+    def append_sdxl_size_keys(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Size conditioning for pictures of `size` (height, width), default the run's; each key (B, 2) int64."""
+        return size_keys(len(prompts), *(size or (self.cfg.sampling.height, self.cfg.sampling.width)))
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Conditioning:
+        """What the UNet is told for [unconditional ; conditional], on its device and in its dtype."""
+        device = self.runtime.device
+        for encoder in self.parts.text_encoders:
+            encoder.to(device)
+        sequence, pooled = encode_prompts(self.parts, batch.prompts)
+        negatives = [self.cfg.sampling.negative_prompt if n is None else n for n in batch.negatives]
+        absent = torch.tensor([n is None and self.parts.zeros_for_empty for n in negatives], device=device)
+        if absent.all():
+            uncond, uncond_pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
+        else:
+            uncond, uncond_pooled = encode_prompts(self.parts, [n or "" for n in negatives])
+            uncond = uncond.masked_fill(absent[:, None, None], 0)
+            uncond_pooled = uncond_pooled.masked_fill(absent[:, None], 0)
+        if self.cfg.model.offload_text_encoders:
+            for encoder in self.parts.text_encoders:
+                encoder.to("cpu")
+        ids = time_ids(self.append_sdxl_size_keys(batch.prompts, batch.size))
+        cond = Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
+        return cond.to(device, self.runtime.dtype)
+
+    def as_batch(self, batch: Batch | Sequence[str]) -> Batch:
+        """A plain list of prompts becomes a batch of the run's size, with seeds that no other batch had."""
+        if isinstance(batch, Batch):
+            return batch
+        seen, count = self._images_seen, len(batch)
+        self._images_seen += count
+        seeds = [derived_seed(self.cfg.trainer.seed, "list", seen + i) for i in range(count)]
+        size = (self.cfg.sampling.height, self.cfg.sampling.width)
+        return Batch(list(batch), seeds, size, [None] * count)
+
+    def initial_noise(self, batch: Batch) -> Tensor:
+        """x_T (B, C, H, W) unit normal, float32 on the CPU, from the batch's seeds."""
+        height, width = batch.size
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        channels = self.unet.config.in_channels
+        return ImageNoise(batch.seeds)((len(batch), channels, height // factor, width // factor))
+
+    # ------------------------------------------------------------------------------- the three pieces of a trajectory
+
+    def start(self, x_T: Tensor) -> Tensor:
+        """Unit noise (B, C, H, W) -> latents at the first level, on the device. x_T is left as it is."""
+        return x_T.to(self.runtime.device, self.runtime.latent_dtype) * self.schedule.init_scale
+
+    def denoiser(self, cond: Conditioning) -> Predict:
+        """The guided noise estimate of what `self.unet` is when called: tuned, or base in `base_weights()`."""
+
+        def predict_guided(x: Tensor, level: Level) -> Tensor:
+            doubled = network_input(torch.cat([x, x]), level)
+            with self.runtime.autocast():
+                output = predict(self.unet, doubled, level.timestep, cond)
+            output = guided(output, self.cfg.sampling.scale)
+            return to_noise_estimate(output, x, level, self.parts.prediction)
+
+        return predict_guided
+
+    def base_denoiser(self, cond: Conditioning) -> Predict:
+        """The base's guided noise estimate; never carries gradient."""
+        tuned = self.denoiser(cond)
+
+        @torch.no_grad()
+        def predict_base(x: Tensor, level: Level) -> Tensor:
+            with self.base_weights():
+                return tuned(x, level)
+
+        return predict_base
+
+    @torch.no_grad()
+    def rollout(self, x: Tensor, cond: Conditioning, churn_noise: ImageNoise | None = None) -> Tensor:
+        """The first N - K steps, tuned, without gradient: latents (B, C, H, W) at the start -> x_K."""
+        return self._denoise(self.denoiser(cond), x, churn_noise, stop=self.first_gradient_step)
+
+    def tail(
+        self, x: Tensor, cond: Conditioning, churn_noise: ImageNoise | None = None, with_base: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The last K steps, with gradient through x and the tuned network.
+
+        Args:
+            x: (B, C, H, W) latents x_K.
+            cond: from `encode`.
+            churn_noise: continues that of `rollout`.
+            with_base: also ask the base, at the same x, without gradient. Its estimate does not steer x.
+
+        Returns:
+            x_0 (B, C, H, W); eps of the tuned network (K, B, C, H, W); of the base, or None.
+        """
+        tuned, base = self.denoiser(cond), self.base_denoiser(cond)
+        eps_tuned: list[Tensor] = []
+        eps_base: list[Tensor] = []
+
+        def predict_both(x: Tensor, level: Level) -> Tensor:
+            eps_tuned.append(tuned(x, level))
+            if with_base:
+                eps_base.append(base(x, level))
+            return eps_tuned[-1]
+
+        x = self._denoise(predict_both, x, churn_noise, start=self.first_gradient_step)
+        return x, torch.stack(eps_tuned), torch.stack(eps_base) if with_base else None
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1], differentiable."""
+        return decode(self.vae, x_0)
+
+    # ------------------------------------------------------------------------------------------------ whole pictures
+
+    def generate(self, batch: Batch | Sequence[str], x_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw pictures, differentiable through the last K steps.
+
+        Args:
+            batch: B prompts.
+            x_T: (B, C, H, W) unit normal noise.
+
+        Returns:
+            image (B, 3, 8 H, 8 W) in [0, 255]; guided eps (K, B, C, H, W) of the tuned network; of the base.
+        """
+        batch = self._sized(batch, x_T)
+        cond, churn_noise = self.encode(batch), self._churn_noise(batch)
+        x = self.rollout(self.start(x_T), cond, churn_noise)
+        x_0, eps_tuned, eps_base = self.tail(x, cond, churn_noise)
+        assert eps_base is not None
+        return self.decode(x_0) * 255, eps_tuned, eps_base
+
+    @torch.no_grad()
+    def annealed_guidance(
+        self, batch: Batch | Sequence[str], x_T: Tensor, weighing_fn: Weighing | None = None
+    ) -> Tensor:
+        """Draw pictures with AIG.
+
+        Args:
+            batch: B prompts.
+            x_T: (B, C, H, W) unit normal noise.
+            weighing_fn: (sigma_i, sigma_next, i, total) -> weight of the tuned network in [0, 1]; None is i / total.
+
+        Returns:
+            (B, 3, 8 H, 8 W) in [0, 255].
+        """
+        batch = self._sized(batch, x_T)
+        cond = self.encode(batch)
+        return self.decode(self.annealed_latents(self.start(x_T), cond, weighing_fn, self._churn_noise(batch))) * 255
+
+    @torch.no_grad()
+    def annealed_latents(
+        self,
+        x: Tensor,
+        cond: Conditioning,
+        weighing_fn: Weighing | None = None,
+        churn_noise: ImageNoise | None = None,
+    ) -> Tensor:
+        """The trajectory of AIG: latents (B, C, H, W) at the start -> x_0. Weight 1 is tuned, weight 0 base."""
+        mixed = annealed(self.denoiser(cond), self.base_denoiser(cond), weighing_fn or linear)
+        return self._denoise(mixed, x, churn_noise)
+
+    # -------------------------------------------------------------------------------------------------- the objective
+
+    def get_forward_output_and_loss_func(
+        self, validation_step: bool = False
+    ) -> Callable[[Iterator[Batch | Sequence[str]], Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]]:
+        """The forward pass as a function of a data iterator, and the loss as a function of its images.
+
+        Returns:
+            f(data_iterator, model) -> image (B, 3, 8 H, 8 W) in [0, 1], loss_func;
+            loss_func(image) -> scalar loss, metrics "loss", "reward" and "kl_penalty" (None where it was not
+            measured), in validation also "images_and_captions".
+        """
+        needs_base = validation_step or self.cfg.draftp.kl_coeff > 0 or self.cfg.draftp.log_kl
+
+        def forward(
+            data_iterator: Iterator[Batch | Sequence[str]], model: SDXLDRaFTPModel
+        ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
+            batch = model.as_batch(next(data_iterator))
+            cond, churn_noise = model.encode(batch), model._churn_noise(batch)
+            x = model.rollout(model.start(model.initial_noise(batch)), cond, churn_noise)
+            with torch.set_grad_enabled(not validation_step):
+                x_0, eps_tuned, eps_base = model.tail(x, cond, churn_noise, with_base=needs_base)
+                image = model.decode(x_0)
+
+            def loss_func(image: Tensor) -> tuple[Tensor, Metrics]:
+                assert model.reward_model is not None, "assign model.reward_model before training"
+                reward = model.reward_model(image, list(batch.prompts)).mean()
+                loss, kl = -reward, None
+                if eps_base is not None:
+                    kl = kl_penalty(eps_tuned, eps_base)
+                    if model.cfg.draftp.kl_coeff > 0:
+                        loss = loss + model.cfg.draftp.kl_coeff * kl
+                metrics: Metrics = {
+                    "loss": loss.item(),
+                    "reward": reward.item(),
+                    "kl_penalty": None if kl is None else kl.item(),
+                }
+                if validation_step:
+                    metrics["images_and_captions"] = (image.detach(), list(batch.prompts))
+                return loss, metrics
+
+            return image, loss_func
+
+        return forward
+
+    def get_loss_and_metrics(self, batch: Batch | Sequence[str], forward_only: bool = False) -> tuple[float, Metrics]:
+        """The loss of a batch in micro-batches, and unless `forward_only` its gradient, added to the weights' `.grad`.
+
+        The gradient is that of the mean over the whole batch, times `grad_scaler`'s scale under fp16.
+
+        Returns:
+            loss; metrics averaged over the images ("images_and_captions": images (B, 3, H, W) in [0, 1] and prompts).
+        """
+        batch = self.as_batch(batch)
+        step = self.get_forward_output_and_loss_func(validation_step=forward_only)
+        total: Metrics = {}
+        pictures: list[tuple[Tensor, list[str]]] = []
+        for micro in batch.split(self.cfg.trainer.micro_batch_size):
+            share = len(micro) / len(batch)
+            with torch.set_grad_enabled(not forward_only):
+                image, loss_func = step(iter([micro]), self)
+                loss, metrics = loss_func(image)
+            if not forward_only:
+                self.grad_scaler.scale(loss * share).backward()
+            if "images_and_captions" in metrics:
+                pictures.append(metrics.pop("images_and_captions"))
+            for name, value in metrics.items():
+                total[name] = None if value is None else total.get(name, 0.0) + share * value
+        if pictures:
+            total["images_and_captions"] = (
+                torch.cat([images for images, _ in pictures]),
+                [caption for _, captions in pictures for caption in captions],
+            )
+        return total["loss"], total
+
+    # -------------------------------------------------------------------------------------------------------- private
+
+    def _schedule(self) -> Schedule:
+        sampling = self.cfg.sampling
+        return make_schedule(sampling.steps, sampling.schedule, self.parts.zero_terminal_snr)
+
+    def _denoise(
+        self, predict_noise: Predict, x: Tensor, churn_noise: ImageNoise | None, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        churn = self.cfg.sampling.s_churn
+        return denoise(predict_noise, x, self.schedule, start=start, stop=stop, churn=churn, noise=churn_noise)
+
+    def _churn_noise(self, batch: Batch) -> ImageNoise:
+        return ImageNoise([derived_seed(seed, "churn") for seed in batch.seeds])
+
+    def _sized(self, batch: Batch | Sequence[str], x_T: Tensor) -> Batch:
+        """The batch, of the size that the noise has."""
+        factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return replace(self.as_batch(batch), size=(x_T.shape[-2] * factor, x_T.shape[-1] * factor))
+
+
+def kl_penalty(eps_tuned: Tensor, eps_base: Tensor) -> Tensor:
+    """DRaFT+'s penalty: mean over K, B, C, H, W of the squared difference of the guided noise estimates.
+
+    It is a plain mean squared error, called KL after the Gaussian it is proportional to; no 1/2, no 1/sigma^2.
+    """
+    return (eps_tuned - eps_base).square().mean()

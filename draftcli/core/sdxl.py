@@ -1,0 +1,278 @@
+"""Stable Diffusion XL itself: load it (diffusers folder, hub id or single .safetensors), encode, predict, decode.
+
+Shape legend: B images, L text tokens (77), D text width (2048 in SDXL: 768 of CLIP-L beside 1280 of OpenCLIP bigG),
+D2 pooled width (1280), C latent channels (4), H W latent size.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from draftcli.config import ModelConfig
+from draftcli.core.denoise import Prediction
+from draftcli.core.runtime import DTYPES
+from draftcli.errors import InputError
+
+# Models that ship with the package, by name: each is a diffusers folder like any other.
+BUILT_IN = {"toy": Path(__file__).parents[1] / "toy" / "weights" / "model"}
+SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
+PIPELINE = "StableDiffusionXLPipeline"
+
+
+@dataclass
+class Parts:
+    """The loaded modules of an SDXL, and the three facts about it that are not in the weights.
+
+    Attributes:
+        unet: called as diffusers' UNet2DConditionModel.
+        vae: diffusers' AutoencoderKL; only its decoder is used.
+        text_encoders: CLIPTextModel and CLIPTextModelWithProjection, in this order. Empty where a caller brings its
+            own conditioning.
+        tokenizers: theirs.
+        prediction: what the network predicts.
+        zero_terminal_snr: whether it was trained with rescaled betas.
+        zeros_for_empty: an absent negative prompt is zeros (SDXL base) rather than the encoded empty prompt.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoders: Sequence[Any] = ()
+    tokenizers: Sequence[Any] = ()
+    prediction: Prediction = "epsilon"
+    zero_terminal_snr: bool = False
+    zeros_for_empty: bool = True
+    name: str = field(default="custom", compare=False)
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every network by name."""
+        encoders = {f"text_encoder{'' if i == 0 else f'_{i + 1}'}": m for i, m in enumerate(self.text_encoders)}
+        return {"unet": self.unet, "vae": self.vae, **encoders}
+
+
+@dataclass
+class Conditioning:
+    """What the UNet is told beside the latents, for [unconditional ; conditional]: first dimension 2 B.
+
+    Attributes:
+        prompt_embeds: (2 B, L, D).
+        text_embeds: (2 B, D2) pooled.
+        time_ids: (2 B, 6) size keys.
+    """
+
+    prompt_embeds: Tensor
+    text_embeds: Tensor
+    time_ids: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """Move everything; the text tensors take `dtype`."""
+        return Conditioning(
+            self.prompt_embeds.to(device, dtype), self.text_embeds.to(device, dtype), self.time_ids.to(device)
+        )
+
+
+def model_path(pretrained: str) -> str:
+    """The folder of a built-in model, else `pretrained` itself."""
+    return str(BUILT_IN.get(pretrained, pretrained))
+
+
+def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False) -> Parts:
+    """Load an SDXL through diffusers.
+
+    Args:
+        cfg: `pretrained` is a diffusers folder, a hub id, a single .safetensors or the name of a built-in model.
+        trained_in_full: the UNet's own weights will be trained, so they are kept in float32 whatever the precision.
+
+    Raises:
+        InputError: nothing is there, it is not an SDXL, or its files are damaged.
+    """
+    from diffusers import StableDiffusionXLPipeline
+
+    dtype = DTYPES[cfg.precision]
+    unet_dtype = torch.promote_types(dtype, torch.float32) if trained_in_full else dtype
+    # SDXL's own VAE gives NaN in float16, so it stays in float32 unless told otherwise.
+    vae_dtype = DTYPES[cfg.vae_precision] if cfg.vae_precision else torch.promote_types(dtype, torch.float32)
+    source = model_path(cfg.pretrained)
+    single_file = source.endswith((".safetensors", ".ckpt"))
+    options: dict[str, Any] = (
+        {} if single_file else {"torch_dtype": {"unet": unet_dtype, "vae": vae_dtype, "default": dtype}}
+    )
+    try:
+        with warnings.catch_warnings():
+            # diffusers 0.42 warns that torch_dtype becomes dtype, a name that older ones don't know.
+            warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            if single_file:
+                pipe = StableDiffusionXLPipeline.from_single_file(
+                    _checked_file(source, "model.pretrained"),
+                    config=cfg.config or SDXL_BASE,
+                    local_files_only=_is_local(cfg.config),
+                )
+            else:
+                if Path(source).is_dir():
+                    _check_folder(Path(source))
+                pipe = StableDiffusionXLPipeline.from_pretrained(
+                    source, use_safetensors=True, variant=cfg.variant, add_watermarker=False, **options
+                )
+    except InputError:
+        raise
+    except Exception as error:
+        # What a loader raises on a wrong or damaged model is as varied as the damage; people need its first line.
+        raise InputError(_loading_failed(cfg, source, single_file, error)) from error
+    _check_complete(pipe, source)
+    if cfg.vae:
+        pipe.vae = _load_vae(cfg.vae, config=cfg.config or (SDXL_BASE if single_file else source))
+    scheduler = pipe.scheduler.config
+    parts = Parts(
+        unet=_cast(pipe.unet, unet_dtype),
+        vae=_cast(pipe.vae, vae_dtype),
+        text_encoders=(_cast(pipe.text_encoder, dtype), _cast(pipe.text_encoder_2, dtype)),
+        tokenizers=(pipe.tokenizer, pipe.tokenizer_2),
+        prediction=cfg.prediction_type or scheduler.get("prediction_type", "epsilon"),
+        zero_terminal_snr=_first(cfg.zero_terminal_snr, scheduler.get("rescale_betas_zero_snr"), False),
+        zeros_for_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", True)),
+        name=cfg.pretrained,
+    )
+    if parts.prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows epsilon and v_prediction")
+    drop_vae_encoder(parts.vae)
+    for module in parts.modules.values():
+        module.requires_grad_(False).eval()
+    return parts
+
+
+def drop_vae_encoder(vae: Any) -> None:
+    """Free the half of the VAE that is never used: a third of its weights."""
+    for name in ("encoder", "quant_conv"):
+        if getattr(vae, name, None) is not None:
+            setattr(vae, name, None)
+
+
+def encode_prompts(parts: Parts, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """(B, L, D) sequence and (B, D2) pooled embeddings, as SDXL was trained: the layer before the last of both
+    encoders, side by side, 77 tokens; pooled is the second encoder's projected end-of-text token.
+    """
+    sequence: list[Tensor] = []
+    pooled = None
+    for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders, strict=True):
+        tokens = tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+        sequence.append(output.hidden_states[-2])
+        pooled = getattr(output, "text_embeds", None)
+    assert pooled is not None, "the second text encoder has a projection"
+    return torch.cat(sequence, dim=-1), pooled
+
+
+def predict(unet: Any, x: Tensor, timestep: int, cond: Conditioning) -> Tensor:
+    """The network's raw output for the doubled batch: x (2 B, C, H, W) already scaled, in the dtype of x."""
+    output = unet(
+        x.to(cond.prompt_embeds.dtype),
+        torch.tensor(timestep, device=x.device),
+        encoder_hidden_states=cond.prompt_embeds,
+        added_cond_kwargs={"text_embeds": cond.text_embeds, "time_ids": cond.time_ids},
+        return_dict=False,
+    )[0]
+    return output.to(x.dtype)
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    """(B, 3, 8 H, 8 W) in [0, 1], differentiable. Saturated pixels get no gradient, as in the reference."""
+    dtype = next(vae.parameters()).dtype
+    pixels = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0]
+    return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
+    """Like `module.to(dtype)`, without diffusers' advice about modules to keep in float32: SDXL has none."""
+    return nn.Module.to(module, dtype)
+
+
+def _first(*values: Any) -> Any:
+    return next(v for v in values if v is not None)
+
+
+def _is_local(config: str | None) -> bool:
+    return config is not None and Path(config).is_dir()
+
+
+def _load_vae(source: str, config: str) -> Any:
+    from diffusers import AutoencoderKL
+
+    try:
+        if source.endswith((".safetensors", ".ckpt")):
+            # Without `config` diffusers takes a lone VAE for Stable Diffusion 1's, whose latents have another scale.
+            return AutoencoderKL.from_single_file(_checked_file(source, "model.vae"), config=config, subfolder="vae")
+        return AutoencoderKL.from_pretrained(source)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"model.vae {source}: cannot be loaded: {_first_line(error)}") from error
+
+
+def _checked_file(path: str, setting: str) -> str:
+    if path.endswith(".ckpt"):
+        raise InputError(f"{setting} {path}: .ckpt files can run code when opened; convert it to .safetensors")
+    if not Path(path).is_file():
+        raise InputError(f"{setting} {path}: there is no such file")
+    return path
+
+
+def _check_complete(pipe: Any, source: str) -> None:
+    """Refuse weights with holes: loaders leave what a file lacks unset or random, and warn at most."""
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        module = getattr(pipe, name)
+        unset = [key for key, parameter in module.named_parameters() if parameter.is_meta]
+        stored = 0
+        for file in (Path(source) / name).glob("*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                stored += len(tensors.keys())
+        missing = max(len(unset), len(module.state_dict()) - stored if stored else 0)
+        if missing:
+            raise InputError(f"model.pretrained {source}: {missing} tensors of {name} are missing, download it again")
+
+
+def _check_folder(folder: Path) -> None:
+    """Say what is wrong with a folder before diffusers tries it."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise InputError(f"model.pretrained {folder}: no model_index.json in it, so it is not a diffusers folder")
+    try:
+        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
+    except ValueError:
+        raise InputError(f"{index} is not valid JSON: download the model again") from None
+    if kind != PIPELINE:
+        raise InputError(f"model.pretrained {folder} is a {kind}, not Stable Diffusion XL ({PIPELINE})")
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
+def _loading_failed(cfg: ModelConfig, source: str, single_file: bool, error: Exception) -> str:
+    reason = f"{type(error).__name__}: {_first_line(error)}"
+    if single_file and not _is_local(cfg.config):
+        return (
+            f"model.pretrained {source}: a single file holds no configuration and no tokenizers, and "
+            f"{cfg.config or SDXL_BASE} cannot be reached or read for them; set model.config to a local diffusers folder of an SDXL ({reason})"
+        )
+    if not single_file and not Path(source).exists():
+        return (
+            f"model.pretrained {source!r}: no such folder here, and the hub has no such model or cannot be reached; "
+            f"give a diffusers folder, a hub id, a .safetensors file or one of: {', '.join(BUILT_IN)} ({reason})"
+        )
+    return f"model.pretrained {source}: cannot be loaded, its files may be damaged ({reason})"

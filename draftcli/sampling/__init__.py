@@ -1,0 +1,1 @@
+"""Prompts x seeds x {base, tuned, annealed} -> pictures, files and sheets."""

@@ -1,0 +1,101 @@
+"""What a run would load, train and compute, worked out without weights: on the meta device, offline.
+
+A model that is not a local folder is planned with SDXL's own configuration, which ships with the package.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftcli.config import Config
+from draftcli.core import adapters
+from draftcli.core.sdxl import model_path
+
+SDXL_CONFIG = Path(__file__).parents[1] / "core" / "sdxl_config"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of one run.
+
+    Attributes:
+        source: where the configuration was read.
+        trainable: weights that are trained.
+        frozen: weights that are loaded and never change, by part (a frozen copy of the UNet among them for full
+            fine-tuning).
+        images: per optimizer step.
+        forward: UNet evaluations per image, guidance counted twice, without the base pass.
+        with_gradient: how many of them carry gradient.
+        base: evaluations of the frozen base per image.
+    """
+
+    source: str
+    trainable: int
+    frozen: dict[str, int]
+    images: int
+    forward: int
+    with_gradient: int
+    base: int
+
+
+def make_plan(cfg: Config) -> Plan:
+    """Work out the plan of `cfg`. No file is written, nothing is fetched.
+
+    Raises:
+        InputError: peft.target_modules fits nothing in the UNet.
+    """
+    folder = Path(model_path(cfg.model.pretrained))
+    if not (folder / "unet" / "config.json").is_file():
+        folder = SDXL_CONFIG
+    modules = _modules_on_meta(folder)
+    frozen = {name: _count(module) for name, module in modules.items()}
+    if cfg.peft.peft_scheme == "lora":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft says that meta weights are not initialised, which is the point
+            adapters.attach_lora(modules["unet"], cfg.peft.rank, cfg.peft.alpha, cfg.peft.target_modules)
+        trainable = sum(p.numel() for p in modules["unet"].parameters() if p.requires_grad)
+    else:
+        trainable = frozen.pop("unet")
+        frozen["frozen copy of the unet"] = trainable
+    guidance, k = 2, cfg.draftp.truncation_steps
+    needs_base = cfg.draftp.kl_coeff > 0 or cfg.draftp.log_kl
+    return Plan(
+        source="SDXL's configuration" if folder == SDXL_CONFIG else str(folder),
+        trainable=trainable,
+        frozen=frozen,
+        images=cfg.trainer.global_batch_size,
+        forward=cfg.sampling.steps * guidance,
+        with_gradient=k * guidance,
+        base=k * guidance if needs_base else 0,
+    )
+
+
+def _modules_on_meta(folder: Path) -> dict[str, Any]:
+    """The four networks without weights; of the VAE the half that decodes."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from draftcli.core.sdxl import drop_vae_encoder
+
+    def read(part: str) -> dict[str, Any]:
+        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
+
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(read("vae"))
+        drop_vae_encoder(vae)
+        return {
+            "unet": UNet2DConditionModel.from_config(read("unet")),
+            "vae decoder": vae,
+            "text encoder": CLIPTextModel(CLIPTextConfig(**read("text_encoder"))),
+            "text encoder 2": CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2"))),
+        }
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,37 @@
+"""What every test stands on: no network, one thread, a working directory of its own, and the tiny SDXL."""
+
+import os
+
+# Before anything imports torch or huggingface_hub, which read them once. Processes that tests start inherit them.
+os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+
+from pathlib import Path
+
+import pytest
+
+# Warnings are errors here (pyproject.toml), except these, which others cause and we cannot mend.
+NOT_OURS = [
+    # diffusers' schedulers hand torch tensors to numpy.array; numpy 2 wants torch to take a `copy` argument.
+    "ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning:diffusers.schedulers",
+]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lay the exceptions over pyproject's `error`."""
+    for warning in NOT_OURS:
+        config.addinivalue_line("filterwarnings", warning)
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private one, so that a test that writes `runs/` writes it where no other test looks."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The diffusers folder of tests/tiny.py: read it, don't write into it."""
+    from tests.tiny import make_sdxl
+
+    return make_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")

@@ -1,0 +1,34 @@
+"""Rewards for tests, found as users' own are: by `tests.rewards:red`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Red:
+    """How much redder than green a picture is."""
+
+    name = "red"
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return (images[:, 0] - images[:, 1]).mean((1, 2))
+
+
+class Broken(Red):
+    """A reward that is never a number."""
+
+    name = "broken"
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return super().__call__(images, prompts) * torch.nan
+
+
+class Jury(Red):
+    """Judges, but carries no gradient."""
+
+    name = "jury"
+    differentiable = False
+
+
+red, broken, jury = Red, Broken, Jury
