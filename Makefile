@@ -24,6 +24,7 @@ docs: .venv/.installed
 	$(BIN)/python docs/make_cli.py
 
 .venv/.installed: pyproject.toml constraints.txt
+	@echo "installing into .venv, a few minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	touch $@

@@ -31,7 +31,7 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which SDXL, where and in which precision."""
 
-    pretrained: str = "toy"
+    pretrained: Annotated[str, Field(min_length=1)] = "toy"
     """Diffusers folder, hub id, single .safetensors file, or `toy`."""
     config: str | None = None
     """Folder or hub id with configuration and tokenizers for a single file; default the hub's SDXL base."""

@@ -41,7 +41,7 @@ def recipe(model: Path, path: Path = Path("tiny.yaml"), **sections: dict[str, An
         "sampling": {"height": 64, "width": 64, "steps": 3, "scale": 3.0},
         "draftp": {"truncation_steps": 2, "kl_coeff": 0.1},
         "peft": {"rank": 2},
-        "rewards": {"tests.rewards:red": 1.0},
+        "rewards": {"tests.example_rewards:red": 1.0},
         "data": {"prompts": ["a red cat", "a blue dog", "a green bird"]},
         "optim": {"lr": 1e-2},
         "trainer": {"max_steps": 4, "micro_batch_size": 2, "global_batch_size": 2, "save_interval": 2},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from typing import TYPE_CHECKING
 
@@ -30,9 +31,7 @@ def open_console(quiet: bool, debug: bool) -> Console:
     return Console(quiet=quiet)
 
 
-def _one_line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-    """Our own warnings (UserWarning) as one line on stderr; those of libraries are for their developers."""
-    import sys
-
-    if category is UserWarning:
+def _one_line(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+    """Our own warnings as one line on stderr; those of libraries are for their developers."""
+    if "draftcli" in filename:
         print(f"warning: {message}", file=sys.stderr)

@@ -83,9 +83,7 @@ def adapters_off(unet: nn.Module) -> Iterator[None]:
 def _switch(layer: BaseTunerLayer, on: bool) -> None:
     """Switch a layer's adapters, and nothing else.
 
-    peft's enable_adapters also freezes and un-freezes them. That would wake what someone froze, and under FSDP2 a first
-    forward pass with the base would leave gathered weights without gradient for good: they take the flag they are born
-    with.
+    peft's enable_adapters also freezes and un-freezes them, which would wake what someone froze.
     """
     wanted_grad = [(p, p.requires_grad) for p in layer.parameters()]
     layer.enable_adapters(on)

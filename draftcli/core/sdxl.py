@@ -268,7 +268,8 @@ def _loading_failed(cfg: ModelConfig, source: str, single_file: bool, error: Exc
     if single_file and not _is_local(cfg.config):
         return (
             f"model.pretrained {source}: a single file holds no configuration and no tokenizers, and "
-            f"{cfg.config or SDXL_BASE} cannot be reached or read for them; set model.config to a local diffusers folder of an SDXL ({reason})"
+            f"{cfg.config or SDXL_BASE} cannot be reached or read for them; "
+            f"set model.config to a local diffusers folder of an SDXL ({reason})"
         )
     if not single_file and not Path(source).exists():
         return (

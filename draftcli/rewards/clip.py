@@ -48,6 +48,7 @@ class CLIPReward(nn.Module):
         size = [int(height * scale + 1e-6), int(width * scale + 1e-6)]
         if size != [height, width]:
             images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+            images = images.clamp(0, 1)  # bicubic overshoots at edges; the official route saturates at 8 bits
         top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
         images = images[..., top : top + self.size, left : left + self.size]
         return ((images - self.mean) / self.std).to(self.clip.dtype)

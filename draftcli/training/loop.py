@@ -106,16 +106,15 @@ def _loop(
     run: Run, trainer: _Trainer, validation: Validation | None, log: RunLog, first: int, asked_to_stop: list[int]
 ) -> Outcome:
     cfg, outcome = trainer.cfg.trainer, Outcome(first, validation=run.last_validation())
-    last = cfg.max_steps
+    last, pictures = cfg.max_steps, None
     # One round more than there are steps, so that the end validates and saves by the same lines as the middle.
     for step in range(first, last + 1):
         outcome.step = step
         due = cfg.val_check_interval and (step % cfg.val_check_interval == 0 or step == last)
         if validation is not None and due and (step > first or step == 0) and not asked_to_stop:
-            outcome.validation, sheet = validation(run, step)
+            outcome.validation, pictures = validation(run, step)
             trainer.rewards.pop_scores()
             log.validation(outcome.validation)
-            outcome.written["samples"] = sheet
             log.say(_in_words(outcome.validation))
         if step > first and (step % cfg.save_interval == 0 or step == last or asked_to_stop):
             save_checkpoint(run, step, trainer.model, trainer.state(), cfg.keep_checkpoints)
@@ -128,6 +127,8 @@ def _loop(
         _write_final(run, trainer.model, outcome)
         outcome.written["weights"] = run.final
     outcome.written["metrics"] = run.metrics
+    if pictures is not None:
+        outcome.written["pictures"] = pictures
     return outcome
 
 

@@ -106,8 +106,8 @@ def test_unknown_presets_name_the_known_ones():
     ("reward", "words"),
     [
         ("pickscoer", "did you mean pickscore?"),
-        ("tests.rewards:jury", "not differentiable"),
-        ("tests.rewards:blue", "has no 'blue'"),
+        ("tests.example_rewards:jury", "not differentiable"),
+        ("tests.example_rewards:blue", "has no 'blue'"),
         ("nowhere.rewards:red", "cannot import"),
         ("os:getcwd", "cannot be called"),
         ("toy=heavy", "expected NAME or NAME=WEIGHT"),
@@ -122,7 +122,7 @@ def test_wrong_rewards(tiny_sdxl, reward, words):
 
 def test_no_reward_at_all(tiny_sdxl):
     preset = recipe(tiny_sdxl)
-    preset.write_text(preset.read_text().replace("rewards:\n  tests.rewards:red: 1.0\n", ""))
+    preset.write_text(preset.read_text().replace("rewards:\n  tests.example_rewards:red: 1.0\n", ""))
     expect(draftp("train", "--preset", preset, "--output", "run"), 2, "needs at least one")
 
 

@@ -15,7 +15,7 @@ from draftcli.core.draftp import Batch
 from draftcli.training.loop import SKIPS_ALLOWED
 from draftcli.training.validation import paired
 from tests.command import WITH_VALIDATION, draftp, recipe
-from tests.rewards import Red
+from tests.example_rewards import Red
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -40,7 +40,7 @@ def train(preset: Path, output: str, *options: str):
 
 
 def test_a_run_leaves_what_the_design_says(tiny_sdxl):
-    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, held_out_rewards=["tests.rewards:jury"], logging={"tensorboard": True})
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, held_out_rewards=["tests.example_rewards:jury"], logging={"tensorboard": True})
     result = train(preset, "run", "--set", "trainer.val_check_interval=2")
     run = Path("run")
     assert {p.name for p in run.iterdir()} == {
@@ -53,12 +53,12 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     assert steps[0]["kl_penalty"] == 0 < steps[-1]["kl_penalty"]
     validations = lines(run / "validation.jsonl")
     assert [line["step"] for line in validations] == [0, 2, 4]
-    assert validations[0]["rewards"].keys() == {"tests.rewards:red", "tests.rewards:jury"}
-    assert validations[0]["rewards"]["tests.rewards:red"]["difference"] == 0
-    assert validations[-1]["rewards"]["tests.rewards:red"]["low"] > 0, "training for red makes red"
+    assert validations[0]["rewards"].keys() == {"tests.example_rewards:red", "tests.example_rewards:jury"}
+    assert validations[0]["rewards"]["tests.example_rewards:red"]["difference"] == 0
+    assert validations[-1]["rewards"]["tests.example_rewards:red"]["low"] > 0, "training for red makes red"
     assert {p.name for p in (run / "samples").iterdir()} == {f"step-00000{n}-sheet.png" for n in (0, 2, 4)}
-    assert "tests.rewards:red" in (run / "final" / "README.md").read_text()
-    for named in ("samples", "weights", "metrics"):
+    assert "tests.example_rewards:red" in (run / "final" / "README.md").read_text()
+    for named in ("weights", "metrics", "pictures"):
         path = next(line.split()[-1] for line in result.out.splitlines() if line.startswith(named))
         assert Path(path).exists()
 
@@ -204,8 +204,8 @@ def test_the_final_lora_gives_plain_diffusers_our_picture(tiny_sdxl):
 
 
 def test_a_reward_that_is_never_a_number_stops_the_run(tiny_sdxl):
-    preset = recipe(tiny_sdxl, rewards={"tests.rewards:broken": 1.0})
-    preset.write_text(preset.read_text().replace("  tests.rewards:red: 1.0\n", ""))
+    preset = recipe(tiny_sdxl, rewards={"tests.example_rewards:broken": 1.0})
+    preset.write_text(preset.read_text().replace("  tests.example_rewards:red: 1.0\n", ""))
     result = draftp("train", "--preset", preset, "--output", "run")
     assert result.code == 1
     assert f"{SKIPS_ALLOWED} steps in a row" in result.err

@@ -1,4 +1,4 @@
-"""Rewards for tests, found as users' own are: by `tests.rewards:red`."""
+"""Rewards for tests, found as users' own are: by `tests.example_rewards:red`."""
 
 from __future__ import annotations
 

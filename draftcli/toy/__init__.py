@@ -1,0 +1,1 @@
+"""The toy world: a small world whose truth is known, with a real but tiny SDXL and a learned reward to go with it."""

@@ -1,0 +1,115 @@
+"""Make the toy world's weights: `python -m draftcli.toy.make_weights --output DIR`.
+
+Three stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
+encoders), the learned reward. What was run and measured is written to DIR/provenance.json after every stage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from draftcli.toy import oracle
+from draftcli.toy.train_reward import train_reward
+from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw, open_pipeline, train_sdxl
+from draftcli.toy.train_vae import train_vae
+from draftcli.toy.world import caption, held_out_scenes
+
+VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 1000, 1000
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the stages that are not done yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder for model/, reward/ and provenance.json")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
+    options = parser.parse_args(arguments)
+    make_weights(options.output, options.seed, options.quick)
+
+
+def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
+    """Train what is missing in `output`: `model/` (a diffusers folder), `reward/` (a CLIP), `provenance.json`."""
+    model, reward = output / "model", output / "reward"
+    vae_steps, sdxl_steps, reward_steps = (3, 3, 3) if quick else (VAE_STEPS, SDXL_STEPS, REWARD_STEPS)
+    small = {"pool": 32} if quick else {}
+    _stage(output, "vae", model / "vae", seed, lambda: train_vae(model / "vae", seed, vae_steps, **small))
+    _stage(output, "sdxl", model / "unet", seed, lambda: train_sdxl(model, seed, sdxl_steps, **small))
+    _stage(output, "base", None, seed, lambda: measure_base(model, seed, 4 if quick else 480))
+    few = {"scenes": 8, "groups": 2, "check": 8} if quick else {}
+    _stage(output, "reward", reward / "model.safetensors", seed,
+           lambda: train_reward(model, reward, seed, reward_steps, **few))  # fmt: skip
+
+
+def measure_base(model: Path, seed: int, count: int) -> dict[str, Any]:
+    """How well the base follows held-out captions, by the oracle: all attributes right, each one, the mean score."""
+    prompts = ([caption(scene) for scene in held_out_scenes()] * 2)[:count]
+    pictures = draw(open_pipeline(model), prompts, seed)
+    means = oracle.attributes(pictures, prompts).mean(0).tolist()
+    return {
+        "captions": count,
+        "sampler_steps": SAMPLER_STEPS,
+        "guidance": GUIDANCE,
+        "all_right": float(oracle.correct(pictures, prompts).float().mean()),
+        "oracle_score": float(oracle.score(pictures, prompts).mean()),
+        "attributes": dict(zip(oracle.ATTRIBUTES, means, strict=True)),
+    }
+
+
+def _stage(output: Path, name: str, result: Path | None, seed: int, run: Callable[[], dict[str, Any]]) -> None:
+    path = output / "provenance.json"
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if name in record and (result is None or result.exists()):
+        print(f"{name}: already there")
+        return
+    if result is not None and result.is_dir():
+        shutil.rmtree(result)
+    started = datetime.now(UTC)
+    measured = run()
+    measured["total_seconds"] = (datetime.now(UTC) - started).total_seconds()
+    record |= _circumstances(seed) | {name: _rounded(measured), "megabytes": _rounded(_sizes(output))}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    print(f"{name}: {json.dumps(record[name])}", flush=True)
+
+
+def _circumstances(seed: int) -> dict[str, Any]:
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "command": f"python -m draftcli.toy.make_weights --output DIR --seed {seed}",
+        "seed": seed,
+        "date": datetime.now(UTC).date().isoformat(),
+        "hardware": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def _sizes(output: Path) -> dict[str, float]:
+    weights = {str(p.parent.relative_to(output)): p.stat().st_size / 1e6 for p in output.rglob("*.safetensors")}
+    return weights | {"all_files": sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) / 1e6}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return round(value, 4) if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    main()

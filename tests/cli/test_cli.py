@@ -1,0 +1,113 @@
+"""The command line as people meet it: help, version, dry runs."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from draftcli import __version__
+from draftcli.config import load_config, preset_names
+from tests.command import draftp, recipe
+
+
+def test_help_is_instant_and_does_not_import_torch():
+    """Under half a second of process time; the quickest of three, as CI machines have other work."""
+    code = (
+        "import sys; sys.argv = ['draftp', '--help']\n"
+        "from draftcli.cli import main\n"
+        "try: main()\n"
+        "finally: sys.exit(any(m in sys.modules for m in ('torch', 'diffusers', 'transformers', 'numpy')))"
+    )
+    spent = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert done.returncode == 0, "a heavy library was imported"
+        assert "train" in done.stdout
+        spent.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(spent) < 0.5
+
+
+def test_version():
+    assert draftp("--version").out == f"draftp {__version__}\n"
+
+
+def test_help_of_a_command_teaches_by_example():
+    assert draftp("train", "--help").out.count("draftp train --preset") >= 3
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_dry_run_works_offline_for_every_preset_and_touches_nothing(preset):
+    result = draftp("train", "--preset", preset, "--dry-run")
+    assert result.code == 0, result.err
+    assert result.err == "", "a preset of ours gives no warning"
+    for word in ("trainable", "frozen", "UNet evaluations", "images", "rewards", "kl_coeff"):
+        assert word in result.out
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_dry_run_counts_sdxl_as_it_is():
+    """2.57 billion weights in the UNet; 25 steps with guidance and one with the base beside are 52 evaluations."""
+    out = draftp("train", "--preset", "sdxl-lora", "--dry-run").out
+    assert "2,567,463,684 unet" in out
+    assert "123,060,480 text encoder" in out
+    assert "694,659,840 text encoder 2" in out
+    assert "832 UNet evaluations" in out
+    assert "trainable    2,567,463,684" in draftp("train", "--preset", "sdxl-full", "--dry-run").out
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_presets_open_with_hardware_duration_result_and_command(preset):
+    head = load_config_text(preset).split("\nmodel:")[0]
+    for word in ("hardware", "duration", "result", f"draftp train --preset {preset}"):
+        assert word in head
+    load_config(preset)
+
+
+def load_config_text(preset: str) -> str:
+    from draftcli.config import presets_folder
+
+    return (presets_folder() / f"{preset}.yaml").read_text(encoding="utf-8")
+
+
+def test_reward_replaces_those_of_the_preset_and_set_wins_over_the_file():
+    result = draftp(
+        "train", "--preset", "toy", "--reward", "pickscore=0.5", "--reward", "clip", "--set", "optim.lr=3e-4", "--dry-run"
+    )
+    assert result.code == 0
+    assert "rewards      pickscore, clip;" in result.out
+    assert "lr: 0.0003" in result.out
+
+
+def test_output_defaults_to_the_presets_name_and_quiet_is_quiet(tiny_sdxl):
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--quiet")
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert Path("runs/tiny/final/pytorch_lora_weights.safetensors").is_file()
+
+
+@pytest.mark.slow  # a minute: builds a wheel, which fetches the build backend, and starts two processes from it
+def test_the_wheel_works_from_any_folder(tmp_path):
+    root = Path(__file__).parents[2]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", tmp_path, root], check=True)
+    (wheel,) = tmp_path.glob("draftp-*.whl")
+    assert wheel.stat().st_size < 16e6
+    site = tmp_path / "site"
+    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def run(*arguments: str) -> str:
+        return subprocess.run(
+            [sys.executable, *arguments], env=env, cwd=elsewhere, capture_output=True, text=True, check=True
+        ).stdout
+
+    assert run("-c", "import draftcli; print(draftcli.__file__)").startswith(str(site))
+    settings = ["--set", "trainer.max_steps=1", "--set", "trainer.val_check_interval=0", "--set", "held_out_rewards=[]"]
+    out = run("-m", "draftcli", "train", "--preset", "toy", *settings)
+    assert "weights  runs/toy/final" in out

@@ -1,0 +1,108 @@
+"""FSDP2 on two gloo processes: each with half of the batch, together the loss and gradient of one with all of it.
+
+The processes are forked in a fresh interpreter (`python -m tests.core.test_sharding FOLDER OUT`), so that torch and
+diffusers are imported once and no thread of pytest's is forked along.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.multiprocessing import start_processes
+
+from draftcli.errors import InputError
+from tests.tiny import batch, tiny_model
+
+RANKS = 2
+CASES = {
+    "lora": {},
+    "lora after a base pass": {},
+    "full": {"peft": {"peft_scheme": "none"}},
+    "recomputed": {"sharding": {"activation_checkpointing": True}},
+    "bf16": {"model": {"precision": "bf16"}},
+}
+
+
+def model_of(case, folder):
+    return tiny_model(folder, 0.05, **CASES[case], trainer={"micro_batch_size": 4})
+
+
+def trained_names(model):
+    return [name for name, parameter in model.unet.named_parameters() if parameter.requires_grad]
+
+
+def one_rank(rank: int, folder: str, out: str) -> None:
+    """What each process does: every case on its half of the batch. Rank 0 writes what came of it."""
+    warnings.simplefilter("error")
+    dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=RANKS)
+    for case in CASES:
+        model = model_of(case, Path(folder))
+        model.configure_sharded_model()
+        assert all(type(p).__name__ == "DTensor" for p in model.unet.parameters())
+        assert not any(type(p).__name__ == "DTensor" for p in model.vae.parameters())
+        half = batch(4).split(2)[rank]
+        if case == "lora after a base pass":
+            with model.base_weights():
+                model.generate(half, model.initial_noise(half))
+        trained = trained_names(model)
+        _, metrics = model.get_loss_and_metrics(half)
+        summed = torch.tensor([metrics["loss"], metrics["reward"], metrics["kl_penalty"]], dtype=torch.float64)
+        dist.all_reduce(summed)
+        gradient = {name: p.grad.full_tensor() for name, p in model.unet.named_parameters() if p.grad is not None}
+        assert list(gradient) == trained
+        if rank == 0:
+            save_file({k: v.contiguous() for k, v in gradient.items()}, f"{out}/{case}.safetensors")
+            Path(out, f"{case}.json").write_text(json.dumps((summed / RANKS).tolist()))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def sharded(tiny_sdxl, tmp_path_factory):
+    """The folder with each case's gradient and mean metrics."""
+    out = tmp_path_factory.mktemp("sharded")
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.core.test_sharding", tiny_sdxl, out],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_sharded_processes_equal_one(sharded, tiny_sdxl, case):
+    model = model_of(case, tiny_sdxl)
+    _, metrics = model.get_loss_and_metrics(batch(4))
+    loss, reward, kl = json.loads((sharded / f"{case}.json").read_text())
+    # bf16 rounds by batch size, to 8 bits
+    tolerance = 2e-2 if case == "bf16" else 1e-9
+    assert [loss, reward, kl] == pytest.approx([metrics[k] for k in ("loss", "reward", "kl_penalty")], abs=tolerance)
+    gradient = load_file(sharded / f"{case}.safetensors")
+    parameters = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
+    assert gradient.keys() == parameters.keys()
+    found = torch.cat([gradient[name].flatten() for name in parameters])
+    expected = torch.cat([p.grad.flatten() for p in parameters.values()])
+    assert expected.norm() > 1e-4
+    assert (found - expected).norm() <= (0.1 if case == "bf16" else 1e-9) * expected.norm()
+    assert found.dtype == (torch.float32 if case == "bf16" else torch.float64)
+
+
+def test_sharding_needs_several_processes(tiny_sdxl):
+    with pytest.raises(InputError, match="torchrun"):
+        tiny_model(tiny_sdxl).configure_sharded_model()
+
+
+if __name__ == "__main__":
+    os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
+    start_processes(one_rank, args=tuple(sys.argv[1:3]), nprocs=RANKS, start_method="fork")

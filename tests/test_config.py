@@ -1,0 +1,95 @@
+"""Settings: preset < file < --set, every key known, the saved file reads back as the same settings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import draftcli
+from draftcli.config import check_config, dump_config, load_config, preset_names
+from draftcli.errors import InputError
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_saved_settings_read_back_as_themselves(preset):
+    cfg = load_config(preset)
+    Path("config.yaml").write_text(dump_config(cfg))
+    assert load_config("config.yaml") == cfg
+
+
+def test_later_overrides_win_and_values_are_yaml():
+    cfg = load_config(
+        "toy", ["optim.lr=1e-3", "optim.lr=2e-4", "sampling.sizes=[[64, 96]]", "sampling.negative_prompt=a: b", "model.vae=null"]
+    )
+    assert cfg.optim.lr == 2e-4
+    assert cfg.sampling.sizes == [(64, 96)]
+    assert cfg.sampling.negative_prompt == "a: b"
+    assert cfg.model.vae is None
+
+
+def test_a_rewards_short_form_can_be_refined():
+    cfg = load_config("toy", ["rewards.toy.target=3"])
+    assert (cfg.rewards["toy"].weight, cfg.rewards["toy"].target) == (1.0, 3.0)
+
+
+def test_settings_are_frozen():
+    cfg = load_config("toy")
+    with pytest.raises(ValueError, match="frozen"):
+        cfg.trainer.max_steps = 3
+
+
+def test_sdxl_defaults_are_those_that_peers_found_useful():
+    """Not the archived YAML's: its warm-up of 10,000 steps never ended."""
+    cfg = load_config("sdxl-lora")
+    assert (cfg.peft.rank, cfg.optim.lr, cfg.draftp.truncation_steps, cfg.sampling.steps) == (32, 1e-4, 1, 25)
+    assert (cfg.sampling.scale, cfg.trainer.global_batch_size, cfg.trainer.gradient_clip_val) == (5.0, 16, 1.0)
+    assert cfg.draftp.kl_coeff > 0
+    assert cfg.model.precision == "bf16"
+    assert cfg.model.vae_precision is None
+    assert cfg.optim.sched.warmup_steps <= 0.05 * cfg.trainer.max_steps
+    assert 200 <= cfg.trainer.max_steps <= 500
+
+
+def test_every_setting_is_documented_or_speaks_for_itself():
+    plain = {"height", "width", "sampler", "negative_prompt", "lr", "betas", "weight_decay", "name", "warmup_steps"}
+    plain |= {"prompts", "max_steps", "keep_checkpoints", "seed", "weight", "strategy", "tensorboard", "peft_scheme"}
+    for section in yaml.safe_load(dump_config(check_config({}))):
+        for name, field in _fields(section):
+            assert field.description or name in plain | {"normalise", "sched"}, f"{section}.{name}"
+
+
+def _fields(section):
+    annotation = draftcli.Config.model_fields[section].annotation
+    return getattr(annotation, "model_fields", {}).items()
+
+
+def test_timesteps_are_numpys_for_every_number_of_steps():
+    for n in range(1, 1000):
+        assert draftcli.timesteps(n) == np.linspace(999, 0, n, endpoint=False).astype(int).tolist()
+    assert draftcli.timesteps(1000) == list(range(999, -1, -1))
+
+
+@pytest.mark.parametrize("n", [0, 1001, -3])
+def test_timesteps_outside_the_schedule_are_refused(n):
+    with pytest.raises(ValueError, match="1 to 1000"):
+        draftcli.timesteps(n)
+
+
+def test_settings_given_in_vain_are_warned_about():
+    data = {
+        "optim": {"sched": {"name": "constant", "warmup_steps": 5}},
+        "peft": {"peft_scheme": "none", "rank": 8},
+        "sampling": {"scale": 1, "negative_prompt": "blurry"},
+        "trainer": {"max_steps": 10, "save_interval": 20, "val_check_interval": 20},
+        "held_out_rewards": ["toy_oracle"],
+    }
+    text = "\n".join(check_config(data).warnings())
+    for word in ("warmup_steps", "peft.rank", "negative_prompt", "save_interval", "val_check_interval", "held_out"):
+        assert word in text
+    assert check_config({}).warnings() == []
+
+
+def test_a_recipe_that_is_no_file_and_no_preset_names_the_presets():
+    with pytest.raises(InputError, match="toy-full"):
+        load_config("nothing")

@@ -1,0 +1,58 @@
+"""What the documents say is true: commands run, links lead somewhere, the pages made from code are up to date."""
+
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tests.command import draftp
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+DRAFTP_LINES = [
+    line.partition("#")[0].strip()
+    for page in PAGES
+    for block in blocks(page, "bash")
+    for line in block.splitlines()
+    if line.split("/")[-1].startswith("draftp ")
+]
+
+
+def test_there_are_commands_to_check():
+    assert len(DRAFTP_LINES) >= 4
+
+
+@pytest.mark.parametrize("line", DRAFTP_LINES)
+def test_documented_commands_are_understood(line):
+    """As dry runs: every option, preset and setting in them exists. `make demo` itself is run by CI."""
+    Path("my_prompts.txt").write_text("a fox\n")
+    arguments = [a for a in shlex.split(line)[1:] if a != "--dry-run"]
+    result = draftp(*arguments, "--dry-run")
+    assert result.code == 0, result.err
+    assert "UNet evaluations" in result.out
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[p.name for p in PAGES])
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_cli_page_is_what_the_commands_say():
+    made = runpy.run_path(str(ROOT / "docs" / "make_cli.py"))["cli_page"]()
+    assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made, "run `make docs`"
+
+
+def test_the_python_example_of_the_readme_runs(capsys):
+    example = next(block for block in blocks(ROOT / "README.md", "python") if "get_loss_and_metrics" in block)
+    names: dict = {}
+    exec(example, names)
+    assert names["metrics"].keys() >= {"loss", "reward", "kl_penalty"}

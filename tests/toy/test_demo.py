@@ -1,0 +1,21 @@
+"""What `make demo` promises, by the same command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.command import draftp
+
+
+@pytest.mark.slow  # three minutes: the whole training of the toy preset
+def test_the_toy_preset_teaches_the_tiny_sdxl_to_follow_captions():
+    result = draftp("train", "--preset", "toy")
+    assert result.code == 0, result.err
+    last = json.loads(Path("runs/toy/validation.jsonl").read_text().splitlines()[-1])
+    assert last["images"] >= 64 * 2
+    learned, oracle = last["rewards"]["toy"], last["rewards"]["toy_oracle"]
+    assert learned["n"] == oracle["n"] == last["images"]
+    assert learned["low"] > 0, "the interval of tuned minus base excludes 0"
+    assert oracle["difference"] >= 0.05
+    assert oracle["low"] > 0
