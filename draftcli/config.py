@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -91,6 +92,7 @@ class PeftConfig(Section):
     peft_scheme: Literal["lora", "none"] = "lora"
     """lora, or none: the whole UNet."""
     rank: Count = 32
+    """Inner width of the LoRA."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the LoRA is alpha / rank; default alpha = rank."""
     target_modules: Annotated[list[str], Field(min_length=1)] = [
@@ -278,7 +280,7 @@ def load_config(preset: str | Path, overrides: Sequence[str] = (), values: Mappi
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise InputError(f"--set {override}: expected KEY=VALUE, such as --set trainer.max_steps=300")
-        _set(data, key.strip().split("."), _parse(text, f"--set {override}"))
+        _set(data, _split(key.strip()), _parse(text, f"--set {override}"))
     return check_config(data)
 
 
@@ -373,6 +375,12 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
     node[keys[-1]] = value
 
 
+def _split(key: str) -> list[str]:
+    """A dotted key in parts; a reward's `package.module:object` is one of them."""
+    match = re.fullmatch(r"rewards\.([\w.]+:\w+)(?:\.(.+))?", key)
+    return [part for part in ("rewards", *match.groups()) if part] if match else key.split(".")
+
+
 def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
@@ -396,12 +404,8 @@ def _explain(error: Any) -> str:
     key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
-        elsewhere = [
-            f"{name}.{k}"
-            for name, f in Config.model_fields.items()
-            if _is_section(f.annotation)
-            for k in f.annotation.model_fields
-        ]  # type: ignore[union-attr]
+        sections = {name: field.annotation for name, field in Config.model_fields.items()}
+        elsewhere = [f"{name}.{k}" for name, s in sections.items() if _is_section(s) for k in s.model_fields]
         near = _nearest(str(location[-1]), known) or _nearest(key, elsewhere)
         where = ".".join(map(str, location[:-1])) or "the settings"
         return f"unknown setting {key}{near or f'; {where} knows: ' + ', '.join(known)}"
@@ -411,5 +415,5 @@ def _explain(error: Any) -> str:
     return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
 
 
-def _is_section(annotation: Any) -> bool:
+def _is_section(annotation: Any) -> TypeGuard[type[Section]]:
     return isinstance(annotation, type) and issubclass(annotation, Section)

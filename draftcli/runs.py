@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +62,7 @@ class Run:
         if self.config.is_file():
             changed = _differences(_load(self.config), yaml.safe_load(dump_config(cfg)))
             refused = [c for c in changed if not _may_change(c[0])]
-            if refused:
+            if refused and self.checkpoints():  # before the first checkpoint there is nothing to keep
                 listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in refused[:3])
                 raise InputError(
                     f"{self.folder} was started with other settings ({listed}); "
@@ -90,13 +91,15 @@ class Run:
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file or folder beside `path`, then rename it: `path` is never half written.
 
-    What was at `path` is replaced if it is a file.
+    What was at `path` is replaced.
     """
     aside = path.with_name(f".{path.name}.partial")
     write(aside)
     if aside.is_file():
         with aside.open("rb") as file:
             os.fsync(file.fileno())
+    if path.is_dir():
+        shutil.rmtree(path)
     aside.replace(path)
 
 

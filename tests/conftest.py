@@ -1,9 +1,16 @@
 """What every test stands on: no network, one thread, a working directory of its own, and the tiny SDXL."""
 
 import os
+import tempfile
 
 # Before anything imports torch or huggingface_hub, which read them once. Processes that tests start inherit them.
-os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HOME=tempfile.mkdtemp(),
+    OMP_NUM_THREADS="1",
+    MKL_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
 
 from pathlib import Path
 

@@ -20,11 +20,18 @@ def test_saved_settings_read_back_as_themselves(preset):
 
 def test_later_overrides_win_and_values_are_yaml():
     cfg = load_config(
-        "toy", ["optim.lr=1e-3", "optim.lr=2e-4", "sampling.sizes=[[64, 96]]", "sampling.negative_prompt=a: b", "model.vae=null"]
+        "toy",
+        [
+            "optim.lr=1e-3",
+            "optim.lr=2e-4",
+            "sampling.sizes=[[64, 96]]",
+            "sampling.negative_prompt=blurry, dark",
+            "model.vae=null",
+        ],
     )
     assert cfg.optim.lr == 2e-4
     assert cfg.sampling.sizes == [(64, 96)]
-    assert cfg.sampling.negative_prompt == "a: b"
+    assert cfg.sampling.negative_prompt == "blurry, dark"
     assert cfg.model.vae is None
 
 

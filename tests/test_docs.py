@@ -22,7 +22,7 @@ DRAFTP_LINES = [
     for page in PAGES
     for block in blocks(page, "bash")
     for line in block.splitlines()
-    if line.split("/")[-1].startswith("draftp ")
+    if re.match(r"(\S*/)?draftp ", line)
 ]
 
 

@@ -43,6 +43,15 @@ def main() -> None:
             raise
         print(f"draftp: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except RuntimeError as error:
+        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
+            raise
+        print(
+            "draftp: the GPU is out of memory; try a smaller trainer.micro_batch_size, sampling.height and width, or "
+            "sharding.activation_checkpointing true",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         if debug:
             raise

@@ -82,6 +82,8 @@ def _print_plan(cfg: Config) -> None:
     from draftcli.training.plan import make_plan
 
     check_names([*cfg.rewards, *cfg.held_out_rewards])
+    if cfg.data.validation_prompts:
+        read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
     plan = make_plan(cfg)
     total = plan.images * (plan.forward + plan.base)
     lines = [
@@ -107,5 +109,6 @@ def _print_outcome(outcome: Outcome, folder: Path, console: Console) -> None:
     for what, path in outcome.written.items():
         console.print(f"{what:<8} {path}", highlight=False, soft_wrap=True)
     if outcome.interrupted:
-        console.print(f"stopped after step {outcome.step}, saved; the same command again goes on", highlight=False)
+        saved = f"stopped after step {outcome.step}, saved" if outcome.step else "stopped before the first step"
+        console.print(f"{saved}; the same command again goes on", highlight=False)
         raise typer.Exit(130)

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -48,8 +49,9 @@ def attach_lora(
     if missing:
         warnings.warn(f"peft.target_modules {', '.join(missing)}: no module of the UNet has such a name", stacklevel=2)
     unet.requires_grad_(False)
+    scale: Any = alpha or rank  # peft annotates it as int and takes fractions
     config = LoraConfig(
-        r=rank, lora_alpha=alpha or rank, target_modules=list(targets), init_lora_weights="gaussian", lora_dropout=0.0
+        r=rank, lora_alpha=scale, target_modules=list(targets), init_lora_weights="gaussian", lora_dropout=0.0
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -121,7 +123,6 @@ def save_lora(unet: nn.Module, folder: Path) -> Path:
 
     config: LoraConfig = unet.peft_config[ADAPTER]  # type: ignore[index]
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    StableDiffusionXLPipeline.save_lora_weights(
-        folder, unet_lora_layers=lora_state_dict(unet), unet_lora_adapter_metadata=metadata
-    )
+    layers: dict[str, Any] = dict(lora_state_dict(unet))
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
     return folder / "pytorch_lora_weights.safetensors"

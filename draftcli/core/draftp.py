@@ -93,7 +93,7 @@ class SDXLDRaFTPModel:
         self.parts = parts or load_parts(cfg.model, trained_in_full=in_full)
         device = self.runtime.device
         self.vae = self.parts.vae.to(device)
-        self.unet = self.parts.unet.to(device).requires_grad_(False)
+        self.unet = self.parts.unet.to(device)
         self._base_unet = copy.deepcopy(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
@@ -104,7 +104,7 @@ class SDXLDRaFTPModel:
             sharding.checkpoint_activations(self.unet, self.vae)
         self.schedule = self._schedule()
         self.first_gradient_step = first_gradient_step(cfg.sampling.steps, cfg.draftp.truncation_steps)
-        self.reward_model: Callable[[Tensor, list[str]], Tensor] | None = None
+        self._reward_model: Any = None
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=cfg.model.precision == "fp16")
         self._images_seen = 0
 
@@ -114,6 +114,17 @@ class SDXLDRaFTPModel:
     def trainable_parameters(self) -> list[Tensor]:
         """The weights that are trained."""
         return [p for p in self.unet.parameters() if p.requires_grad]
+
+    @property
+    def reward_model(self) -> Callable[[Tensor, list[str]], Tensor] | None:
+        """What the network is tuned for; assigning it moves a reward that is a network to the model's device."""
+        return self._reward_model
+
+    @reward_model.setter
+    def reward_model(self, reward: Callable[[Tensor, list[str]], Tensor]) -> None:
+        if hasattr(reward, "to"):
+            reward.to(self.runtime.device)  # type: ignore[attr-defined]
+        self._reward_model = reward
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -168,12 +179,13 @@ class SDXLDRaFTPModel:
         cond = Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
         return cond.to(device, self.runtime.dtype)
 
-    def as_batch(self, batch: Batch | Sequence[str]) -> Batch:
-        """A plain list of prompts becomes a batch of the run's size, with seeds that no other batch had."""
+    def as_batch(self, batch: Batch | Sequence[str], training: bool = False) -> Batch:
+        """A plain list of prompts becomes a batch of the run's size; in training its seeds are new each time."""
         if isinstance(batch, Batch):
             return batch
         seen, count = self._images_seen, len(batch)
-        self._images_seen += count
+        if training:
+            self._images_seen += count
         seeds = [derived_seed(self.cfg.trainer.seed, "list", seen + i) for i in range(count)]
         size = (self.cfg.sampling.height, self.cfg.sampling.width)
         return Batch(list(batch), seeds, size, [None] * count)
@@ -316,7 +328,7 @@ class SDXLDRaFTPModel:
         def forward(
             data_iterator: Iterator[Batch | Sequence[str]], model: SDXLDRaFTPModel
         ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
-            batch = model.as_batch(next(data_iterator))
+            batch = model.as_batch(next(data_iterator), training=not validation_step)
             cond, churn_noise = model.encode(batch), model._churn_noise(batch)
             x = model.rollout(model.start(model.initial_noise(batch)), cond, churn_noise)
             with torch.set_grad_enabled(not validation_step):
@@ -352,7 +364,7 @@ class SDXLDRaFTPModel:
         Returns:
             loss; metrics averaged over the images ("images_and_captions": images (B, 3, H, W) in [0, 1] and prompts).
         """
-        batch = self.as_batch(batch)
+        batch = self.as_batch(batch, training=not forward_only)
         step = self.get_forward_output_and_loss_func(validation_step=forward_only)
         total: Metrics = {}
         pictures: list[tuple[Tensor, list[str]]] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,10 +63,12 @@ def choose_runtime(device: str, precision: str) -> Runtime:
         if chosen.type not in here:
             raise InputError(f"model.device {device!r} is not on this machine; here are: auto, {', '.join(here)}")
         why = "asked for by model.device"
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"model.device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     if precision == "fp64" and chosen.type == "mps":
         raise InputError("model.precision fp64: Apple's mps has no float64; use fp32, or model.device cpu")
-    if precision == "bf16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise InputError("model.precision bf16: this GPU has no bfloat16; use fp16 or fp32")
+    if precision == "bf16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError("model.precision bf16: this GPU computes no bfloat16; use fp16 or fp32")
     return Runtime(chosen, DTYPES[precision], f"{chosen} ({why}), {precision} (model.precision)")
 
 
@@ -91,8 +92,3 @@ class ImageNoise:
         """(B, ...) float32 on the CPU; `shape[0]` must be the number of seeds."""
         assert shape[0] == len(self.generators)
         return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators])
-
-
-def is_finite(*values: float) -> bool:
-    """Whether every number is neither NaN nor infinite."""
-    return all(map(math.isfinite, values))

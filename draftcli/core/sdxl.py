@@ -32,6 +32,8 @@ PIPELINE = "StableDiffusionXLPipeline"
 class Parts:
     """The loaded modules of an SDXL, and the three facts about it that are not in the weights.
 
+    Making one freezes its modules and drops the VAE's encoder, which is never used.
+
     Attributes:
         unet: called as diffusers' UNet2DConditionModel.
         vae: diffusers' AutoencoderKL; only its decoder is used.
@@ -51,6 +53,11 @@ class Parts:
     zero_terminal_snr: bool = False
     zeros_for_empty: bool = True
     name: str = field(default="custom", compare=False)
+
+    def __post_init__(self) -> None:
+        drop_vae_encoder(self.vae)
+        for module in self.modules.values():
+            module.requires_grad_(False).eval()
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -143,9 +150,6 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False) -> Parts:
     )
     if parts.prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows epsilon and v_prediction")
-    drop_vae_encoder(parts.vae)
-    for module in parts.modules.values():
-        module.requires_grad_(False).eval()
     return parts
 
 

@@ -5,18 +5,36 @@ The models know nothing of devices or processes (the separation of torchtitan's 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from draftcli.errors import InputError
 
 
-def checkpoint_activations(*networks: Any) -> None:
-    """Recompute each block's activations in backward instead of keeping them; diffusers' own switch."""
-    for network in networks:
-        network.enable_gradient_checkpointing()
+def checkpoint_activations(unet: Any, vae: Any) -> None:
+    """Recompute activations in backward instead of keeping them.
+
+    The UNet by diffusers' own switch, block by block. The decoder residual block by residual block: one of its
+    blocks at 1024 x 1024 in float32 would keep 10 GiB.
+    """
+    unet.enable_gradient_checkpointing()
+    for module in vae.modules():
+        if type(module).__name__ == "ResnetBlock2D":
+            module.forward = _recomputed(module.forward)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return call
 
 
 def shard(unet: nn.Module) -> None:

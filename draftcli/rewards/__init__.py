@@ -8,10 +8,12 @@ reward. `core` knows nothing of this package: to it a reward is a plain callable
 from __future__ import annotations
 
 import difflib
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -64,6 +66,9 @@ class WeightedSum:
         total = torch.zeros(len(prompts), device=images.device, dtype=images.dtype)
         for name, reward in self.rewards.items():
             score = reward(images, prompts)
+            if score.shape != (len(prompts),):
+                shape = tuple(score.shape)
+                raise InputError(f"reward {name} returned shape {shape} for {len(prompts)} pictures: one score each")
             self._scores[name].append(score.detach().float().cpu())
             setting = self.settings.get(name)
             if setting is not None and setting.target is not None:
@@ -102,9 +107,11 @@ def load_reward(name: str, pretrained: str | None = None) -> Reward:
     """
     factory = _factory(name)
     try:
-        reward = factory(**({} if pretrained is None else {"pretrained": pretrained}))
-    except TypeError as error:
-        raise InputError(f"reward {name}: {error}") from error
+        reward: Any = factory(**({} if pretrained is None else {"pretrained": pretrained}))
+    except InputError:
+        raise
+    except Exception as error:  # a plug-in's own troubles, in one line
+        raise InputError(f"reward {name}: cannot be made ({type(error).__name__}: {error})") from error
     if not callable(reward):
         raise InputError(f"reward {name}: its factory returned a {type(reward).__name__}, which cannot be called")
     if isinstance(reward, nn.Module):
@@ -151,9 +158,12 @@ def _reference(name: str) -> str:
 
 def _factory(name: str) -> Any:
     module, _, attribute = _reference(name).partition(":")
+    if ":" in name and (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # a console script does not look in the folder it is started from
     try:
-        return getattr(import_module(module), attribute)
-    except (ImportError, ValueError) as error:
-        raise InputError(f"reward {name}: cannot import {module!r} ({error})") from error
-    except AttributeError:
-        raise InputError(f"reward {name}: {module} has no {attribute!r}") from None
+        found = import_module(module)
+    except Exception as error:  # whatever a user's own module raises while it is imported
+        raise InputError(f"reward {name}: cannot import {module!r} ({type(error).__name__}: {error})") from error
+    if not hasattr(found, attribute):
+        raise InputError(f"reward {name}: {module} has no {attribute!r}")
+    return getattr(found, attribute)

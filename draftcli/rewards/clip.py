@@ -42,12 +42,16 @@ class CLIPReward(nn.Module):
 
     def preprocess(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, 3, size, size) normalised, in the dtype of the CLIP."""
+        images = images.to(self.mean.dtype)
         height, width = images.shape[-2:]
         scale = self.size / min(height, width)
         # transformers rounds the longer side down; the shorter one is exact
         size = [int(height * scale + 1e-6), int(width * scale + 1e-6)]
         if size != [height, width]:
-            images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+            # Apple's mps has no backward of this resize, so there it runs on the CPU.
+            source = images.cpu() if images.device.type == "mps" else images
+            resized = F.interpolate(source, size=size, mode="bicubic", antialias=True, align_corners=False)
+            images = resized.to(images.device)
             images = images.clamp(0, 1)  # bicubic overshoots at edges; the official route saturates at 8 bits
         top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
         images = images[..., top : top + self.size, left : left + self.size]
@@ -99,7 +103,8 @@ def load_clip_reward(name: str, pretrained: str, processor: str | None = None, b
             f"reward {name}: {pretrained} cannot be loaded; without the hub, download it and set "
             f"rewards.{name}.pretrained to its folder ({reason})"
         ) from error
-    return CLIPReward(name, clip, tokenizer, pixels["image_mean"], pixels["image_std"], bare_cosine)
+    reward = CLIPReward(name, clip, tokenizer, pixels["image_mean"], pixels["image_std"], bare_cosine)
+    return reward.requires_grad_(False).eval()
 
 
 def pickscore(pretrained: str = "yuvalkirstain/PickScore_v1") -> CLIPReward:

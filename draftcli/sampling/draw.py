@@ -40,7 +40,7 @@ def draw(
         batch_size: at most so many at once.
 
     Yields:
-        images (B, 3, H, W) in [0, 1] on the CPU, and their B prompts.
+        images (B, 3, H, W) in [0, 1] on the model's device, and their B prompts.
     """
     weigh = weighing(kind)
     for group in _batches(pictures, batch_size):
@@ -48,7 +48,7 @@ def draw(
             [p.prompt.text for p in group], [p.seed for p in group], group[0].size, [p.prompt.negative for p in group]
         )
         noise = model.initial_noise(batch)
-        yield (model.annealed_guidance(batch, noise, weigh) / 255).float().cpu(), list(batch.prompts)
+        yield (model.annealed_guidance(batch, noise, weigh) / 255).float(), list(batch.prompts)
 
 
 def _batches(pictures: Sequence[Picture], count: int) -> Iterator[list[Picture]]:

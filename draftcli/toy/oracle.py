@@ -31,6 +31,7 @@ WEIGHTS: dict[str, float] = {  # share of each attribute in the score; what a ca
 }
 ATTRIBUTES = tuple(WEIGHTS)
 NAMED = world.ATTRIBUTES  # what a caption names and a picture gets right or wrong; the others are matters of degree
+RIGHT = 0.8  # the score that counts as right: a square with a dent has it, a pillow does not
 
 _RADII = torch.arange(7.0, 29.0, 0.5)  # pixels: the sizes at which silhouettes are compared
 _MIN_CONTRAST = 0.10  # RGB distance below which shape and background are one colour
@@ -82,12 +83,12 @@ def weigh(table: Tensor) -> Tensor:
 
 
 def correct(images: Tensor, prompts: list[str]) -> Tensor:
-    """Whether every attribute that the caption names is right (scores at least a half), (B,) bool.
+    """Whether every attribute that the caption names is right (scores at least `RIGHT`), (B,) bool.
 
     False outside the grammar. Purity and crispness do not count: they are matters of degree, not of right and wrong.
     """
     table = attributes(images, prompts)[:, [ATTRIBUTES.index(name) for name in NAMED]]
-    return ((table >= 0.5) | table.isnan()).all(1) & ~table.isnan().all(1)
+    return ((table >= RIGHT) | table.isnan()).all(1) & ~table.isnan().all(1)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from draftcli.toy.train_sdxl import draw, open_pipeline, text_config
 from draftcli.toy.training import device, fit, paint, to_float
 from draftcli.toy.world import ATTRIBUTES, Scene, caption, change, held_out_scenes, is_held_out, training_scenes
 
-PRETRAIN_STEPS = 500
+PRETRAIN_STEPS = 600
+TIE = 0.02  # oracle scores closer than this are a tie
 LABEL_NOISE = 0.10  # share of preferences that are flipped
 PIXEL_NOISE = 0.03
-SHIFT = 2  # pixels: pictures are moved about, so that the reward's gradient does not hang on exact positions
+SHIFT = 1  # pixels: pictures are moved about, so that the reward's gradient does not hang on exact positions
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
@@ -41,6 +43,7 @@ PREPROCESSOR = {
     "image_std": STD,
     "do_convert_rgb": True,
 }
+BASE_SAMPLES = 4
 GROUP = 4  # pictures compared for one caption: six pairs
 
 
@@ -51,7 +54,8 @@ class Gallery:
     pictures: torch.Tensor  # (P, 3, 64, 64) uint8
     reading: oracle.Reading
     scenes: list[Scene]
-    of_scene: torch.Tensor  # (S, R)
+    of_scene: torch.Tensor  # (S, 7): the four base samples first
+    neighbours: list[np.ndarray]
 
 
 def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
@@ -70,7 +74,7 @@ def new_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def train_reward(
-    model_folder: Path, folder: Path, seed: int, steps: int, scenes: int = 1000, groups: int = 24, check: int = 256
+    model_folder: Path, folder: Path, seed: int, steps: int, scenes: int = 640, groups: int = 24, check: int = 480
 ) -> dict[str, float]:
     """Draw with the base, train the reward on preferences, save it to `folder`; returns the measured figures."""
     torch.manual_seed(seed)
@@ -93,42 +97,65 @@ def train_reward(
     clip.half().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
     figures = agreement(clip.float(), tokenizer, pipe, seed, check)
-    made = {"pretraining_steps": PRETRAIN_STEPS, "pretraining_seconds": pretrained, "steps": steps, "seconds": seconds}
+    made = {
+        "pretraining_steps": PRETRAIN_STEPS,
+        "pretraining_seconds": pretrained,
+        "steps": steps,
+        "seconds": seconds,
+    }
     return made | {"pairs_a_step": groups * 6, "label_noise": LABEL_NOISE} | figures
 
 
-def pretrain(clip: CLIPModel, tokenizer: CLIPTokenizer, rng: np.random.Generator, steps: int, batch: int = 96) -> float:
-    """First learn which caption belongs to which picture, as CLIP did before PickScore; returns the seconds."""
-    scenes = [training_scenes()[i] for i in rng.integers(len(training_scenes()), size=64 * steps // 10 + batch)]
+def pretrain(clip: CLIPModel, tokenizer: CLIPTokenizer, rng: np.random.Generator, steps: int) -> float:
+    """First learn which caption belongs to which picture, as CLIP did before PickScore; returns the seconds.
+
+    A batch is of families: a scene and three others that each differ from it in one attribute. Among unrelated scenes
+    colour and shape would be enough to tell, and place and size would never be learnt.
+    """
+    families, training = 16, training_scenes()
+    scenes = [member for _ in range(families * (steps // 2 + 1)) for member in _family(training, rng)]
     pictures = paint(scenes, rng, wear=1.0)
 
     def loss(step: int) -> torch.Tensor:
-        rows = rng.choice(len(scenes), size=batch, replace=False)
-        seen, read = embed(
-            clip, augment(to_float(pictures[torch.from_numpy(rows)])), tokenizer, [scenes[i] for i in rows]
-        )
+        first = 4 * rng.choice(len(scenes) // 4, size=families, replace=False)
+        rows = (first[:, None] + np.arange(4)).flatten()
+        images = augment(to_float(pictures[torch.from_numpy(rows)]))
+        seen, read = embed(clip, images, tokenizer, [scenes[i] for i in rows])
         logits = scale(clip) * seen @ read.T
-        pairs = torch.arange(batch, device=logits.device)
+        pairs = torch.arange(len(rows), device=logits.device)
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
     return fit(clip.parameters(), loss, steps, lr=1e-3, name="reward, captions")
 
 
-def make_gallery(pipe, scenes: list[Scene], seed: int, rng: np.random.Generator) -> Gallery:
-    """For each scene two base samples, a render, a render with one attribute changed, and a spoilt copy."""
+def _family(training: list[Scene], rng: np.random.Generator) -> list[Scene]:
+    family = [training[rng.integers(len(training))]]
+    while len(family) < 4:
+        other = change(family[0], str(rng.choice(ATTRIBUTES)), rng)
+        if not is_held_out(other) and other not in family:
+            family.append(other)
+    return family
+
+
+def make_gallery(pipe: Any, scenes: list[Scene], seed: int, rng: np.random.Generator) -> Gallery:
+    """For each scene four base samples, a render, a render with one attribute changed, and a spoilt base sample."""
     prompts = [caption(scene) for scene in scenes]
-    tell = lambda done: print(f"reward: drew {done} pictures", flush=True)  # noqa: E731
-    base = (draw(pipe, prompts + prompts, seed + 1, on_batch=tell) * 255).round().to(torch.uint8)
+    base = (draw(pipe, prompts * BASE_SAMPLES, seed + 7777) * 255).round().to(torch.uint8)
     true = paint(scenes, rng, wear=1.0)
     wrong = paint([change(scene, str(rng.choice(ATTRIBUTES)), rng) for scene in scenes], rng, wear=1.0)
-    drawn = torch.from_numpy(rng.uniform(size=(len(scenes), 1, 1, 1)) < 0.5)
-    either = torch.where(drawn, base[: len(scenes)], true)
-    pictures = torch.cat([base, true, wrong, spoil(either, rng)])
+    pictures = torch.cat([base, true, wrong, spoil(base[: len(scenes)], rng)])
     with torch.no_grad():
         readings = [oracle.read(part.float() / 255) for part in pictures.split(256)]
     whole = oracle.Reading(*(torch.cat(parts) for parts in zip(*(vars(r).values() for r in readings), strict=True)))
-    of_scene = torch.arange(5 * len(scenes)).view(5, -1).T
-    return Gallery(pictures, whole, scenes, of_scene)
+    of_scene = torch.arange(len(pictures)).view(-1, len(scenes)).T
+    return Gallery(pictures, whole, scenes, of_scene, _neighbours(scenes))
+
+
+def _neighbours(scenes: list[Scene]) -> list[np.ndarray]:
+    """For each scene the others that differ from it in one attribute (or, where there are none, all)."""
+    values = np.array([[getattr(scene, name) for name in ATTRIBUTES] for scene in scenes])
+    apart = [(values != row).sum(1) for row in values]
+    return [np.flatnonzero(d == 1) if (d == 1).any() else np.arange(len(scenes)) for d in apart]
 
 
 def spoil(pictures: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -169,7 +196,8 @@ def scale(clip: CLIPModel) -> torch.Tensor:
 def preference_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """Cross-entropy over all pairs of each group, logits and truth (S, G); ties are left out, some labels flipped."""
     i, j = torch.triu_indices(logits.shape[1], logits.shape[1], offset=1, device=logits.device)
-    sign = (truth[:, i] - truth[:, j]).sign()
+    lead = truth[:, i] - truth[:, j]
+    sign = lead.sign() * (lead.abs() > TIE)
     flipped = torch.rand(sign.shape, device=sign.device) < LABEL_NOISE
     sign = torch.where(flipped, -sign, sign)
     losses = -F.logsigmoid(sign * (logits[:, i] - logits[:, j]))  # the softmax cross-entropy of two logits
@@ -177,7 +205,7 @@ def preference_loss(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor) -> torch.Tensor:
-    """Each picture moved by up to two pixels, with a little noise."""
+    """Each picture moved by up to a pixel, with a little noise."""
     padded = F.pad(images, (SHIFT,) * 4, mode="replicate")
     size = images.shape[-1]
     moves = torch.randint(0, 2 * SHIFT + 1, (len(images), 2)).tolist()
@@ -186,7 +214,7 @@ def augment(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def agreement(clip: CLIPModel, tokenizer: CLIPTokenizer, pipe, seed: int, count: int) -> dict[str, float]:
+def agreement(clip: CLIPModel, tokenizer: CLIPTokenizer, pipe: Any, seed: int, count: int) -> dict[str, float]:
     """How often reward and oracle prefer the same of two base samples, on held-out captions; ties left out."""
     scenes = (held_out_scenes() * 2)[:count]
     prompts = [caption(scene) for scene in scenes]
@@ -201,17 +229,16 @@ def agreement(clip: CLIPModel, tokenizer: CLIPTokenizer, pipe, seed: int, count:
     return {"agreement": float(same.float().mean()), "judged_pairs": int(judged.sum()), "tie": TIE}
 
 
-TIE = 0.02  # oracle scores closer than this are a tie
-
-
 def _ask(gallery: Gallery, groups: int, rng: np.random.Generator) -> tuple[torch.Tensor, list[Scene]]:
-    """Rows (groups, GROUP) of pictures to compare, and for each group the scene whose caption is asked about."""
+    """Rows (groups, GROUP) of pictures to compare, and for each group the scene whose caption is asked about.
+
+    Two base samples of the scene, one of a scene that differs in one attribute (or it would learn quality without
+    reading the caption), and one other picture of the scene.
+    """
     which = rng.integers(len(gallery.scenes), size=groups)
-    rows = torch.stack([gallery.of_scene[i][torch.from_numpy(rng.permutation(5)[:GROUP])] for i in which])
-    # One picture of another scene: otherwise it would learn to tell quality without reading the caption.
-    rows[:, -1] = gallery.of_scene[torch.from_numpy(rng.integers(len(gallery.scenes), size=groups)), 0]
-    asked = [gallery.scenes[i] for i in which]
-    for k in np.flatnonzero(rng.uniform(size=groups) < 0.3):
-        other = change(asked[k], str(rng.choice(ATTRIBUTES)), rng)
-        asked[k] = asked[k] if is_held_out(other) else other
+    other = [int(rng.choice(gallery.neighbours[i])) for i in which]
+    pick = [[*rng.permutation(BASE_SAMPLES)[:2], BASE_SAMPLES + rng.integers(3)] for _ in which]
+    mine = gallery.of_scene[which].gather(1, torch.from_numpy(np.array(pick)))
+    rows = torch.cat([mine, gallery.of_scene[other, :1]], dim=1)
+    asked = [gallery.scenes[k if rng.uniform() < 0.2 else i] for i, k in zip(which, other, strict=True)]
     return rows, asked

@@ -51,8 +51,8 @@ def train_vae(folder: Path, seed: int, steps: int, batch: int = 8, pool: int = 6
 
     seconds = fit(vae.parameters(), loss, steps, lr=LEARNING_RATE, name="vae", weight_decay=0.0)
     vae.eval().requires_grad_(False)
-    spread = vae.encode(to_float(pictures[:512]) * 2 - 1).latent_dist.mean.std()
-    vae.register_to_config(scaling_factor=round(1 / float(spread), 5))
+    spread = vae.encode(to_float(pictures[:256]) * 2 - 1).latent_dist.mean.std()
+    vae.register_to_config(scaling_factor=1 / float(spread))
     l1 = round_trip_error(vae, seed)
     vae.half().save_pretrained(folder)
     return {"steps": steps, "batch": batch, "seconds": seconds, "l1": l1, "parameters": vae.num_parameters()}

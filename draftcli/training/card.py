@@ -8,11 +8,25 @@ import yaml
 
 from draftcli import __version__
 from draftcli.config import Config
+from draftcli.core.sdxl import BUILT_IN
 
 LOADING = {
     "lora": 'pipe.load_lora_weights("PATH/TO/final")',
     "none": 'pipe.unet = UNet2DConditionModel.from_pretrained("PATH/TO/final/unet")',
 }
+
+
+def _base(cfg: Config) -> str:
+    if cfg.model.pretrained in BUILT_IN:
+        return f'pipe = StableDiffusionXLPipeline.from_pretrained(model_path("{cfg.model.pretrained}"))'
+    loader = "from_single_file" if cfg.model.pretrained.endswith(".safetensors") else "from_pretrained"
+    return f'pipe = StableDiffusionXLPipeline.{loader}("{cfg.model.pretrained}")'
+
+
+def _steps(cfg: Config) -> str:
+    if cfg.sampling.schedule == "leading":
+        return f"num_inference_steps={cfg.sampling.steps}"
+    return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
 
 
 def model_card(cfg: Config, validation: dict[str, Any] | None) -> str:
@@ -41,10 +55,11 @@ def model_card(cfg: Config, validation: dict[str, Any] | None) -> str:
         "```python",
         "import draftcli",
         "from diffusers import StableDiffusionXLPipeline" + ("" if lora else ", UNet2DConditionModel"),
+        *(["from draftcli.core.sdxl import model_path"] if cfg.model.pretrained in BUILT_IN else []),
         "",
-        f'pipe = StableDiffusionXLPipeline.from_pretrained("{cfg.model.pretrained}")',
+        _base(cfg),
         LOADING[cfg.peft.peft_scheme],
-        f"pipe(prompt, timesteps=draftcli.timesteps({cfg.sampling.steps}), guidance_scale={cfg.sampling.scale:g})",
+        f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.scale:g})",
         "```",
         "",
     ]

@@ -62,8 +62,7 @@ def save_checkpoint(run: Run, step: int, model: SDXLDRaFTPModel, state: dict[str
     target = run.step_folder(step)
     with disk_errors(target):
         try:
-            if not target.exists():
-                write_aside(target, write)
+            write_aside(target, write)
         except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report a full disk
             raise DraftpError(f"{target}: cannot be written ({error})") from error
         for old in run.checkpoints()[keep:]:
@@ -84,7 +83,7 @@ def load_newest(run: Run, model: SDXLDRaFTPModel) -> tuple[dict[str, Any] | None
             state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
             load_weights(model, folder)
             return state, damaged
-        damaged.append(f"{folder} is damaged ({problem}); the one before it is used")
+        damaged.append(f"{folder} is damaged ({problem}) and is passed over")
     return None, damaged
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +22,7 @@ from torch import nn
 from draftcli.config import Config
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.runtime import derived_seed
-from draftcli.errors import DraftpError
+from draftcli.errors import DraftpError, InputError
 from draftcli.prompts import Prompt, Shuffled, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_reward
 from draftcli.runs import Run, disk_errors, write_aside
@@ -60,46 +62,45 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
         InputError: settings, prompts, model or folder are wrong.
         DraftpError: the disk refuses, or the loss is not finite three times in a row.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("this version trains in one process; start it without torchrun or accelerate launch")
     prompts = read_prompts(cfg.data.prompts)
-    check_names([*cfg.rewards, *cfg.held_out_rewards])
+    rewards, held_out = _rewards(cfg)
     run = Run(folder)
     run.open(cfg)
     if run.final.is_dir() and run.step_folder(cfg.trainer.max_steps).is_dir():
         return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written={"weights": run.final})
     model = SDXLDRaFTPModel(cfg)
     console.print(f"running on {model.runtime.reason}", highlight=False)
-    device = model.runtime.device
-    rewards = get_reward_model(cfg)
-    assert isinstance(rewards, WeightedSum)
-    model.reward_model = rewards.to(device)
-    held_out = WeightedSum({name: load_reward(name) for name in cfg.held_out_rewards}).to(device)
-    optimizer = torch.optim.AdamW(
-        model.trainable_parameters, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
-    )
-    schedule = get_scheduler(
-        cfg.optim.sched.name,
-        optimizer,
-        num_warmup_steps=cfg.optim.sched.warmup_steps,
-        num_training_steps=cfg.trainer.max_steps,
-    )
-    state, damaged = load_newest(run, model)
-    for line in damaged:
-        console.print(f"[yellow]warning:[/] {line}", highlight=False)
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        model.grad_scaler.load_state_dict(state["grad_scaler"])
-        console.print(f"resuming {folder} after step {state['step']}", highlight=False)
-    first = state["step"] if state else 0
-    run.forget_after(first)
-
+    model.reward_model = rewards
     validation = None
     if cfg.trainer.val_check_interval and cfg.data.validation_prompts:
-        validation = Validation(model, {**rewards.rewards, **held_out.rewards})
-    trainer = _Trainer(cfg, model, rewards, optimizer, schedule, prompts)
+        validation = Validation(model, {**rewards.rewards, **held_out.to(model.runtime.device).rewards})
+    trainer = _Trainer(model, rewards, prompts)
+    state, damaged = load_newest(run, model)
+    for line in damaged:
+        Console(stderr=True).print(f"warning: {line}", highlight=False, soft_wrap=True)
+    first = 0
+    if state is not None:
+        trainer.load_state(state)
+        first = state["step"]
+        console.print(f"resuming {folder} after step {first}", highlight=False)
+    if first > cfg.trainer.max_steps:
+        raise InputError(f"trainer.max_steps is {cfg.trainer.max_steps}, and {folder} has taken {first} steps already")
+    run.forget_after(first)
     log = RunLog(run, console, first, cfg.trainer.max_steps, cfg.logging.tensorboard)
     with log, stop_on_signal() as asked_to_stop:
         return _loop(run, trainer, validation, log, first, asked_to_stop)
+
+
+def _rewards(cfg: Config) -> tuple[WeightedSum, WeightedSum]:
+    """The trained and the held-out rewards, loaded before the large model so that mistakes show early."""
+    check_names([*cfg.rewards, *cfg.held_out_rewards])
+    if cfg.data.validation_prompts:
+        read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
+    rewards = get_reward_model(cfg)
+    assert isinstance(rewards, WeightedSum)
+    return rewards, WeightedSum({name: load_reward(name) for name in cfg.held_out_rewards})
 
 
 def _loop(
@@ -111,9 +112,8 @@ def _loop(
     for step in range(first, last + 1):
         outcome.step = step
         due = cfg.val_check_interval and (step % cfg.val_check_interval == 0 or step == last)
-        if validation is not None and due and (step > first or step == 0) and not asked_to_stop:
+        if validation is not None and due and (step > first or step == 0) and (step == last or not asked_to_stop):
             outcome.validation, pictures = validation(run, step)
-            trainer.rewards.pop_scores()
             log.validation(outcome.validation)
             log.say(_in_words(outcome.validation))
         if step > first and (step % cfg.save_interval == 0 or step == last or asked_to_stop):
@@ -135,17 +135,18 @@ def _loop(
 class _Trainer:
     """What one optimizer step needs, and nothing of files or terminals."""
 
-    def __init__(
-        self,
-        cfg: Config,
-        model: SDXLDRaFTPModel,
-        rewards: WeightedSum,
-        optimizer: torch.optim.Optimizer,
-        schedule: Any,
-        prompts: list[Prompt],
-    ) -> None:
-        self.cfg, self.model, self.rewards = cfg, model, rewards
-        self.optimizer, self.schedule = optimizer, schedule
+    def __init__(self, model: SDXLDRaFTPModel, rewards: WeightedSum, prompts: list[Prompt]) -> None:
+        cfg = self.cfg = model.cfg
+        self.model, self.rewards = model, rewards
+        self.optimizer = torch.optim.AdamW(
+            model.trainable_parameters, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
+        )
+        self.schedule = get_scheduler(
+            cfg.optim.sched.name,
+            self.optimizer,
+            num_warmup_steps=cfg.optim.sched.warmup_steps,
+            num_training_steps=cfg.trainer.max_steps,
+        )
         self.prompts = Shuffled(prompts, cfg.trainer.seed)
         sizes = [*cfg.sampling.sizes] or [(cfg.sampling.height, cfg.sampling.width)]
         self.sizes = Shuffled(sizes, cfg.trainer.seed)
@@ -202,6 +203,12 @@ class _Trainer:
             "grad_scaler": self.model.grad_scaler.state_dict(),
         }
 
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.model.grad_scaler.load_state_dict(state["grad_scaler"])
+
 
 @contextmanager
 def stop_on_signal() -> Iterator[list[int]]:
@@ -216,6 +223,7 @@ def stop_on_signal() -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -233,8 +241,6 @@ def _write_final(run: Run, model: SDXLDRaFTPModel, outcome: Outcome) -> None:
         (folder / "README.md").write_text(model_card(model.cfg, outcome.validation), encoding="utf-8")
 
     with disk_errors(run.final):
-        if run.final.is_dir():  # max_steps was raised: the older final gives way
-            shutil.rmtree(run.final)
         write_aside(run.final, write)
 
 

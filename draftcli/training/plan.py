@@ -51,7 +51,8 @@ def make_plan(cfg: Config) -> Plan:
         InputError: peft.target_modules fits nothing in the UNet.
     """
     folder = Path(model_path(cfg.model.pretrained))
-    if not (folder / "unet" / "config.json").is_file():
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    if not all((folder / part / "config.json").is_file() for part in parts):
         folder = SDXL_CONFIG
     modules = _modules_on_meta(folder)
     frozen = {name: _count(module) for name, module in modules.items()}

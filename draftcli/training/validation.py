@@ -60,7 +60,8 @@ class Validation:
             for i in chosen
         ]
         with disk_errors(sheet):
-            write_sheet(sheet, cells, f"base and tuned after {step} steps, same seeds")
+            edge = min(512, max(160, *base.shape[-2:]))
+            write_sheet(sheet, cells, f"base and tuned after {step} steps, same seeds", edge=edge)
         return {"step": step, "images": len(self.pictures), "rewards": figures}, sheet
 
     def _judge(self, kind: str) -> tuple[Tensor, dict[str, np.ndarray]]:
@@ -68,10 +69,10 @@ class Validation:
         images: list[Tensor] = []
         scores: dict[str, list[np.ndarray]] = {name: [] for name in self.rewards}
         for batch, prompts in draw(self.model, self.pictures, kind, self.model.cfg.trainer.micro_batch_size):
-            images.append(batch)
+            images.append(batch.cpu())
             with torch.no_grad():
                 for name, reward in self.rewards.items():
-                    scores[name].append(reward(batch, prompts).double().cpu().numpy())
+                    scores[name].append(reward(batch, prompts).cpu().double().numpy())
         return torch.cat(images), {name: np.concatenate(parts) for name, parts in scores.items()}
 
     def _note(self, who: str, scores: dict[str, np.ndarray], i: int) -> str:

@@ -1,4 +1,4 @@
-"""Wrong settings and files: one line on stderr that says what came, what is allowed or what to do; the right exit code."""
+"""Wrong settings and files: one line on stderr that says what came and what to do; the right exit code."""
 
 import json
 import os
@@ -29,7 +29,7 @@ SETTINGS = [
     ("peft.target_modules=[nowhere]", "peft.target_modules nowhere: no module of the UNet has such a name"),
     ("model.precision=fp8", "'fp64', 'fp32', 'bf16' or 'fp16'"),
     ("model.device=tpu", "model.device 'tpu'"),
-    ("model.device=cuda", "model.device 'cuda' is not on this machine"),
+    ("model.device=cuda:99", "model.device 'cuda:99'"),
     ("optim.lr=0", "greater than 0"),
     ("optim.betas=[0.9]", "optim.betas"),
     ("optim.sched.name=wobbly", "optim.sched.name"),
@@ -57,9 +57,8 @@ def expect(result, code, *words):
 
 @pytest.mark.parametrize(("setting", "words"), SETTINGS, ids=[s for s, _ in SETTINGS])
 def test_wrong_settings(tiny_sdxl, setting, words):
-    if not setting.startswith(("model.device=cuda",)) or not Path("/dev/nvidia0").exists():
-        result = draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run", "--set", setting)
-        expect(result, 2, words)
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run", "--set", setting)
+    expect(result, 2, words)
 
 
 @pytest.mark.parametrize(
@@ -161,8 +160,6 @@ def test_wrong_outputs(tiny_sdxl):
 def test_a_full_disk_is_said_in_one_line(tiny_sdxl):
     preset = recipe(tiny_sdxl)
     Path("run").mkdir()
-    Path("run/config.yaml").write_text("")
-    Path("run/config.yaml").unlink()
     Path("run/metrics.jsonl").symlink_to("/dev/full")
     Path("run/config.yaml").write_text(_resolved(preset))
     expect(draftp("train", "--preset", preset, "--output", "run"), 1, "metrics.jsonl", "No space left on device")

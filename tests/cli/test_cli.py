@@ -76,7 +76,16 @@ def load_config_text(preset: str) -> str:
 
 def test_reward_replaces_those_of_the_preset_and_set_wins_over_the_file():
     result = draftp(
-        "train", "--preset", "toy", "--reward", "pickscore=0.5", "--reward", "clip", "--set", "optim.lr=3e-4", "--dry-run"
+        "train",
+        "--preset",
+        "toy",
+        "--reward",
+        "pickscore=0.5",
+        "--reward",
+        "clip",
+        "--set",
+        "optim.lr=3e-4",
+        "--dry-run",
     )
     assert result.code == 0
     assert "rewards      pickscore, clip;" in result.out

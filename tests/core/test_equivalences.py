@@ -258,9 +258,10 @@ def test_noise_depends_on_seed_and_size_alone(tiny_sdxl):
 
 def test_plain_lists_of_prompts_get_fresh_noise_that_a_rerun_repeats(tiny_sdxl):
     first, again = tiny_model(tiny_sdxl), tiny_model(tiny_sdxl)
-    seeds = [first.as_batch(["a", "b"]).seeds, first.as_batch(["a", "b"]).seeds]
+    seeds = [first.as_batch(["a", "b"], training=True).seeds, first.as_batch(["a", "b"]).seeds]
     assert len({*seeds[0], *seeds[1]}) == 4
-    assert again.as_batch(["c", "d"]).seeds == seeds[0]
+    assert again.as_batch(["c", "d"]).seeds == seeds[0], "only training uses noise up"
+    assert again.as_batch(["c", "d"], training=True).seeds == seeds[0]
     assert again.as_batch(["c"]).seeds == seeds[1][:1]
 
 

@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import torch
 
+from draftcli.rewards.clip import CLIPReward
 from draftcli.toy import world
-from draftcli.toy.reward import ToyReward, toy_oracle, toy_reward
+from draftcli.toy.reward import toy_oracle, toy_reward
 
 SCENES = world.held_out_scenes(32)
 PROMPTS = [world.caption(scene) for scene in SCENES]
 
 
 @pytest.fixture(scope="module")
-def reward() -> ToyReward:
+def reward() -> CLIPReward:
     return toy_reward()
 
 
@@ -24,7 +25,7 @@ def truth() -> torch.Tensor:
     return torch.from_numpy(np.stack([world.render(scene, rng) for scene in SCENES]))
 
 
-def test_reward_is_scaled_cosine(reward: ToyReward, truth: torch.Tensor) -> None:
+def test_reward_is_scaled_cosine(reward: CLIPReward, truth: torch.Tensor) -> None:
     scores = reward(truth, PROMPTS)
     assert scores.shape == (32,)
     assert scores.dtype == torch.float32
@@ -34,7 +35,7 @@ def test_reward_is_scaled_cosine(reward: ToyReward, truth: torch.Tensor) -> None
     assert scores.abs().max() <= reward.clip.logit_scale.exp()
 
 
-def test_reward_has_a_finite_gradient_in_the_pixels_only(reward: ToyReward, truth: torch.Tensor) -> None:
+def test_reward_has_a_finite_gradient_in_the_pixels_only(reward: CLIPReward, truth: torch.Tensor) -> None:
     images = truth[:4].clone().requires_grad_()
     reward(images, PROMPTS[:4]).sum().backward()
     assert images.grad is not None
@@ -43,12 +44,12 @@ def test_reward_has_a_finite_gradient_in_the_pixels_only(reward: ToyReward, trut
     assert not any(p.requires_grad for p in reward.parameters())
 
 
-def test_reward_prefers_the_right_caption(reward: ToyReward, truth: torch.Tensor) -> None:
+def test_reward_prefers_the_right_caption(reward: CLIPReward, truth: torch.Tensor) -> None:
     wrong = PROMPTS[1:] + PROMPTS[:1]
-    assert (reward(truth, PROMPTS) > reward(truth, wrong)).float().mean() > 0.9
+    assert (reward(truth, PROMPTS) > reward(truth, wrong)).float().mean() > 0.7  # chance is 0.5
 
 
-def test_reward_takes_other_sizes_and_types(reward: ToyReward, truth: torch.Tensor) -> None:
+def test_reward_takes_other_sizes_and_types(reward: CLIPReward, truth: torch.Tensor) -> None:
     larger = torch.nn.functional.interpolate(truth[:4], size=(96, 80), mode="bicubic", antialias=True).clamp(0, 1)
     assert reward(larger.bfloat16(), PROMPTS[:4]).dtype == torch.float32
 

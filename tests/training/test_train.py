@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -40,12 +41,13 @@ def train(preset: Path, output: str, *options: str):
 
 
 def test_a_run_leaves_what_the_design_says(tiny_sdxl):
-    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, held_out_rewards=["tests.example_rewards:jury"], logging={"tensorboard": True})
+    preset = recipe(
+        tiny_sdxl, data=WITH_VALIDATION, held_out_rewards=["tests.example_rewards:jury"], logging={"tensorboard": True}
+    )
     result = train(preset, "run", "--set", "trainer.val_check_interval=2")
     run = Path("run")
-    assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.jsonl", "validation.jsonl", "samples", "tensorboard", "step-000002", "step-000004", "final",
-    }  # fmt: skip
+    folders = {"samples", "tensorboard", "step-000002", "step-000004", "final"}
+    assert {p.name for p in run.iterdir()} == folders | {"config.yaml", "metrics.jsonl", "validation.jsonl"}
     steps = lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     wanted = {"step", "loss", "reward", "kl_penalty", "grad_norm", "lr", "seconds", "images_per_second"}
@@ -116,7 +118,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(tiny_sd
     data[len(data) // 2] ^= 1
     damaged.write_bytes(data)
     result = train(preset, "run", "--set", "trainer.max_steps=6")
-    assert "run/step-000004 is damaged (state.pt" in result.out
+    assert "run/step-000004 is damaged (state.pt" in result.err
     assert "resuming run after step 2" in result.out
     assert same(Path("whole"), Path("run"))
 
@@ -151,7 +153,9 @@ def test_validation_changes_nothing_in_the_training(tiny_sdxl):
 def test_micro_batches_add_up_to_the_global_batch(tiny_sdxl):
     """Float32 sums in another order: Adam divides small gradients by themselves, so a few weights move by 1e-4."""
     for micro in (1, 4):
-        train(recipe(tiny_sdxl, trainer={"micro_batch_size": micro, "global_batch_size": 4, "max_steps": 2}), f"by{micro}")
+        train(
+            recipe(tiny_sdxl, trainer={"micro_batch_size": micro, "global_batch_size": 4, "max_steps": 2}), f"by{micro}"
+        )
     one, four = weights(Path("by1")), weights(Path("by4"))
     for name in one:
         torch.testing.assert_close(one[name], four[name], atol=1e-3, rtol=0)
@@ -222,3 +226,61 @@ def test_paired_interval_leaves_out_pairs_with_nan_and_covers_the_mean():
     assert figures["n"] == 4
     assert figures["difference"] == 2.5
     assert 1 < figures["low"] < 2.5 < figures["high"] < 4
+
+
+def test_a_failed_start_does_not_spoil_the_folder(tiny_sdxl):
+    """Before the first checkpoint there is nothing to keep, so the corrected command is taken."""
+    preset = recipe(tiny_sdxl)
+    failed = draftp("train", "--preset", preset, "--output", "run", "--set", "peft.target_modules=[nowhere]")
+    assert failed.code == 2
+    train(preset, "run")
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_is_reached_again(tiny_sdxl):
+    preset = recipe(tiny_sdxl)
+    train(preset, "run")
+    damaged = Path("run/step-000004/state.pt")
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    train(preset, "run", "--set", "trainer.max_steps=5")
+    assert len(damaged.read_bytes()) == len(whole)
+
+
+def test_fewer_steps_than_were_taken_are_refused(tiny_sdxl):
+    preset = recipe(tiny_sdxl)
+    train(preset, "run")
+    result = draftp("train", "--preset", preset, "--output", "run", "--set", "trainer.max_steps=3")
+    assert result.code == 2
+    assert "has taken 4 steps already" in result.err
+
+
+def test_several_processes_are_refused_rather_than_run_into_one_folder(tiny_sdxl, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run").code == 2
+
+
+def test_killed_in_the_middle_and_started_again_equals_undisturbed(tiny_sdxl):
+    """A real SIGKILL, at once after the fifth step, with checkpoints every second one."""
+    preset = recipe(tiny_sdxl, trainer={"max_steps": 10})
+    train(preset, "whole")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process that has threads
+        child = os.fork()
+    if child == 0:
+        calls, plain = [], Red.__call__
+
+        def dying(self, images, prompts):
+            calls.append(1)
+            if len(calls) == 6:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(self, images, prompts)
+
+        Red.__call__ = dying
+        draftp("train", "--preset", preset, "--output", "run")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+    result = train(preset, "run")
+    assert "resuming run after step 4" in result.out
+    assert same(Path("whole"), Path("run"))
+    assert [line["step"] for line in lines(Path("run/metrics.jsonl"))] == list(range(1, 11))
