@@ -44,7 +44,7 @@ def train(
 
     **Examples**
 
-    `draftp train --preset toy` (a tiny SDXL, on any laptop, about three minutes)
+    `draftp train --preset toy` (a tiny SDXL, on any laptop, a minute or two)
 
     `draftp train --preset sdxl-lora --prompts my_prompts.txt --output runs/mine`
 
