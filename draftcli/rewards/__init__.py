@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +116,7 @@ def load_reward(name: str, pretrained: str | None = None) -> Reward:
         raise InputError(f"reward {name}: its factory returned a {type(reward).__name__}, which cannot be called")
     if isinstance(reward, nn.Module):
         reward.requires_grad_(False).eval()
-    return reward
+    return cast("Reward", reward)
 
 
 def get_reward_model(cfg: Config | str) -> Reward:
