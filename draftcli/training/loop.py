@@ -24,7 +24,7 @@ from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.runtime import derived_seed
 from draftcli.errors import DraftpError, InputError
 from draftcli.prompts import Prompt, Shuffled, read_prompts
-from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_reward
+from draftcli.rewards import WeightedSum, get_reward_model, load_reward
 from draftcli.runs import Run, disk_errors, write_aside
 from draftcli.training.card import model_card
 from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weights
@@ -64,7 +64,9 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("this version trains in one process; start it without torchrun or accelerate launch")
-    prompts = read_prompts(cfg.data.prompts)
+    prompts, held_out_prompts = read_prompts(cfg.data.prompts), []
+    if cfg.data.validation_prompts:
+        held_out_prompts = read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
     rewards, held_out = _rewards(cfg)
     run = Run(folder)
     run.open(cfg)
@@ -74,8 +76,9 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
     console.print(f"running on {model.runtime.reason}", highlight=False)
     model.reward_model = rewards
     validation = None
-    if cfg.trainer.val_check_interval and cfg.data.validation_prompts:
-        validation = Validation(model, {**rewards.rewards, **held_out.to(model.runtime.device).rewards})
+    if cfg.trainer.val_check_interval and held_out_prompts:
+        judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
+        validation = Validation(model, judges, held_out_prompts)
     trainer = _Trainer(model, rewards, prompts)
     state, damaged = load_newest(run, model)
     for line in damaged:
@@ -95,9 +98,6 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
 
 def _rewards(cfg: Config) -> tuple[WeightedSum, WeightedSum]:
     """The trained and the held-out rewards, loaded before the large model so that mistakes show early."""
-    check_names([*cfg.rewards, *cfg.held_out_rewards])
-    if cfg.data.validation_prompts:
-        read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
     rewards = get_reward_model(cfg)
     assert isinstance(rewards, WeightedSum)
     return rewards, WeightedSum({name: load_reward(name) for name in cfg.held_out_rewards})

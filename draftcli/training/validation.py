@@ -11,7 +11,7 @@ from scipy.stats import bootstrap
 from torch import Tensor
 
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.prompts import read_prompts
+from draftcli.prompts import Prompt
 from draftcli.rewards import Reward
 from draftcli.runs import Run, disk_errors
 from draftcli.sampling.draw import draw, plan
@@ -25,13 +25,13 @@ class Validation:
 
     Args:
         model: tuned and base.
-        rewards: by name; the first is shown under the pictures.
+        rewards: by name; the first two are shown under the pictures.
+        prompts: held out from training.
     """
 
-    def __init__(self, model: SDXLDRaFTPModel, rewards: dict[str, Reward]) -> None:
+    def __init__(self, model: SDXLDRaFTPModel, rewards: dict[str, Reward], prompts: Sequence[Prompt]) -> None:
         cfg = model.cfg
         self.model, self.rewards = model, rewards
-        prompts = read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
         size = (cfg.sampling.height, cfg.sampling.width)
         self.pictures = plan(prompts, cfg.data.validation_images, cfg.trainer.seed, size)
         self._base: tuple[Tensor, dict[str, np.ndarray]] | None = None
