@@ -1,16 +1,24 @@
 # make demo   environment, install, a training in the toy world: pictures in about five minutes on a laptop's CPU
 # make test   the test suite, without the tests marked slow
+# make demo-eval  the demo, then its report: what the tuning bought and what it cost
+# make browser    the report in a headless Chromium (apt-get install chromium)
 # make check  ruff, basedpyright
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow check docs clean
+.PHONY: demo demo-eval test browser slow check docs clean
 
 demo: .venv/.installed
 	$(BIN)/draftp train --preset toy
 
+demo-eval: demo
+	$(BIN)/draftp eval runs/toy --weight linear,power_2,power_4,step_0.3,step_0.6 --lora-scale 0.25,0.5,0.75 --num-images 4
+
+browser: .venv/.installed-browser
+	$(BIN)/python -m pytest -m browser
+
 test: .venv/.installed-test
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
 
 slow: .venv/.installed-test
 	$(BIN)/python -m pytest -m slow
@@ -31,6 +39,10 @@ docs: .venv/.installed
 
 .venv/.installed-test: .venv/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[test]"
+	touch $@
+
+.venv/.installed-browser: .venv/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
 	touch $@
 
 .venv/.installed-lint: .venv/.installed

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("train",)
+COMMANDS = ("train", "sample", "anneal", "eval", "merge-lora", "rewards list", "rewards check")
 
 
 def cli_page() -> str:
     """The page as it should be."""
     env = {**os.environ, "COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
     parts = ["# The command line\n", "Made by `make docs` from the commands' own help.\n"]
-    for command in ((), *((name,) for name in COMMANDS)):
+    for command in ((), *(name.split() for name in COMMANDS)):
         call = [sys.executable, "-m", "draftcli", *command, "--help"]
         text = subprocess.run(call, env=env, capture_output=True, text=True, check=True).stdout
         text = text.replace("python -m draftcli", "draftp")

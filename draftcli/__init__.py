@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftcli.config import Config, load_config
     from draftcli.core.draftp import SDXLDRaFTPModel
+    from draftcli.core.pipeline import annealed
     from draftcli.rewards import get_reward_model
 
 __version__ = "0.1.0"
-__all__ = ["Config", "SDXLDRaFTPModel", "get_reward_model", "load_config", "timesteps"]
+__all__ = ["Config", "SDXLDRaFTPModel", "annealed", "get_reward_model", "load_config", "timesteps"]
 
 _HOME = {
     "Config": "draftcli.config",
     "load_config": "draftcli.config",
     "SDXLDRaFTPModel": "draftcli.core.draftp",
+    "annealed": "draftcli.core.pipeline",
     "get_reward_model": "draftcli.rewards",
 }
 

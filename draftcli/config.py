@@ -21,6 +21,7 @@ from draftcli.errors import InputError
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 Size = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]
 Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
@@ -44,6 +45,9 @@ class ModelConfig(Section):
     """Of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
     vae_precision: Precision | None = None
     """Default float32: SDXL's own VAE gives NaN in fp16."""
+    vae_tile: Annotated[int, Field(ge=64, le=8192, multiple_of=8)] | None = None
+    """Decode in overlapping tiles of this many pixels, each again in backward: less memory. Pictures and gradient
+    change a little, as the decoder's norms and attention see one tile at a time."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
     """What the network predicts; default as its scheduler configuration says."""
     zero_terminal_snr: bool | None = None
@@ -63,11 +67,15 @@ class SamplingConfig(Section):
     """N, sampler steps."""
     scale: Annotated[float, Field(ge=0, le=100)] = 5.0
     """Classifier-free guidance; 1 is none."""
-    sampler: Literal["euler"] = "euler"
+    sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "euler"
+    """heun takes two evaluations a step; heun and dpmpp_2m draw only, training is with euler or ddim."""
     schedule: Literal["trailing", "leading"] = "trailing"
     """Step grid. Trailing gives the last step, the only one with gradient when K = 1, five times more leverage."""
     s_churn: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Fresh noise per step (Karras et al. 2022), one draw for tuned and base."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """First and last part of the steps with guidance, [from, to) in shares of N; outside, scale 1 at half the price
+    (Kynkäänniemi et al. 2024). It changes the pictures, and other programs that draw with the LoRA must do the same."""
     negative_prompt: str | None = None
     sizes: list[tuple[Size, Size]] = []
     """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
@@ -84,6 +92,8 @@ class DraftpConfig(Section):
     """eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
     log_kl: bool = True
     """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
+    low_variance_samples: Annotated[int, Field(ge=0)] = 0
+    """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean."""
 
 
 class PeftConfig(Section):
@@ -101,26 +111,65 @@ class PeftConfig(Section):
     """Endings of the UNet's module names: linear layers or convolutions."""
 
 
-class RewardConfig(Section):
+class RelativeConfig(Section):
+    """Score a picture by its own difference between two wordings of its prompt (SRPO, arXiv 2509.06942)."""
+
+    positive: Annotated[str, Field(min_length=1)]
+    """Control words put before the prompt, such as `Natural lighting`: wanted."""
+    negative: Annotated[str, Field(min_length=1)]
+    """Control words put before the prompt, such as `Oil painting`: unwanted."""
+    strength: Annotated[float, Field(ge=0)] = 0.0
+    """k in (1 + k) * positive - negative: how much of the plain reward stays beside the difference."""
+
+
+class RewardSource(Section):
+    """Where a reward comes from and how it is asked; all that a held-out reward needs."""
+
+    pretrained: str | None = None
+    """Its weights: hub id, local folder or local file; default the official ones."""
+    backbone: str | None = None
+    """What its weights stand on (the CLIP under an aesthetic head, the tokenizer's folder), where it lies elsewhere."""
+    relative: RelativeConfig | None = None
+    """Only for rewards that compare a picture's embedding with its prompt's: clip, pickscore, hpsv2, hpsv2_1, toy."""
+    micro_batch_size: Count | None = None
+    """At most so many pictures go through it at a time; their activations are recomputed in backward. Less memory,
+    about a third more time, the same scores."""
+
+
+class RewardConfig(RewardSource):
     """One reward's part in the sum."""
 
     weight: float = 1.0
-    normalise: Literal["none"] = "none"
+    normalise: Literal["none", "std", "range"] = "none"
+    """Divide by what the scores of the training so far span: their deviation over about the last hundred steps, or
+    largest minus smallest. The first step of a run only measures."""
     target: float | None = None
     """Stop pushing where an image's score is above this: min(score, target)."""
-    pretrained: str | None = None
-    """Hub id or local folder of the reward's weights; default the official ones."""
 
 
 def _weight_alone(value: Any) -> Any:
     return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _by_name(value: Any) -> Any:
+    """A list of names, some of them as {name: NAME, ...}, becomes the mapping NAME: {...}."""
+    if not isinstance(value, list):
+        return {name: source or {} for name, source in value.items()} if isinstance(value, dict) else value
+    named: dict[str, Any] = {}
+    for item in value:
+        source = dict(item) if isinstance(item, dict) else {"name": item}
+        name = source.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"expected a name or {{name: NAME, pretrained: ...}}, found {item!r}")
+        named[name] = source
+    return named
+
+
 class DataConfig(Section):
     """Prompts."""
 
     prompts: str | Annotated[list[str], Field(min_length=1)] = "toy-train"
-    """A .txt or .jsonl file, the name of a built-in set, or a list."""
+    """A .txt, .jsonl or .tar file, the name of a built-in set, a dataset's id (owner/name:column), or a list."""
     validation_prompts: str | list[str] = []
     """Held-out prompts, likewise; empty: no validation."""
     validation_images: Count = 1
@@ -159,21 +208,55 @@ class TrainerConfig(Section):
     save_interval: Count = 50
     """Steps between checkpoints (also at the end)."""
     keep_checkpoints: Count = 2
+    """The newest so many stay, and the best by the first of held_out_rewards (else by the trained reward on held-out
+    prompts)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
 
 
+class EmaConfig(Section):
+    """A moving average of the trained weights."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Such as 0.99: an average over about 1 / (1 - decay) steps; null: no average."""
+    device: Literal["same", "cpu"] = "same"
+    """Where the average is kept: on the weights' device, or in the computer's memory."""
+    in_validation: bool = True
+    """Validate the average rather than the weights of the last step."""
+    in_final: bool = True
+    """Write the average to final/ rather than the weights of the last step."""
+
+
 class ShardingConfig(Section):
-    """Memory and processes."""
+    """Memory, speed and processes: nothing here changes the gradient beyond rounding."""
 
     strategy: Literal["none"] = "none"
     activation_checkpointing: bool = False
     """Recompute the activations of UNet and VAE in backward: less memory, about a third more time in gradient steps."""
+    two_stage: bool = True
+    """First decoder and reward with their backward, then the gradient steps: the peak is the larger, not the sum."""
+    recompute_steps: bool | None = None
+    """Run each gradient step again when its backward comes, so that memory does not grow with K: one more forward pass
+    a step. Default: where K is above 1 and activation_checkpointing on, or draftp.low_variance_samples above 0."""
+    prefix_batch_size: Count | None = None
+    """Images drawn together where no gradient is needed; default 8, at least trainer.micro_batch_size."""
+    decode_batch_size: Count | None = None
+    """Images per backward of decoder and reward; default trainer.micro_batch_size."""
+    fold_lora: bool = True
+    """Fold the LoRA into the weights where no gradient is needed: faster, for a second copy of the adapted weights."""
+    fold_tolerance: Annotated[float, Field(ge=0)] = 0.01
+    """Don't fold where rounding would take a larger share of the LoRA: that of an early one in bf16 is nearly all."""
+    prompt_cache: str | None = None
+    """Folder that keeps the prompts' embeddings for later runs; in memory they are kept anyway."""
+    channels_last: bool = False
+    """Lay out the UNet's and the decoder's convolutions channels last."""
 
 
 class LoggingConfig(Section):
     """Where figures go beside metrics.jsonl."""
 
     tensorboard: bool = True
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project at Weights & Biases; needs the extra `wandb`. WANDB_MODE=offline keeps it on this machine."""
 
 
 class Config(Section):
@@ -186,12 +269,16 @@ class Config(Section):
     rewards: dict[str, Annotated[RewardConfig, BeforeValidator(_weight_alone)]] = Field(
         default={}, validate_default=True
     )
-    """NAME: WEIGHT, or NAME: {weight, target, pretrained}; NAME is built in, a plug-in's, or package.module:object."""
-    held_out_rewards: list[str] = []
-    """Logged in validation, never trained on."""
+    """NAME: WEIGHT, or NAME: {weight, normalise, target, ...}; NAME is built in, a plug-in's or package.module:object.
+    """
+    held_out_rewards: Annotated[dict[str, RewardSource], BeforeValidator(_by_name)] = Field(
+        default={}, validate_default=True
+    )
+    """Logged in validation, never trained on: [NAME, ...], or NAME: {pretrained, ...}."""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
+    ema: EmaConfig = EmaConfig()
     sharding: ShardingConfig = ShardingConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -207,13 +294,18 @@ class Config(Section):
                 f"trainer.global_batch_size {total} is not a multiple of trainer.micro_batch_size {micro}; "
                 f"the nearest that work: {', '.join(map(str, near))}"
             )
+        low, high = self.sampling.guidance_interval
+        if low > high:
+            raise ValueError(f"sampling.guidance_interval is [{low:g}, {high:g}]: the first number is the smaller one")
+        if self.draftp.low_variance_samples and not self.sharding.two_stage:
+            raise ValueError("draftp.low_variance_samples needs sharding.two_stage true")
         return self
 
     def warnings(self) -> list[str]:
         """Settings that somebody gave, that are allowed, and that yet have no effect or hardly the one meant."""
         trainer, sched = self.trainer, self.optim.sched
         validates = bool(trainer.val_check_interval and self.data.validation_prompts)
-        given = trainer.model_fields_set
+        given, sharding = trainer.model_fields_set, self.sharding
         lora_settings = self.peft.model_fields_set & {"rank", "alpha", "target_modules"}
         beyond = f"is beyond trainer.max_steps {trainer.max_steps}"
         rules = [
@@ -238,13 +330,38 @@ class Config(Section):
                 "trainer.val_check_interval has no effect: data.validation_prompts is empty",
             ),
             (bool(self.held_out_rewards) and not validates, "held_out_rewards have no effect without validation"),
+            *(
+                (setting.weight == 0, f"rewards.{name}.weight 0: it is computed and logged, and trains nothing")
+                for name, setting in self.rewards.items()
+            ),
             (
                 self.peft.peft_scheme == "none" and bool(lora_settings),
                 "peft.rank, alpha and target_modules have no effect: peft_scheme none trains the whole UNet",
             ),
             (
+                self.ema.decay is None and bool(self.ema.model_fields_set - {"decay"}),
+                "ema.device, in_validation and in_final have no effect without ema.decay",
+            ),
+            (
                 self.sampling.scale == 1 and self.sampling.negative_prompt is not None,
                 "sampling.negative_prompt has no effect at sampling.scale 1",
+            ),
+            (
+                self.sampling.scale == 1 and self.sampling.guidance_interval != (0, 1),
+                "sampling.guidance_interval has no effect at sampling.scale 1",
+            ),
+            (
+                self.peft.peft_scheme == "none" and bool(sharding.model_fields_set & {"fold_lora", "fold_tolerance"}),
+                "sharding.fold_lora and fold_tolerance have no effect: peft_scheme none has no LoRA",
+            ),
+            (
+                not sharding.two_stage
+                and bool(sharding.model_fields_set & {"recompute_steps", "prefix_batch_size", "decode_batch_size"}),
+                "sharding.recompute_steps, prefix_batch_size and decode_batch_size have no effect: two_stage is false",
+            ),
+            (
+                sharding.recompute_steps is False and self.draftp.low_variance_samples > 0,
+                "sharding.recompute_steps false has no effect: draftp.low_variance_samples recomputes",
             ),
         ]
         return [text for holds, text in rules if holds]
@@ -261,11 +378,13 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
-def load_config(preset: str | Path, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None) -> Config:
+def load_config(
+    preset: str | Path | None, overrides: Sequence[str] = (), values: Mapping[str, Any] | None = None
+) -> Config:
     """Read a recipe and apply overrides.
 
     Args:
-        preset: a preset's name, or a YAML file.
+        preset: a preset's name, or a YAML file. None: the defaults.
         overrides: `KEY=VALUE` with a dotted key and a YAML value, such as `trainer.max_steps=300`. A later one wins.
         values: settings by dotted key that are no text to be parsed, applied before the overrides.
 
@@ -273,7 +392,7 @@ def load_config(preset: str | Path, overrides: Sequence[str] = (), values: Mappi
         InputError: no such preset or file, invalid YAML, an unknown key (the nearest known one is named), a value
             that is not allowed.
     """
-    data = _read_yaml(_find(str(preset)))
+    data = {} if preset is None else _read_yaml(_find(str(preset)))
     for key, value in (values or {}).items():
         _set(data, key.split("."), value)
     for override in overrides:
@@ -367,6 +486,8 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
     node = data
     for key in keys[:-1]:
         child = node.get(key)
+        if isinstance(child, list) and key == "held_out_rewards":
+            node[key] = child = _by_name(child)
         if not isinstance(child, dict):
             # `rewards: {toy: 1.0}` and --set rewards.toy.target=2: the short form becomes the long one.
             child = {} if child is None else {"weight": child}
@@ -377,8 +498,11 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 def _split(key: str) -> list[str]:
     """A dotted key in parts; a reward's `package.module:object` is one of them."""
-    match = re.fullmatch(r"rewards\.([\w.]+:\w+)(?:\.(.+))?", key)
-    return [part for part in ("rewards", *match.groups()) if part] if match else key.split(".")
+    match = re.fullmatch(r"(rewards|held_out_rewards)\.([\w.]+:\w+)(?:\.(.+))?", key)
+    if match is None:
+        return key.split(".")
+    section, name, rest = match.groups()
+    return [section, name, *(rest.split(".") if rest else [])]
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -390,8 +514,11 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
     """The keys that the section at `location` knows."""
     section: Any = Config
     for part in location:
-        if part == "rewards":
-            section = RewardConfig
+        if part in ("rewards", "held_out_rewards"):
+            section = RewardConfig if part == "rewards" else RewardSource
+            continue
+        if part == "relative":
+            section = RelativeConfig
             continue
         field = section.model_fields.get(part) if isinstance(section, type) and issubclass(section, BaseModel) else None
         if field is not None and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

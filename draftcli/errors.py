@@ -1,4 +1,4 @@
-"""The two kinds of errors a user can meet; the command line turns them into one line on stderr and an exit code."""
+"""The kinds of errors a user can meet; the command line turns them into one line on stderr and an exit code."""
 
 
 class DraftpError(Exception):
@@ -14,3 +14,9 @@ class InputError(DraftpError):
     """
 
     exit_code = 2
+
+
+class Interrupted(DraftpError):
+    """The user asked to stop. Exit code 130."""
+
+    exit_code = 130

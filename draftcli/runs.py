@@ -12,8 +12,10 @@ runs/NAME/
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,12 +23,13 @@ from typing import Any
 
 import yaml
 
-from draftcli.config import Config, dump_config
+from draftcli.config import Config, check_config, dump_config
 from draftcli.errors import DraftpError, InputError
 
 # What may differ between the sessions of one run; anything else would make it another run.
 MAY_CHANGE = ("trainer.max_steps", "trainer.val_check_interval", "trainer.save_interval", "trainer.keep_checkpoints")
 MAY_CHANGE_SECTIONS = ("logging", "sharding")
+LOCK = ".lock"
 
 
 class Run:
@@ -43,6 +46,7 @@ class Run:
         self.validation = folder / "validation.jsonl"
         self.samples = folder / "samples"
         self.final = folder / "final"
+        self.base = self.samples / "base.safetensors"
 
     def step_folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is."""
@@ -53,14 +57,14 @@ class Run:
         return sorted(self.folder.glob("step-[0-9]*"), reverse=True)
 
     def open(self, cfg: Config) -> None:
-        """Make the folder, or see that it is this very run.
+        """Make the folder's files, or see that it is this very run. Call it inside `locked`.
 
         Raises:
-            InputError: the folder is something else, or was started with other settings.
+            InputError: the run was started with other settings.
             DraftpError: it cannot be written.
         """
         if self.config.is_file():
-            changed = _differences(_load(self.config), yaml.safe_load(dump_config(cfg)))
+            changed = _differences(_resolved(_load(self.config)), yaml.safe_load(dump_config(cfg)))
             refused = [c for c in changed if not _may_change(c[0])]
             if refused and self.checkpoints():  # before the first checkpoint there is nothing to keep
                 listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in refused[:3])
@@ -68,16 +72,52 @@ class Run:
                     f"{self.folder} was started with other settings ({listed}); "
                     "keep them to resume, or take another --output"
                 )
-        elif self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
-            raise InputError(f"{self.folder} exists and is no run (it has no config.yaml); choose another --output")
         with disk_errors(self.folder):
             self.samples.mkdir(parents=True, exist_ok=True)
             write_aside(self.config, lambda path: path.write_text(dump_config(cfg), encoding="utf-8"))
 
-    def last_validation(self) -> dict[str, Any] | None:
-        """The newest line of validation.jsonl."""
-        lines = self.validation.read_text(encoding="utf-8").splitlines() if self.validation.is_file() else []
-        return json.loads(lines[-1]) if lines else None
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process can be in here. The lock goes with the process, however it ends.
+
+        Raises:
+            InputError: another process is writing this run, or the folder is something else.
+            DraftpError: the folder cannot be written.
+        """
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {self.folder.name}
+        if self.folder.exists() and self.config.name not in names and names - {LOCK}:
+            raise InputError(f"{self.folder} exists and is no run (it has no config.yaml); choose another --output")
+        with disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.folder / LOCK).open("a+", encoding="utf-8")
+        with file:
+            if not _lock(file.fileno()):
+                file.seek(0)
+                raise InputError(
+                    f"{self.folder} is being written by another process ({file.read().strip() or 'unknown'}); wait for "
+                    "it, or take another --output"
+                )
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+    def finished(self, step: int) -> bool:
+        """Whether `step` was the last, and everything is written."""
+        return self.final.is_dir() and self.step_folder(step).is_dir()
+
+    def validations(self) -> list[dict[str, Any]]:
+        """The lines of validation.jsonl."""
+        return _whole_lines(self.validation)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return _whole_lines(self.metrics)
+
+    def best(self) -> int | None:
+        """The step with the highest score in validation, the first of equals; the untrained network does not count."""
+        scored = [line for line in self.validations() if line["step"] > 0 and line.get("score") is not None]
+        return max(scored, key=lambda line: line["score"])["step"] if scored else None
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps after `step`, which a resumed run will take again: no step is counted twice."""
@@ -86,6 +126,47 @@ class Run:
                 lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
                 text = "".join(line + "\n" for line in lines)
                 write_aside(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+
+
+def find_run(name: str | None) -> tuple[Run, Path]:
+    """A run, and the folder of the weights that stand for it.
+
+    Args:
+        name: a run's folder, its name under runs/, or one checkpoint of it (runs/toy/step-000020). None: the newest
+            run under runs/.
+
+    Returns:
+        the run; and its final/, where it is not finished its newest checkpoint, or the checkpoint that was named.
+
+    Raises:
+        InputError: there is none, it is no run, or nothing has been trained in it yet.
+    """
+    if name is None:
+        runs = sorted(Path("runs").glob("*/config.yaml"), key=lambda file: file.stat().st_mtime)
+        if not runs:
+            raise InputError(
+                "there is no run under runs/; name a run's folder, or train one: draftp train --preset toy"
+            )
+        run = Run(runs[-1].parent)
+    else:
+        folder = next((path for path in (Path(name), Path("runs") / name) if path.is_dir()), Path(name))
+        run = Run(folder)
+        if not run.config.is_file() and (folder.parent / "config.yaml").is_file() and _holds_weights(folder):
+            return Run(folder.parent), folder
+        if not run.config.is_file():
+            there = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
+            raise InputError(
+                f"{name} is no run (it has no config.yaml); runs here: {', '.join(there) or 'none'}. "
+                "For other models give --model"
+            )
+    weights = next((folder for folder in (run.final, *run.checkpoints()) if _holds_weights(folder)), None)
+    if weights is None:
+        raise InputError(f"{run.folder} has no weights yet, neither final/ nor a checkpoint; let draftp train go on")
+    return run, weights
+
+
+def _holds_weights(folder: Path) -> bool:
+    return (folder / "pytorch_lora_weights.safetensors").is_file() or (folder / "unet").is_dir()
 
 
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
@@ -112,6 +193,32 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise DraftpError(f"{error.filename or where}: cannot be written ({error.strerror or error})") from error
 
 
+def _lock(handle: int) -> bool:
+    """Take the advisory lock of an open file; False where somebody else has it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True  # a file system that knows no locks: better a run without one than none
+    return True
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
+
+
 def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
@@ -127,6 +234,14 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise InputError(f"{path} is damaged: not the settings of a run; choose another --output")
     return data
+
+
+def _resolved(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an older version did not know are at their defaults."""
+    try:
+        return yaml.safe_load(dump_config(check_config(data)))
+    except InputError:
+        return data
 
 
 def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+import warnings
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +37,19 @@ def draftp(*arguments: object) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+def in_child(work: Callable[[], object]) -> int:
+    """`work` in a forked process, which costs no import; how the process ended."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process that has threads
+        child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
 def recipe(model: Path, path: Path = Path("tiny.yaml"), **sections: dict[str, Any]) -> Path:
     """A recipe for a few quick steps of the tiny model; `sections` are laid over it."""
     data: dict[str, Any] = {
@@ -54,3 +70,14 @@ def recipe(model: Path, path: Path = Path("tiny.yaml"), **sections: dict[str, An
 
 
 WITH_VALIDATION = {"validation_prompts": ["a red dog", "a blue bird"], "validation_images": 2}
+
+DRAWN = ["a red dog", "a blue bird", "a green cat asleep on a windowsill"]
+
+
+def trained_run(folder: Path, model: Path, **sections: Any) -> Path:
+    """A run in `folder` of two steps that leave the base well behind, with the validation prompts DRAWN."""
+    sections = {"optim": {"lr": 0.1}, "trainer": {"max_steps": 2, "val_check_interval": 0}, **sections}
+    preset = recipe(model, folder / "tiny.yaml", data={"validation_prompts": DRAWN}, **sections)
+    result = draftp("train", "--preset", preset, "--output", folder / "run")
+    assert result.code == 0, result.err
+    return folder / "run"

@@ -42,3 +42,19 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import make_sdxl
 
     return make_sdxl(tmp_path_factory.mktemp("tiny") / "sdxl")
+
+
+@pytest.fixture(scope="session")
+def lora_run(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of the tiny SDXL: read it, don't write into it."""
+    from tests.command import trained_run
+
+    return trained_run(tmp_path_factory.mktemp("lora"), tiny_sdxl)
+
+
+@pytest.fixture(scope="session")
+def full_run(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the whole UNet trained."""
+    from tests.command import trained_run
+
+    return trained_run(tmp_path_factory.mktemp("full"), tiny_sdxl, peft={"peft_scheme": "none"}, optim={"lr": 5e-3})

@@ -31,4 +31,13 @@ class Jury(Red):
     differentiable = False
 
 
-red, broken, jury = Red, Broken, Jury
+class Green(Red):
+    """The opposite of red: what a run that is trained on red loses."""
+
+    name = "green"
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return -super().__call__(images, prompts)
+
+
+red, broken, jury, green = Red, Broken, Jury, Green

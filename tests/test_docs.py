@@ -5,8 +5,12 @@ import runpy
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
+from PIL import Image
 
+from draftcli.cli import app
 from tests.command import draftp
 
 ROOT = Path(__file__).parents[1]
@@ -32,9 +36,13 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize("line", DRAFTP_LINES)
 def test_documented_commands_are_understood(line):
-    """As dry runs: every option, preset and setting in them exists. `make demo` itself is run by CI."""
+    """`train` as dry runs: every option, preset and setting exists; the others parsed. CI runs `make demo` itself."""
     Path("my_prompts.txt").write_text("a fox\n")
     arguments = [a for a in shlex.split(line)[1:] if a != "--dry-run"]
+    if arguments[0] != "train":
+        command = typer.main.get_command(app).commands[arguments[0]]
+        command.make_context(arguments[0], arguments[1:])
+        return
     result = draftp(*arguments, "--dry-run")
     assert result.code == 0, result.err
     assert "UNet evaluations" in result.out
@@ -56,3 +64,21 @@ def test_the_python_example_of_the_readme_runs(capsys):
     names: dict = {}
     exec(example, names)
     assert names["metrics"].keys() >= {"loss", "reward", "kl_penalty"}
+
+
+def test_the_pipeline_of_the_annealing_page_draws_the_commands_picture():
+    """The page's ten lines, after a training of one step, against `draftp anneal`: at most 1 of 255 apart."""
+    settings = ("trainer.max_steps=1", "trainer.val_check_interval=0", "held_out_rewards=[]", "optim.lr=0.01",
+                "optim.sched.warmup_steps=0", "trainer.micro_batch_size=2", "trainer.global_batch_size=2")  # fmt: skip
+    assert draftp("train", "--preset", "toy", *(part for s in settings for part in ("--set", s))).code == 0
+    (example,) = blocks(ROOT / "docs" / "annealing.md", "python")
+    names: dict = {}
+    exec(example, names)
+    result = draftp("anneal", "--weight", "base,linear", "--prompt", "a red star", "--output", "out")
+    assert result.code == 0, result.err
+    base, linear = (
+        np.asarray(Image.open(next(Path("out").glob(f"*-{k}.png")))).astype(int) for k in ("base", "linear")
+    )
+    drawn = np.asarray(names["image"]).astype(int)
+    assert np.abs(drawn - linear).max() <= 1
+    assert np.abs(drawn - base).max() > 3, "the LoRA does something"

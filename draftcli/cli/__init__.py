@@ -11,7 +11,7 @@ import sys
 import typer
 
 from draftcli import __version__
-from draftcli.cli import train
+from draftcli.cli import anneal, eval, merge_lora, rewards, sample, train
 from draftcli.errors import DraftpError
 
 app = typer.Typer(
@@ -24,6 +24,11 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command("train")(train.train)
+app.command("sample")(sample.sample)
+app.command("anneal")(anneal.anneal)
+app.command("eval")(eval.evaluate)
+app.command("merge-lora")(merge_lora.merge_lora)
+app.add_typer(rewards.app, name="rewards")
 
 
 @app.callback(invoke_without_command=True)
@@ -47,8 +52,8 @@ def main() -> None:
         if debug or type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
             raise
         print(
-            "draftp: the GPU is out of memory; try a smaller trainer.micro_batch_size, sampling.height and width, or "
-            "sharding.activation_checkpointing true",
+            "draftp: the GPU is out of memory; try a smaller trainer.micro_batch_size (--batch-size in sample and "
+            "anneal), sampling.height and width, or sharding.activation_checkpointing true",
             file=sys.stderr,
         )
         sys.exit(1)

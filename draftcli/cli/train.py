@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +16,17 @@ if TYPE_CHECKING:
     from draftcli.training.loop import Outcome
 
 
+# What to run after a training, where this version has the command.
+NEXT = {
+    "sample": "draftp sample {}",
+    "anneal": "draftp anneal {} --weight linear",
+    "eval": "draftp eval {}",
+    "merge-lora": "draftp merge-lora {}",
+}
+
+
 def train(
+    context: typer.Context,
     preset: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="A recipe that ships with draftp, or a YAML file.")
     ] = "toy",
@@ -25,7 +37,10 @@ def train(
         ),
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Prompts to train on: .txt, .jsonl, or a built-in set.")
+        str | None,
+        typer.Option(
+            metavar="FILE", help="Prompts to train on: .txt, .jsonl, .tar, a built-in set, or a dataset's id."
+        ),
     ] = None,
     reward: Annotated[
         list[str] | None,
@@ -34,6 +49,9 @@ def train(
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's folder.  [default: runs/NAME-OF-PRESET]")
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Train with so many processes on this machine, as torchrun starts them.")
+    ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the settings and what they amount to; touch nothing.")
     ] = False,
@@ -60,20 +78,25 @@ def train(
     if reward:
         values["rewards"] = dict(map(parse_reward, reward))
     cfg = load_config(preset, override or [], values)
-    for warning in cfg.warnings():
+    alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
+    for warning in cfg.warnings() if alone else []:
         typer.echo(f"warning: {warning}", err=True)
     if dry_run:
         typer.echo(dump_config(cfg))
         _print_plan(cfg)
         return
+    if processes > 1 and "RANK" not in os.environ:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "draftcli", *sys.argv[1:]])
     from draftcli.cli.console import open_console
 
-    console = open_console(quiet, debug)
+    console = open_console(quiet or not alone, debug)
     from draftcli.training.loop import train as run_training
 
     folder = output or Path("runs") / Path(preset).stem
     console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps", highlight=False)
-    _print_outcome(run_training(cfg, folder, console), folder, console)
+    known = context.find_root().command
+    _print_outcome(run_training(cfg, folder, console), folder, console, list(getattr(known, "commands", ())))
 
 
 def _print_plan(cfg: Config) -> None:
@@ -103,12 +126,19 @@ def _print_plan(cfg: Config) -> None:
     typer.echo("\n".join(lines))
 
 
-def _print_outcome(outcome: Outcome, folder: Path, console: Console) -> None:
+def _print_outcome(outcome: Outcome, folder: Path, console: Console, commands: list[str]) -> None:
+    from draftcli.training.live import duration
+
     if outcome.already_done:
         console.print(f"{folder} is finished ({outcome.step} steps); raise trainer.max_steps to go on", highlight=False)
-    for what, path in outcome.written.items():
-        console.print(f"{what:<8} {path}", highlight=False, soft_wrap=True)
+    elif outcome.finished:
+        skipped = f", {outcome.skipped} skipped" if outcome.skipped else ""
+        console.print(f"finished {outcome.step} steps{skipped} in {duration(outcome.seconds)}", highlight=False)
+    for what, paths in outcome.written.items():
+        console.print(f"{what:<11} {' '.join(map(str, paths))}", highlight=False, soft_wrap=True)
     if outcome.interrupted:
         saved = f"stopped after step {outcome.step}, saved" if outcome.step else "stopped before the first step"
         console.print(f"{saved}; the same command again goes on", highlight=False)
         raise typer.Exit(130)
+    for i, line in enumerate(text.format(folder) for name, text in NEXT.items() if name in commands):
+        console.print(f"{'' if i else 'next':<11} {line}", highlight=False, soft_wrap=True)

@@ -82,6 +82,19 @@ def adapters_off(unet: nn.Module) -> Iterator[None]:
             _switch(layer, on=True)
 
 
+@contextmanager
+def adapters_scaled(network: nn.Module, factor: float) -> Iterator[None]:
+    """Inside, the adapters of `network` have `factor` times their effect. Afterwards they are exactly as they were."""
+    before = [(layer, dict(layer.scaling)) for layer in lora_layers(network)]
+    try:
+        for layer, scaling in before:
+            layer.scaling.update({name: factor * scale for name, scale in scaling.items()})
+        yield
+    finally:
+        for layer, scaling in before:
+            layer.scaling.update(scaling)
+
+
 def _switch(layer: BaseTunerLayer, on: bool) -> None:
     """Switch a layer's adapters, and nothing else.
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -27,6 +27,10 @@ Prediction = Literal["epsilon", "v_prediction"]
 # predict(x (B, C, H, W), level) -> guided noise estimate d (B, C, H, W), in the dtype of x
 Predict = Callable[[Tensor, "Level"], Tensor]
 
+# solver(predict, x, level, earlier) -> x at level.sigma_next. `earlier` is a list of its own that lives as long as the
+# trajectory: (sigma, x_0 estimate) of the step before, for solvers that look back.
+Solver = Callable[[Predict, Tensor, "Level", list[tuple[float, Tensor]]], Tensor]
+
 
 @dataclass(frozen=True)
 class Level:
@@ -39,6 +43,7 @@ class Level:
         sigma_next: noise level after the step.
         table_sigma: the nearest level that the network was trained on; equal to sigma without churn.
         timestep: its index in the table, 0 .. 999: what the network is told.
+        timestep_next: that of sigma_next; None where the step ends at the image.
     """
 
     index: int
@@ -47,6 +52,13 @@ class Level:
     sigma_next: float
     table_sigma: float
     timestep: int
+    timestep_next: int | None = None
+
+    @property
+    def end(self) -> Level:
+        """Where the step ends: what a second-order solver asks again. It belongs to the same step, index and all."""
+        assert self.timestep_next is not None, "no network is asked at the image"
+        return replace(self, sigma=self.sigma_next, table_sigma=self.sigma_next, timestep=self.timestep_next)
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,8 @@ class Schedule:
             sigma = sigma * (1 + min(churn / len(self), math.sqrt(2) - 1))
             timestep = int((self.table - sigma).abs().argmin())
             table_sigma = self.table[timestep]
-        return Level(index, len(self), float(sigma), float(sigma_next), float(table_sigma), timestep)
+        timestep_next = int(self.timesteps[index + 1]) if index + 1 < len(self) else None
+        return Level(index, len(self), float(sigma), float(sigma_next), float(table_sigma), timestep, timestep_next)
 
 
 def sigma_table(zero_terminal_snr: bool = False) -> Tensor:
@@ -122,23 +135,65 @@ def make_schedule(
     return Schedule(grid, torch.cat([table[grid], torch.zeros(1)]), table)
 
 
+def euler(predict: Predict, x: Tensor, level: Level, earlier: list[tuple[float, Tensor]]) -> Tensor:
+    """Euler's step (Karras et al. 2022, algorithm 2 without Heun; NeMo's EulerEDMSampler). One evaluation."""
+    return euler_step(x, predict(x, level), level)
+
+
+def ddim(predict: Predict, x: Tensor, level: Level, earlier: list[tuple[float, Tensor]]) -> Tensor:
+    """DDIM with eta 0 (Song et al. 2021, equation 12). In these coordinates it is Euler's step, to rounding."""
+    d = predict(x, level)
+    x_0 = x - level.sigma * d
+    return x_0 + level.sigma_next * d
+
+
+def heun(predict: Predict, x: Tensor, level: Level, earlier: list[tuple[float, Tensor]]) -> Tensor:
+    """Heun's step (Karras et al. 2022, algorithm 1): the slope is the mean of both ends'. Two evaluations, the last
+    step one.
+    """
+    d = predict(x, level)
+    there = x + (level.sigma_next - level.sigma) * d
+    if level.timestep_next is None:
+        return there
+    return x + (level.sigma_next - level.sigma) * (d + predict(there, level.end)) / 2
+
+
+def dpmpp_2m(predict: Predict, x: Tensor, level: Level, earlier: list[tuple[float, Tensor]]) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, arXiv 2211.01095, algorithm 2; midpoint, the first and last step of order 1).
+
+    Second order from the estimate of the step before, so one evaluation a step. lambda = -log sigma.
+    """
+    x_0 = target = x - level.sigma * predict(x, level)
+    if earlier and level.timestep_next is not None:
+        sigma_before, x_0_before = earlier.pop()
+        r = math.log(sigma_before / level.sigma) / math.log(level.sigma / level.sigma_next)
+        target = x_0 + (x_0 - x_0_before) / (2 * r)
+    earlier.append((level.sigma, x_0))
+    return target + (level.sigma_next / level.sigma) * (x - target)
+
+
+SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+
+
 def denoise(
     predict: Predict,
     x: Tensor,
     schedule: Schedule,
     *,
+    solver: Solver = euler,
     start: int = 0,
     stop: int | None = None,
     churn: float = 0.0,
     noise: Callable[[tuple[int, ...]], Tensor] | None = None,
 ) -> Tensor:
-    """Walk x from step `start` to before step `stop` with Euler steps (Karras et al. 2022, algorithm 2 without Heun).
+    """Walk x from step `start` to before step `stop`.
 
     Args:
         predict: guided noise estimate at a level; it alone decides whose it is and whether it has gradient.
         x: (B, C, H, W) latents at level `start`, already times `schedule.init_scale` when start is 0.
         schedule: the noise levels.
-        start: first step to take.
+        solver: takes a step.
+        start: first step to take. One that looks back (dpmpp_2m) then begins anew, with a step of order 1.
         stop: step to stop before; None walks to the image.
         churn: the reference's s_churn: fresh noise added before each step; 0 is deterministic.
         noise: draws unit noise of a shape for churn; the global CPU generator where None.
@@ -146,14 +201,20 @@ def denoise(
     Returns:
         (B, C, H, W) latents at level `stop`, in the dtype of x.
     """
+    earlier: list[tuple[float, Tensor]] = []
     for i in range(start, len(schedule) if stop is None else stop):
         level = schedule.level(i, churn)
         if churn > 0:
             before = float(schedule.sigmas[i])
             fresh = (noise or torch.randn)(tuple(x.shape)).to(x)
             x = x + fresh * math.sqrt(level.sigma**2 - before**2)
-        x = x + (level.sigma_next - level.sigma) * predict(x, level)
+        x = solver(predict, x, level, earlier)
     return x
+
+
+def euler_step(x: Tensor, eps: Tensor, level: Level) -> Tensor:
+    """x at the next level, from x at `level` (after churn) and its noise estimate; all (B, C, H, W)."""
+    return x + (level.sigma_next - level.sigma) * eps
 
 
 def network_input(x: Tensor, level: Level) -> Tensor:

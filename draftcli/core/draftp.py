@@ -14,6 +14,7 @@ What each method adds:
 
 A training step is three pieces, each of which can be batched or recomputed by itself: `rollout` (N - K steps without
 gradient) -> x_K; `tail` (the last K steps, tuned and base) -> x_0 and two eps stacks; `decode` and reward -> scores.
+core/two_stage.py puts them together so that a training step is fast and fits.
 
 Names: `tuned` and `base`, always. Shape legend: B images, K gradient steps, N sampler steps, C latent channels,
 H W latent size. Images are float in [0, 1], NCHW, except where `generate` and `annealed_guidance` return [0, 255], the
@@ -24,8 +25,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +35,26 @@ from torch import Tensor
 
 from draftcli.config import Config
 from draftcli.core import adapters, sharding
-from draftcli.core.denoise import Level, Predict, Schedule, denoise, make_schedule, network_input, to_noise_estimate
-from draftcli.core.gradient import first_gradient_step
-from draftcli.core.guidance import Weighing, annealed, guided, linear
+from draftcli.core.denoise import (
+    SOLVERS,
+    Level,
+    Predict,
+    Schedule,
+    denoise,
+    make_schedule,
+    network_input,
+    to_noise_estimate,
+)
+from draftcli.core.folding import folded
+from draftcli.core.gradient import check_sampler, first_gradient_step
+from draftcli.core.guidance import Weighing, drawn, guided, linear, mixed, step_weights
+from draftcli.core.lora_files import Lora, attach_loras
+from draftcli.core.penalty import kl_penalty
+from draftcli.core.prompt_cache import PromptCache
 from draftcli.core.runtime import ImageNoise, choose_runtime, derived_seed
-from draftcli.core.sdxl import Conditioning, Parts, decode, encode_prompts, load_parts, predict
+from draftcli.core.sdxl import Conditioning, Parts, decode, load_parts, predict
 from draftcli.core.size_keys import size_keys, time_ids
+from draftcli.core.two_stage import loss_and_gradient
 
 Metrics = dict[str, Any]
 
@@ -77,16 +93,21 @@ class SDXLDRaFTPModel:
         reward_model: assign before training: `reward_model(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`.
         schedule: noise levels of the run's N steps.
         grad_scaler: scales the loss under fp16, else does nothing; the trainer steps through it.
+        phase: phase(name) is a context around each phase of a training step: a label in torch's profiler, until
+            someone assigns a stop-watch.
 
     Args:
         cfg: the settings, from `draftcli.load_config`.
         parts: loaded modules; None loads `cfg.model`.
+        loras: what is tuned instead of a new LoRA to train: LoRAs with the scale of each, frozen. May be none.
 
     Raises:
         InputError: the model cannot be loaded, or the settings do not fit it.
     """
 
-    def __init__(self, cfg: Config, parts: Parts | None = None) -> None:
+    def __init__(
+        self, cfg: Config, parts: Parts | None = None, loras: Sequence[tuple[Lora, float]] | None = None
+    ) -> None:
         self.cfg = cfg
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
@@ -97,15 +118,23 @@ class SDXLDRaFTPModel:
         self._base_unet = copy.deepcopy(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
-        else:
+        elif loras is None:
             peft = cfg.peft
             adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
-        if cfg.sharding.activation_checkpointing:
-            sharding.checkpoint_activations(self.unet, self.vae)
+        for name, network in self.parts.modules.items() if loras else ():
+            attach_loras(network, loras or (), part=name)
+        sharding.speed_up(cfg.sharding, self.unet, self._base_unet, self.vae)
+        self._encoded = PromptCache(
+            self.parts,
+            device,
+            offload=cfg.model.offload_text_encoders,
+            folder=None if cfg.sharding.prompt_cache is None else Path(cfg.sharding.prompt_cache),
+        )
         self.schedule = self._schedule()
         self.first_gradient_step = first_gradient_step(cfg.sampling.steps, cfg.draftp.truncation_steps)
         self._reward_model: Any = None
         self.grad_scaler = torch.amp.GradScaler(device.type, enabled=cfg.model.precision == "fp16")
+        self.phase: Callable[[str], AbstractContextManager[Any]] = torch.profiler.record_function
         self._images_seen = 0
 
     # ------------------------------------------------------------------------------------------------ the networks
@@ -151,6 +180,17 @@ class SDXLDRaFTPModel:
         for unet in filter(None, [self.unet, self._base_unet]):
             sharding.shard(unet)
 
+    @contextmanager
+    def without_gradient(self) -> Iterator[None]:
+        """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (core/folding.py)."""
+        settings = self.cfg.sharding
+        with torch.no_grad():
+            if self._base_unet is not None or not settings.fold_lora:
+                yield
+                return
+            with folded(self.unet, settings.fold_tolerance):
+                yield
+
     # ------------------------------------------------------------------------------------------------ conditioning
 
     def append_sdxl_size_keys(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
@@ -161,20 +201,16 @@ class SDXLDRaFTPModel:
     def encode(self, batch: Batch) -> Conditioning:
         """What the UNet is told for [unconditional ; conditional], on its device and in its dtype."""
         device = self.runtime.device
-        for encoder in self.parts.text_encoders:
-            encoder.to(device)
-        sequence, pooled = encode_prompts(self.parts, batch.prompts)
+        with self.phase("text"):
+            sequence, pooled = self._encoded(batch.prompts)
         negatives = [self.cfg.sampling.negative_prompt if n is None else n for n in batch.negatives]
         absent = torch.tensor([n is None and self.parts.zeros_for_empty for n in negatives], device=device)
         if absent.all():
             uncond, uncond_pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
         else:
-            uncond, uncond_pooled = encode_prompts(self.parts, [n or "" for n in negatives])
+            uncond, uncond_pooled = self._encoded([n or "" for n in negatives])
             uncond = uncond.masked_fill(absent[:, None, None], 0)
             uncond_pooled = uncond_pooled.masked_fill(absent[:, None], 0)
-        if self.cfg.model.offload_text_encoders:
-            for encoder in self.parts.text_encoders:
-                encoder.to("cpu")
         ids = time_ids(self.append_sdxl_size_keys(batch.prompts, batch.size))
         cond = Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
         return cond.to(device, self.runtime.dtype)
@@ -205,12 +241,17 @@ class SDXLDRaFTPModel:
 
     def denoiser(self, cond: Conditioning) -> Predict:
         """The guided noise estimate of what `self.unet` is when called: tuned, or base in `base_weights()`."""
+        sampling, alone = self.cfg.sampling, cond.conditional
+        guided_from, guided_to = sampling.guidance_interval
 
         def predict_guided(x: Tensor, level: Level) -> Tensor:
-            doubled = network_input(torch.cat([x, x]), level)
+            is_guided = sampling.scale != 1 and guided_from <= level.index / level.total < guided_to
             with self.runtime.autocast():
-                output = predict(self.unet, doubled, level.timestep, cond)
-            output = guided(output, self.cfg.sampling.scale)
+                if is_guided:
+                    doubled = network_input(torch.cat([x, x]), level)
+                    output = guided(predict(self.unet, doubled, level.timestep, cond), sampling.scale)
+                else:
+                    output = predict(self.unet, network_input(x, level), level.timestep, alone)
             return to_noise_estimate(output, x, level, self.parts.prediction)
 
         return predict_guided
@@ -221,7 +262,7 @@ class SDXLDRaFTPModel:
 
         @torch.no_grad()
         def predict_base(x: Tensor, level: Level) -> Tensor:
-            with self.base_weights():
+            with self.phase("base pass"), self.base_weights():
                 return tuned(x, level)
 
         return predict_base
@@ -230,6 +271,27 @@ class SDXLDRaFTPModel:
     def rollout(self, x: Tensor, cond: Conditioning, churn_noise: ImageNoise | None = None) -> Tensor:
         """The first N - K steps, tuned, without gradient: latents (B, C, H, W) at the start -> x_K."""
         return self._denoise(self.denoiser(cond), x, churn_noise, stop=self.first_gradient_step)
+
+    def walk(self, x: Tensor, cond: Conditioning, churn_noise: ImageNoise, start: int) -> tuple[list[Tensor], Tensor]:
+        """The steps from `start` to the image, tuned, without gradient.
+
+        Args:
+            x: (B, C, H, W) latents at level `start`.
+            cond: from `encode`.
+            churn_noise: continues that of `rollout`.
+            start: first step to take.
+
+        Returns:
+            the latents (B, C, H, W) that the network was asked at in each step; x_0 (B, C, H, W).
+        """
+        tuned, asked = self.denoiser(cond), []
+
+        @torch.no_grad()
+        def predict_here(x: Tensor, level: Level) -> Tensor:
+            asked.append(x)
+            return tuned(x, level)
+
+        return asked, self._denoise(predict_here, x, churn_noise, start=start)
 
     def tail(
         self, x: Tensor, cond: Conditioning, churn_noise: ImageNoise | None = None, with_base: bool = True
@@ -246,6 +308,7 @@ class SDXLDRaFTPModel:
             x_0 (B, C, H, W); eps of the tuned network (K, B, C, H, W); of the base, or None.
         """
         tuned, base = self.denoiser(cond), self.base_denoiser(cond)
+        check_sampler(self.cfg.sampling.sampler)
         eps_tuned: list[Tensor] = []
         eps_base: list[Tensor] = []
 
@@ -260,7 +323,7 @@ class SDXLDRaFTPModel:
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1], differentiable."""
-        return decode(self.vae, x_0)
+        return decode(self.vae, x_0, self.cfg.model.vae_tile)
 
     # ------------------------------------------------------------------------------------------------ whole pictures
 
@@ -283,7 +346,11 @@ class SDXLDRaFTPModel:
 
     @torch.no_grad()
     def annealed_guidance(
-        self, batch: Batch | Sequence[str], x_T: Tensor, weighing_fn: Weighing | None = None
+        self,
+        batch: Batch | Sequence[str],
+        x_T: Tensor,
+        weighing_fn: Weighing | None = None,
+        stochastic: bool = False,
     ) -> Tensor:
         """Draw pictures with AIG.
 
@@ -291,13 +358,40 @@ class SDXLDRaFTPModel:
             batch: B prompts.
             x_T: (B, C, H, W) unit normal noise.
             weighing_fn: (sigma_i, sigma_next, i, total) -> weight of the tuned network in [0, 1]; None is i / total.
+            stochastic: ask one network a step, tuned with the weight as probability, instead of mixing both. A
+                picture's draws depend on its seed alone.
 
         Returns:
             (B, 3, 8 H, 8 W) in [0, 255].
+
+        Raises:
+            InputError: weighing_fn gave a weight outside [0, 1].
         """
+        return self.annealed_images(batch, x_T, weighing_fn, stochastic) * 255
+
+    @torch.no_grad()
+    def annealed_images(
+        self,
+        batch: Batch | Sequence[str],
+        x_T: Tensor,
+        weighing_fn: Weighing | None = None,
+        stochastic: bool = False,
+    ) -> Tensor:
+        """What `annealed_guidance` draws, (B, 3, 8 H, 8 W) in [0, 1]: the form that everything here works with."""
         batch = self._sized(batch, x_T)
-        cond = self.encode(batch)
-        return self.decode(self.annealed_latents(self.start(x_T), cond, weighing_fn, self._churn_noise(batch))) * 255
+        uniform = None
+        if stochastic:
+            generators = [torch.Generator().manual_seed(derived_seed(seed, "network")) for seed in batch.seeds]
+            uniform = torch.stack([torch.rand(len(self.schedule), generator=g) for g in generators])
+        x_0 = self.annealed_latents(
+            self.start(x_T),
+            self.encode(batch),
+            weighing_fn,
+            self._churn_noise(batch),
+            uniform,
+            self._encode_base(batch),
+        )
+        return self.decode(x_0)
 
     @torch.no_grad()
     def annealed_latents(
@@ -306,12 +400,37 @@ class SDXLDRaFTPModel:
         cond: Conditioning,
         weighing_fn: Weighing | None = None,
         churn_noise: ImageNoise | None = None,
+        uniform: Tensor | None = None,
+        cond_base: Conditioning | None = None,
     ) -> Tensor:
-        """The trajectory of AIG: latents (B, C, H, W) at the start -> x_0. Weight 1 is tuned, weight 0 base."""
-        mixed = annealed(self.denoiser(cond), self.base_denoiser(cond), weighing_fn or linear)
-        return self._denoise(mixed, x, churn_noise)
+        """The trajectory of AIG: latents (B, C, H, W) at the start -> x_0. Weight 1 is tuned, weight 0 base.
+
+        Args:
+            x: latents at the start.
+            cond: from `encode`.
+            weighing_fn: None is i / total.
+            churn_noise: for `sampling.s_churn`.
+            uniform: (B, N) in [0, 1): draw one network a step by these instead of mixing both.
+            cond_base: what the base is told, where that differs from what tuned is told.
+        """
+        weights, told = step_weights(weighing_fn or linear, self.schedule), cond_base or cond
+        if uniform is None:
+            network = mixed(self.denoiser(cond), self.base_denoiser(told), weights)
+        else:
+            network = drawn(
+                lambda rows: self.denoiser(cond[rows]),
+                lambda rows: self.base_denoiser(told[rows]),
+                weights,
+                uniform,
+            )
+        return self._denoise(network, x, churn_noise)
 
     # -------------------------------------------------------------------------------------------------- the objective
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether training asks the base at all: for the penalty, or to log it."""
+        return self.cfg.draftp.kl_coeff > 0 or self.cfg.draftp.log_kl
 
     def get_forward_output_and_loss_func(
         self, validation_step: bool = False
@@ -323,7 +442,7 @@ class SDXLDRaFTPModel:
             loss_func(image) -> scalar loss, metrics "loss", "reward" and "kl_penalty" (None where it was not
             measured), in validation also "images_and_captions".
         """
-        needs_base = validation_step or self.cfg.draftp.kl_coeff > 0 or self.cfg.draftp.log_kl
+        needs_base = validation_step or self.needs_base
 
         def forward(
             data_iterator: Iterator[Batch | Sequence[str]], model: SDXLDRaFTPModel
@@ -359,12 +478,18 @@ class SDXLDRaFTPModel:
     def get_loss_and_metrics(self, batch: Batch | Sequence[str], forward_only: bool = False) -> tuple[float, Metrics]:
         """The loss of a batch in micro-batches, and unless `forward_only` its gradient, added to the weights' `.grad`.
 
-        The gradient is that of the mean over the whole batch, times `grad_scaler`'s scale under fp16.
+        The gradient is that of the mean over the whole batch, times `grad_scaler`'s scale under fp16. It comes in two
+        stages (core/two_stage.py), unless `sharding.two_stage` is false or a subclass brings its own
+        `get_forward_output_and_loss_func`: then by one backward per micro-batch through that function's loss.
 
         Returns:
             loss; metrics averaged over the images ("images_and_captions": images (B, 3, H, W) in [0, 1] and prompts).
         """
         batch = self.as_batch(batch, training=not forward_only)
+        own = type(self).get_forward_output_and_loss_func is SDXLDRaFTPModel.get_forward_output_and_loss_func
+        if own and self.cfg.sharding.two_stage and not forward_only:
+            metrics = loss_and_gradient(self, batch)
+            return metrics["loss"], metrics
         step = self.get_forward_output_and_loss_func(validation_step=forward_only)
         total: Metrics = {}
         pictures: list[tuple[Tensor, list[str]]] = []
@@ -395,21 +520,33 @@ class SDXLDRaFTPModel:
     def _denoise(
         self, predict_noise: Predict, x: Tensor, churn_noise: ImageNoise | None, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        churn = self.cfg.sampling.s_churn
-        return denoise(predict_noise, x, self.schedule, start=start, stop=stop, churn=churn, noise=churn_noise)
+        sampling = self.cfg.sampling
+        return denoise(
+            predict_noise,
+            x,
+            self.schedule,
+            solver=SOLVERS[sampling.sampler],
+            start=start,
+            stop=stop,
+            churn=sampling.s_churn,
+            noise=churn_noise,
+        )
+
+    def _encode_base(self, batch: Batch) -> Conditioning | None:
+        """What the base is told where a LoRA changes the text encoders as well; else None, the same as tuned."""
+        changed = [encoder for encoder in self.parts.text_encoders if adapters.lora_layers(encoder)]
+        if not changed:
+            return None
+        with ExitStack() as stack:
+            for encoder in changed:
+                stack.enter_context(adapters.adapters_off(encoder))
+            return self.encode(batch)
 
     def _churn_noise(self, batch: Batch) -> ImageNoise:
+        """The noise that `sampling.s_churn` adds along the batch's trajectories."""
         return ImageNoise([derived_seed(seed, "churn") for seed in batch.seeds])
 
     def _sized(self, batch: Batch | Sequence[str], x_T: Tensor) -> Batch:
         """The batch, of the size that the noise has."""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return replace(self.as_batch(batch), size=(x_T.shape[-2] * factor, x_T.shape[-1] * factor))
-
-
-def kl_penalty(eps_tuned: Tensor, eps_base: Tensor) -> Tensor:
-    """DRaFT+'s penalty: mean over K, B, C, H, W of the squared difference of the guided noise estimates.
-
-    It is a plain mean squared error, called KL after the Gaussian it is proportional to; no 1/2, no 1/sigma^2.
-    """
-    return (eps_tuned - eps_base).square().mean()

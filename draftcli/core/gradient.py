@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from draftcli.errors import InputError
 
+SAMPLERS = ("euler", "ddim")
+
 
 def first_gradient_step(steps: int, truncation_steps: int) -> int:
     """N - K: the index of the first sampler step that carries gradient.
@@ -21,3 +23,16 @@ def first_gradient_step(steps: int, truncation_steps: int) -> int:
             f"between 1 and {steps} steps can carry gradient"
         )
     return steps - truncation_steps
+
+
+def check_sampler(sampler: str) -> None:
+    """See that a sampler can carry gradient: one network call a step, and none that looks back over the cut at N - K.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(
+            f"sampling.sampler {sampler} draws pictures but cannot train; train with {' or '.join(SAMPLERS)}, and draw "
+            f"with draftp sample --sampler {sampler}"
+        )

@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from draftcli.config import ModelConfig
 from draftcli.core.denoise import Prediction
 from draftcli.core.runtime import DTYPES
+from draftcli.core.tiles import decode_in_tiles
 from draftcli.errors import InputError
 
 # Models that ship with the package, by name: each is a diffusers folder like any other.
 BUILT_IN = {"toy": Path(__file__).parents[1] / "toy" / "weights" / "model"}
+# SDXL's own configuration, without weights and tokenizers, so that its shape is known offline.
+SDXL_CONFIG = Path(__file__).with_name("sdxl_config")
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 PIPELINE = "StableDiffusionXLPipeline"
 
@@ -86,6 +89,20 @@ class Conditioning:
             self.prompt_embeds.to(device, dtype), self.text_embeds.to(device, dtype), self.time_ids.to(device)
         )
 
+    def __getitem__(self, some: slice | Tensor) -> Conditioning:
+        """That of some of the B pictures: a slice, or chosen (B,) bool."""
+
+        def part(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (2, -1))[:, some].flatten(0, 1)
+
+        return Conditioning(part(self.prompt_embeds), part(self.text_embeds), part(self.time_ids))
+
+    @property
+    def conditional(self) -> Conditioning:
+        """The second half alone, first dimension B: for a network call without guidance."""
+        half = len(self.time_ids) // 2
+        return Conditioning(self.prompt_embeds[half:], self.text_embeds[half:], self.time_ids[half:])
+
 
 def model_path(pretrained: str) -> str:
     """The folder of a built-in model, else `pretrained` itself."""
@@ -119,13 +136,13 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False) -> Parts:
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
             if single_file:
                 pipe = StableDiffusionXLPipeline.from_single_file(
-                    _checked_file(source, "model.pretrained"),
+                    checked_file(source, "model.pretrained"),
                     config=cfg.config or SDXL_BASE,
                     local_files_only=_is_local(cfg.config),
                 )
             else:
                 if Path(source).is_dir():
-                    _check_folder(Path(source))
+                    check_folder(Path(source))
                 pipe = StableDiffusionXLPipeline.from_pretrained(
                     source, use_safetensors=True, variant=cfg.variant, add_watermarker=False, **options
                 )
@@ -135,22 +152,44 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False) -> Parts:
         # What a loader raises on a wrong or damaged model is as varied as the damage; people need its first line.
         raise InputError(_loading_failed(cfg, source, single_file, error)) from error
     _check_complete(pipe, source)
+    widths = {encoder.config.hidden_size for encoder in (pipe.text_encoder, pipe.text_encoder_2)}
+    if single_file and len(widths) == 1:
+        raise InputError(
+            f"model.pretrained {source}: both text encoders have the width {widths.pop()}, and diffusers tells those "
+            "of a single file apart by their widths; use a diffusers folder"
+        )
     if cfg.vae:
         pipe.vae = _load_vae(cfg.vae, config=cfg.config or (SDXL_BASE if single_file else source))
     scheduler = pipe.scheduler.config
+    prediction, zero_snr = single_file_prediction(Path(source)) if single_file else (None, None)
     parts = Parts(
         unet=_cast(pipe.unet, unet_dtype),
         vae=_cast(pipe.vae, vae_dtype),
         text_encoders=(_cast(pipe.text_encoder, dtype), _cast(pipe.text_encoder_2, dtype)),
         tokenizers=(pipe.tokenizer, pipe.tokenizer_2),
-        prediction=cfg.prediction_type or scheduler.get("prediction_type", "epsilon"),
-        zero_terminal_snr=_first(cfg.zero_terminal_snr, scheduler.get("rescale_betas_zero_snr"), False),
+        prediction=cfg.prediction_type or prediction or scheduler.get("prediction_type", "epsilon"),
+        zero_terminal_snr=_first(cfg.zero_terminal_snr, zero_snr, scheduler.get("rescale_betas_zero_snr"), False),
         zeros_for_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", True)),
         name=cfg.pretrained,
     )
     if parts.prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows epsilon and v_prediction")
     return parts
+
+
+def single_file_prediction(file: Path) -> tuple[Prediction | None, bool | None]:
+    """What a checkpoint says of itself: its prediction, and whether it was trained with zero terminal SNR.
+
+    Two empty tensors, `v_pred` and `ztsnr`, are the marks that ComfyUI, Forge and the authors of v-prediction models
+    go by; before them there was modelspec's metadata. None where nothing is said (which other programs take for
+    epsilon).
+    """
+    with safe_open(file, framework="pt") as tensors:
+        keys, metadata = set(tensors.keys()), tensors.metadata() or {}
+    if "v_pred" in keys:
+        return "v_prediction", "ztsnr" in keys
+    said: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+    return said.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
 
 
 def drop_vae_encoder(vae: Any) -> None:
@@ -160,21 +199,28 @@ def drop_vae_encoder(vae: Any) -> None:
             setattr(vae, name, None)
 
 
+def tokenize(parts: Parts, prompts: Sequence[str]) -> list[Tensor]:
+    """(B, L) token ids of each tokenizer, on the CPU: padded, or cut, to its length."""
+    return [
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in parts.tokenizers
+    ]
+
+
 def encode_prompts(parts: Parts, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     """(B, L, D) sequence and (B, D2) pooled embeddings, as SDXL was trained: the layer before the last of both
     encoders, side by side, 77 tokens; pooled is the second encoder's projected end-of-text token.
     """
     sequence: list[Tensor] = []
     pooled = None
-    for tokenizer, encoder in zip(parts.tokenizers, parts.text_encoders, strict=True):
-        tokens = tokenizer(
-            list(prompts),
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    for tokens, encoder in zip(tokenize(parts, prompts), parts.text_encoders, strict=True):
+        output = encoder(tokens.to(encoder.device), output_hidden_states=True)
         sequence.append(output.hidden_states[-2])
         pooled = getattr(output, "text_embeds", None)
     assert pooled is not None, "the second text encoder has a projection"
@@ -193,10 +239,21 @@ def predict(unet: Any, x: Tensor, timestep: int, cond: Conditioning) -> Tensor:
     return output.to(x.dtype)
 
 
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    """(B, 3, 8 H, 8 W) in [0, 1], differentiable. Saturated pixels get no gradient, as in the reference."""
-    dtype = next(vae.parameters()).dtype
-    pixels = vae.decode((latents / vae.config.scaling_factor).to(dtype), return_dict=False)[0]
+def decode(vae: Any, latents: Tensor, tile: int | None = None) -> Tensor:
+    """(B, 3, 8 H, 8 W) in [0, 1], differentiable. Saturated pixels get no gradient, as in the reference.
+
+    Args:
+        vae: the decoder.
+        latents: (B, C, H, W).
+        tile: edge in pixels of the tiles to decode apart (core/tiles.py); None decodes all at once.
+    """
+    scaled = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+
+    def decode_all(z: Tensor) -> Tensor:
+        return vae.decode(z, return_dict=False)[0]
+
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    pixels = decode_all(scaled) if tile is None else decode_in_tiles(decode_all, scaled, tile // factor, factor)
     return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
 
 
@@ -219,15 +276,20 @@ def _load_vae(source: str, config: str) -> Any:
     try:
         if source.endswith((".safetensors", ".ckpt")):
             # Without `config` diffusers takes a lone VAE for Stable Diffusion 1's, whose latents have another scale.
-            return AutoencoderKL.from_single_file(_checked_file(source, "model.vae"), config=config, subfolder="vae")
+            return AutoencoderKL.from_single_file(checked_file(source, "model.vae"), config=config, subfolder="vae")
         return AutoencoderKL.from_pretrained(source)
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"model.vae {source}: cannot be loaded: {_first_line(error)}") from error
+        raise InputError(f"model.vae {source}: cannot be loaded: {first_line(error)}") from error
 
 
-def _checked_file(path: str, setting: str) -> str:
+def checked_file(path: str, setting: str) -> str:
+    """`path`, where a .safetensors is there; `setting` is what the user calls it.
+
+    Raises:
+        InputError: there is none, or it is pickled.
+    """
     if path.endswith(".ckpt"):
         raise InputError(f"{setting} {path}: .ckpt files can run code when opened; convert it to .safetensors")
     if not Path(path).is_file():
@@ -249,26 +311,31 @@ def _check_complete(pipe: Any, source: str) -> None:
             raise InputError(f"model.pretrained {source}: {missing} tensors of {name} are missing, download it again")
 
 
-def _check_folder(folder: Path) -> None:
-    """Say what is wrong with a folder before diffusers tries it."""
+def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
+    """Say what is wrong with a folder before diffusers tries it; `setting` is what the user calls it.
+
+    Raises:
+        InputError: it is not a diffusers folder of an SDXL.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
-        raise InputError(f"model.pretrained {folder}: no model_index.json in it, so it is not a diffusers folder")
+        raise InputError(f"{setting} {folder}: no model_index.json in it, so it is not a diffusers folder")
     try:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except ValueError:
         raise InputError(f"{index} is not valid JSON: download the model again") from None
     if kind != PIPELINE:
-        raise InputError(f"model.pretrained {folder} is a {kind}, not Stable Diffusion XL ({PIPELINE})")
+        raise InputError(f"{setting} {folder} is a {kind}, not Stable Diffusion XL ({PIPELINE})")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception of a library says, short enough for one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _loading_failed(cfg: ModelConfig, source: str, single_file: bool, error: Exception) -> str:
-    reason = f"{type(error).__name__}: {_first_line(error)}"
+    reason = f"{type(error).__name__}: {first_line(error)}"
     if single_file and not _is_local(cfg.config):
         return (
             f"model.pretrained {source}: a single file holds no configuration and no tokenizers, and "

@@ -13,7 +13,17 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from draftcli.config import ShardingConfig
 from draftcli.errors import InputError
+
+
+def speed_up(settings: ShardingConfig, unet: Any, base_unet: Any | None, vae: Any) -> None:
+    """Apply `settings` to the networks, in place: memory layout, then activation checkpointing."""
+    if settings.channels_last:
+        for network in filter(None, [unet, base_unet, vae]):
+            network.to(memory_format=torch.channels_last)
+    if settings.activation_checkpointing:
+        checkpoint_activations(unet, vae)
 
 
 def checkpoint_activations(unet: Any, vae: Any) -> None:

@@ -1,7 +1,11 @@
-"""Rewards that are a CLIP: PickScore and CLIPScore, through transformers alone, differentiable to the pixels."""
+"""Rewards that are a CLIP: PickScore, HPSv2, HPSv2.1, CLIPScore; transformers alone, differentiable to the pixels."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,75 +13,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftcli.errors import InputError
+from draftcli.rewards.checkpoints import (
+    Official,
+    Origin,
+    fill,
+    find_checkpoint,
+    layer_count,
+    load_pretrained,
+    loading,
+    read_checkpoint,
+    shape_of,
+)
+from draftcli.rewards.pixels import Preprocess
+
+VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class CLIPReward(nn.Module):
     """exp(logit_scale) * cosine of a CLIP's image and text embeddings (scale 1 with `bare_cosine`).
 
-    Preprocessing is the official one on tensors: shorter side to the CLIP's size, bicubic with antialiasing, centre
-    crop, CLIP's mean and deviation. What lies outside the centre square of a picture is not seen.
-
     Args:
         name: of the reward.
         clip: transformers' CLIPModel.
         tokenizer: its tokenizer; texts are cut at its 77 tokens.
-        mean: of the pixels, per channel.
-        std: likewise.
+        preprocess: of the pictures.
         bare_cosine: leave the logit scale out.
     """
 
-    def __init__(
-        self, name: str, clip: Any, tokenizer: Any, mean: list[float], std: list[float], bare_cosine: bool = False
-    ) -> None:
+    def __init__(self, name: str, clip: Any, tokenizer: Any, preprocess: Preprocess, bare_cosine: bool = False) -> None:
         super().__init__()
         self.name = name
         self.clip = clip
         self.tokenizer = tokenizer
+        self.preprocess = preprocess
         self.bare_cosine = bare_cosine
-        self.size = int(clip.config.vision_config.image_size)
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.requires_grad_(False).eval()
 
-    def preprocess(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) in [0, 1] -> (B, 3, size, size) normalised, in the dtype of the CLIP."""
-        images = images.to(self.mean.dtype)
-        height, width = images.shape[-2:]
-        scale = self.size / min(height, width)
-        # transformers rounds the longer side down; the shorter one is exact
-        size = [int(height * scale + 1e-6), int(width * scale + 1e-6)]
-        if size != [height, width]:
-            # Apple's mps has no backward of this resize, so there it runs on the CPU.
-            source = images.cpu() if images.device.type == "mps" else images
-            resized = F.interpolate(source, size=size, mode="bicubic", antialias=True, align_corners=False)
-            images = resized.to(images.device)
-            images = images.clamp(0, 1)  # bicubic overshoots at edges; the official route saturates at 8 bits
-        top, left = (size[0] - self.size) // 2, (size[1] - self.size) // 2
-        images = images[..., top : top + self.size, left : left + self.size]
-        return ((images - self.mean) / self.std).to(self.clip.dtype)
+    @property
+    def scale(self) -> Tensor | float:
+        """What the cosine is multiplied with."""
+        return 1.0 if self.bare_cosine else self.clip.logit_scale.exp()
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] -> (B, D) of length 1, differentiable."""
+        pixels = self.preprocess(images.to(self.preprocess.mean.device)).to(self.clip.dtype)
+        vision = self.clip.vision_model(pixel_values=pixels)
+        return F.normalize(self.clip.visual_projection(vision.pooler_output), dim=-1)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: list[str]) -> Tensor:
+        """Texts -> (B, D) of length 1."""
+        length = self.tokenizer.model_max_length
+        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = tokens.to(self.preprocess.mean.device)
+        text = self.clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return F.normalize(self.clip.text_projection(text.pooler_output), dim=-1)
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) scores; see `draftcli.rewards.Reward`."""
-        device = self.mean.device
-        tokens = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
-        with torch.no_grad():
-            text = self.clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
-            text = F.normalize(self.clip.text_projection(text.pooler_output), dim=-1)
-        vision = self.clip.vision_model(pixel_values=self.preprocess(images.to(device)))
-        image = F.normalize(self.clip.visual_projection(vision.pooler_output), dim=-1)
-        cosine = (image * text).sum(-1)
-        return cosine if self.bare_cosine else self.clip.logit_scale.exp() * cosine
+        return self.scale * (self.embed_images(images) * self.embed_texts(prompts)).sum(-1)
 
 
 def load_clip_reward(name: str, pretrained: str, processor: str | None = None, bare_cosine: bool = False) -> CLIPReward:
-    """Load a CLIP by hub id or local folder in transformers' format.
+    """Load a CLIP by hub id or local folder in transformers' format, with its own preprocessing: a centre crop.
 
     Args:
         name: of the reward.
@@ -88,34 +86,146 @@ def load_clip_reward(name: str, pretrained: str, processor: str | None = None, b
     Raises:
         InputError: it cannot be loaded; says what to put where.
     """
-    from transformers import AutoConfig, AutoTokenizer, CLIPImageProcessor, CLIPModel
+    from transformers import AutoConfig, CLIPImageProcessor, CLIPModel
 
-    try:
-        config = AutoConfig.from_pretrained(pretrained)
-        if config.model_type != "clip":
-            raise InputError(f"reward {name}: {pretrained} is a {config.model_type} model, not a CLIP")
-        clip = CLIPModel.from_pretrained(pretrained, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(processor or pretrained)
+    with loading(name, pretrained, "pretrained"):
+        kind = AutoConfig.from_pretrained(pretrained).model_type
+    if kind != "clip":
+        raise InputError(f"reward {name}: {pretrained} is a {kind} model, not a CLIP")
+    with loading(name, processor or pretrained, "backbone" if processor else "pretrained"):
         pixels = CLIPImageProcessor.get_image_processor_dict(processor or pretrained)[0]
-    except (OSError, ValueError, ImportError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
-        raise InputError(
-            f"reward {name}: {pretrained} cannot be loaded; without the hub, download it and set "
-            f"rewards.{name}.pretrained to its folder ({reason})"
-        ) from error
-    reward = CLIPReward(name, clip, tokenizer, pixels["image_mean"], pixels["image_std"], bare_cosine)
-    return reward.requires_grad_(False).eval()
+    tokenizer = load_tokenizer(name, processor or pretrained, "backbone" if processor else "pretrained")
+    clip = load_pretrained(name, CLIPModel, pretrained, "pretrained")
+    preprocess = Preprocess(clip.config.vision_config.image_size, "crop", pixels["image_mean"], pixels["image_std"])
+    return CLIPReward(name, clip, tokenizer, preprocess, bare_cosine)
 
 
-def pickscore(pretrained: str = "yuvalkirstain/PickScore_v1") -> CLIPReward:
+def load_tokenizer(name: str, place: str, setting: str) -> Any:
+    """The tokenizer in a folder or on the hub.
+
+    Raises:
+        InputError: there is none; says what to put where.
+    """
+    from transformers import AutoTokenizer
+
+    with loading(name, place, setting):
+        return AutoTokenizer.from_pretrained(place)
+
+
+def pickscore(pretrained: str = "yuvalkirstain/PickScore_v1", backbone: str | None = None) -> CLIPReward:
     """PickScore (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) * cos of a CLIP ViT-H/14, about 17 to 25.
 
-    A local folder must hold the processor's files beside the weights; on the hub they are LAION's.
+    `backbone` holds tokenizer and preprocessor: on the hub LAION's, of a local folder the folder itself.
     """
     official = pretrained == "yuvalkirstain/PickScore_v1"
-    return load_clip_reward("pickscore", pretrained, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K" if official else None)
+    return load_clip_reward("pickscore", pretrained, backbone or (VIT_H if official else None))
 
 
-def clip_score(pretrained: str = "openai/clip-vit-large-patch14") -> CLIPReward:
-    """Cosine of picture and prompt by any CLIP, in [-1, 1]."""
-    return load_clip_reward("clip", pretrained, bare_cosine=True)
+def clip_score(pretrained: str = "openai/clip-vit-large-patch14", backbone: str | None = None) -> CLIPReward:
+    """Cosine of picture and prompt by any CLIP, in [-1, 1]. `backbone`: tokenizer and preprocessor, if elsewhere."""
+    return load_clip_reward("clip", pretrained, backbone, bare_cosine=True)
+
+
+def hpsv2(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
+    """HPSv2 (Wu et al. 2023, arXiv 2306.09341): cosine of a CLIP ViT-H/14, about 0.2 to 0.3. Not comparable with 2.1.
+
+    `backbone` holds the tokenizer. The whole picture is seen: its longer side at 224, black borders.
+    """
+    return load_hps("hpsv2", "HPS_v2_compressed.pt", pretrained, backbone)
+
+
+def hpsv2_1(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
+    """HPSv2.1, as `hpsv2`: the version that the HPSv2 benchmark reports by default, times 100."""
+    return load_hps("hpsv2_1", "HPS_v2.1_compressed.pt", pretrained, backbone)
+
+
+def load_hps(name: str, file: str, pretrained: str | None, backbone: str) -> CLIPReward:
+    """Load an HPSv2 checkpoint: open_clip's names, filled into transformers' CLIPModel.
+
+    Raises:
+        InputError: see `find_checkpoint`, `read_checkpoint` and `fill`.
+    """
+    from transformers import CLIPModel
+
+    path = find_checkpoint(name, Official(file, hub="xswu/HPSv2"), pretrained)
+    tensors = read_checkpoint(name, path)
+    config = _open_clip_config(name, path, tensors)
+    with torch.device("meta"):
+        clip = CLIPModel(config)
+    # An older open_clip kept the text's causal mask among its tensors.
+    fill(name, path, clip, tensors, _open_clip_origin, unused=["attn_mask"])
+    tokenizer = load_tokenizer(name, backbone, "backbone")
+    return CLIPReward(name, clip, tokenizer, Preprocess(config.vision_config.image_size, "pad"), bare_cosine=True)
+
+
+def _open_clip_config(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Any:
+    """A ViT-H/14's configuration, sizes by the tensors' shapes. Both towers have 16 heads (80 and 64 wide)."""
+    from transformers import CLIPConfig
+
+    shape = partial(shape_of, name, path, tensors)
+    width, _, patch, _ = shape("visual.conv1.weight")
+    grid = round((shape("visual.positional_embedding")[0] - 1) ** 0.5)
+    vocabulary, text_width = shape("token_embedding.weight")
+    common = {"num_attention_heads": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+    return CLIPConfig(
+        text_config={
+            **common,
+            "vocab_size": vocabulary,
+            "hidden_size": text_width,
+            "intermediate_size": shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
+            "num_hidden_layers": layer_count(tensors, "transformer.resblocks."),
+            "max_position_embeddings": shape("positional_embedding")[0],
+            "bos_token_id": vocabulary - 2,
+            "eos_token_id": vocabulary - 1,  # where open_clip reads the text's embedding
+        },
+        vision_config={
+            **common,
+            "hidden_size": width,
+            "intermediate_size": shape("visual.transformer.resblocks.0.mlp.c_fc.weight")[0],
+            "num_hidden_layers": layer_count(tensors, "visual.transformer.resblocks."),
+            "image_size": grid * patch,
+            "patch_size": patch,
+        },
+        projection_dim=shape("text_projection")[1],
+    )
+
+
+_OPEN_CLIP = {
+    "logit_scale": "logit_scale",
+    "text_model.embeddings.token_embedding.weight": "token_embedding.weight",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",
+    "vision_model.post_layernorm": "visual.ln_post",
+}
+_OPEN_CLIP_BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_PROJECTIONS = {"text_projection.weight": "text_projection", "visual_projection.weight": "visual.proj"}
+
+
+def _open_clip_origin(key: str) -> Origin:
+    """open_clip's name for a tensor of CLIPModel: attention's three matrices are one there, projections transposed."""
+    if key in _PROJECTIONS:
+        return _PROJECTIONS[key], torch.t
+    block = re.fullmatch(r"(text|vision)_model\.encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", key)
+    if block is None:
+        stem, _, kind = key.rpartition(".")
+        return (_OPEN_CLIP[key] if key in _OPEN_CLIP else f"{_OPEN_CLIP[stem]}.{kind}"), _as_it_is
+    tower, number, part, kind = block.groups()
+    prefix = f"{'visual.' if tower == 'vision' else ''}transformer.resblocks.{number}."
+    if part in _OPEN_CLIP_BLOCK:
+        return f"{prefix}{_OPEN_CLIP_BLOCK[part]}.{kind}", _as_it_is
+    third = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj").index(part)
+    return f"{prefix}attn.in_proj_{kind}", lambda tensor: tensor.chunk(3)[third]
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor

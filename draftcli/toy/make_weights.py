@@ -27,7 +27,7 @@ from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw, open_pipeline
 from draftcli.toy.train_vae import train_vae
 from draftcli.toy.world import caption, held_out_scenes
 
-VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 760, 700
+VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 690, 800
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -48,7 +48,7 @@ def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
     _stage(output, "vae", model / "vae", seed, lambda: train_vae(model / "vae", seed, vae_steps, **small))
     _stage(output, "sdxl", model / "unet", seed, lambda: train_sdxl(model, seed, sdxl_steps, **small))
     _stage(output, "base", None, seed, lambda: measure_base(model, seed, 4 if quick else 480))
-    few = {"scenes": 8, "groups": 2, "check": 8} if quick else {}
+    few = {"families": 2, "batch": 2, "check": 8} if quick else {}
     _stage(output, "reward", reward / "model.safetensors", seed,
            lambda: train_reward(model, reward, seed, reward_steps, **few))  # fmt: skip
 

@@ -31,12 +31,12 @@ WEIGHTS: dict[str, float] = {  # share of each attribute in the score; what a ca
 }
 ATTRIBUTES = tuple(WEIGHTS)
 NAMED = world.ATTRIBUTES  # what a caption names and a picture gets right or wrong; the others are matters of degree
-RIGHT = 0.8  # the score that counts as right: a square with a dent has it, a pillow does not
+RIGHT = 0.5  # the score that counts as right: what the caption names fits better than what it could have named instead
 
 _RADII = torch.arange(7.0, 29.0, 0.5)  # pixels: the sizes at which silhouettes are compared
 _MIN_CONTRAST = 0.10  # RGB distance below which shape and background are one colour
 _AREA = (0.03, 0.50)  # share of the picture that a shape can cover
-_IOU_MARGIN = 0.08  # lead over the next best silhouette that makes a shape beyond doubt
+_CLEAR_LEAD = 0.8  # lead over the next best silhouette, as a share of a clean shape's, that is beyond doubt
 _COLOUR_MARGIN = 0.15  # lead over the next nearest named colour that makes a colour beyond doubt
 _CRISP = (1.3, 2.8)  # softness, as a multiple of an antialiased edge's, where crispness begins to fall and reaches 0
 _PURITY_SCALE = 0.25  # mean RGB distance from the named colour at which purity reaches 0
@@ -210,10 +210,22 @@ def _match(cover: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _shape(seen: Reading, named: Tensor) -> Tensor:
-    mine = seen.overlap.gather(1, named[:, None])[:, 0]
-    rival = seen.overlap.scatter(1, named[:, None], 0).amax(1)
-    fit = ((mine - 0.45) / 0.35).clamp(0, 1)  # noise and smears overlap a little with everything
-    return (0.5 + 0.5 * (mine - rival) / _IOU_MARGIN).clamp(0, 1) * fit * seen.present
+    lead = _lead(seen.overlap, named) / (_CLEAR_LEAD * _clean_leads()[named])
+    fit = ((seen.overlap.gather(1, named[:, None])[:, 0] - 0.45) / 0.35).clamp(0, 1)  # smears fit all a little
+    return (0.5 + 0.5 * lead).clamp(0, 1) * fit * seen.present
+
+
+def _lead(overlap: Tensor, named: Tensor) -> Tensor:
+    """How much better the named silhouette fits than the next best, (B,)."""
+    return overlap.gather(1, named[:, None])[:, 0] - overlap.scatter(1, named[:, None], 0).amax(1)
+
+
+@cache
+def _clean_leads() -> Tensor:
+    """The lead (6,) that each shape has when painted without fault: a circle is closer to a square than a star is."""
+    radius = sum(world.SIZES.values()) / len(world.SIZES)
+    masks = [world.coverage(shape, radius, (RESOLUTION / 2, RESOLUTION / 2)) for shape in SHAPES]
+    return _lead(_match(torch.from_numpy(np.array(masks)).float())[0], torch.arange(len(SHAPES)))
 
 
 def _size(seen: Reading, named: Tensor) -> Tensor:

@@ -29,8 +29,15 @@ def _steps(cfg: Config) -> str:
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
 
 
-def model_card(cfg: Config, validation: dict[str, Any] | None) -> str:
-    """Markdown with the Hub's YAML head: what it is, how to load it, how it was made, what was measured."""
+def model_card(cfg: Config, validation: dict[str, Any] | None, data: dict[str, Any]) -> str:
+    """Markdown with the Hub's YAML head: what it is, how to load it, how it was made, what was measured.
+
+    Args:
+        cfg: the run's settings.
+        validation: its last validation.
+        data: `count` and `sha256` of its prompts.
+    """
+    averaged = cfg.ema.decay is not None and cfg.ema.in_final
     lora = cfg.peft.peft_scheme == "lora"
     head = {
         "base_model": cfg.model.pretrained,
@@ -49,7 +56,9 @@ def model_card(cfg: Config, validation: dict[str, Any] | None) -> str:
             f"Made by draftp {__version__}: {cfg.trainer.max_steps} steps of {cfg.trainer.global_batch_size} pictures, "
             f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, gradient through the last "
             f"{cfg.draftp.truncation_steps} of {cfg.sampling.steps} sampler steps, "
-            f"KL coefficient {cfg.draftp.kl_coeff:g}."
+            f"KL coefficient {cfg.draftp.kl_coeff:g}"
+            + (f", moving average of the weights with decay {cfg.ema.decay:g}" if averaged else "")
+            + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
         ),
         "",
         "```python",
@@ -75,5 +84,10 @@ def model_card(cfg: Config, validation: dict[str, Any] | None) -> str:
                 f"| {name} | {f['base']:.4f} | {f['tuned']:.4f} | {f['difference']:+.4f} | "
                 f"{f['low']:+.4f} to {f['high']:+.4f} | {'yes' if name in cfg.rewards else 'no'} |"
             )
-        lines.append("")
+        f = validation["diversity"]
+        lines += [
+            "",
+            f"Diversity, the mean distance of two pictures: {f['base']:.4f} before, {f['tuned']:.4f} after.",
+            "",
+        ]
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """Checkpoints: written aside, checksummed, renamed when whole; read back exactly.
 
 A checkpoint holds the trained weights in diffusers' format (a LoRA file, or the UNet's folder) and `state.pt`: step,
-optimizer, schedule and loss scale, read with weights_only=True. There is no random state to keep: noise and prompts
-are functions of the seed and the image's number.
+optimizer, schedule, loss scale, moving average and running statistics of the rewards, read with weights_only=True.
+There is no random state to keep: noise and prompts are functions of the seed and the image's number.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ def load_weights(model: SDXLDRaFTPModel, folder: Path) -> None:
         model.unet.load_state_dict({name: tensor for shard in shards for name, tensor in load_file(shard).items()})
 
 
-def save_checkpoint(run: Run, step: int, model: SDXLDRaFTPModel, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`.
+def save_checkpoint(
+    run: Run, step: int, model: SDXLDRaFTPModel, state: dict[str, Any], keep: int, best: int | None = None
+) -> Path:
+    """Write the checkpoint of `step` and remove all but the newest `keep`, and that of step `best`.
 
     Raises:
         DraftpError: the disk refuses; earlier checkpoints stay as they were.
@@ -66,7 +68,8 @@ def save_checkpoint(run: Run, step: int, model: SDXLDRaFTPModel, state: dict[str
         except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report a full disk
             raise DraftpError(f"{target}: cannot be written ({error})") from error
         for old in run.checkpoints()[keep:]:
-            shutil.rmtree(old)
+            if best is None or old != run.step_folder(best):
+                shutil.rmtree(old)
     return target
 
 

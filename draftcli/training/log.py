@@ -1,101 +1,116 @@
-"""What a run tells: metrics.jsonl, TensorBoard, and the live line in the terminal."""
+"""What a run writes down: metrics.jsonl, validation.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import math
-import time
+import secrets
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+import yaml
 
+from draftcli.config import LoggingConfig
+from draftcli.errors import InputError
 from draftcli.runs import Run, disk_errors
-
-PLAIN_LINES = 20  # how many progress lines a run prints where the output is no terminal
 
 
 class RunLog:
-    """Context manager; use `step`, `validation` and `say` inside.
+    """Context manager; use `step` and `validation` inside.
 
     Args:
         run: whose files are appended to.
-        console: where people look; quiet consoles print nothing.
+        cfg: which other places get the figures.
         first: the step that the session starts from.
-        last: the step that it ends at.
-        tensorboard: write event files beside metrics.jsonl.
     """
 
-    def __init__(self, run: Run, console: Console, first: int, last: int, tensorboard: bool) -> None:
-        self.run, self.console, self.first, self.last = run, console, first, last
-        self.tensorboard = tensorboard
+    def __init__(self, run: Run, cfg: LoggingConfig, first: int) -> None:
+        self.run, self.cfg, self.first = run, cfg, first
         self._stack = ExitStack()
-        self._writer: Any = None
+        self._tensorboard: Any = None
+        self._wandb: Any = None
 
     def __enter__(self) -> RunLog:
-        if self.tensorboard:
+        if self.cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             with disk_errors(self.run.folder):
-                self._writer = SummaryWriter(self.run.folder / "tensorboard", purge_step=self.first + 1)
-            self._stack.callback(self._writer.close)
-        columns = (
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        live = self.console.is_terminal
-        self._began = time.monotonic()
-        self._progress = self._stack.enter_context(Progress(*columns, console=self.console, disable=not live))
-        self._bar = self._progress.add_task("training", total=self.last, completed=self.first, figures="")
+                self._tensorboard = SummaryWriter(self.run.folder / "tensorboard", purge_step=self.first + 1)
+            self._stack.callback(self._tensorboard.close)
+        if self.cfg.wandb is not None:
+            self._wandb = _open_wandb(self.run, self.cfg.wandb)
+            self._stack.callback(self._wandb.finish)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, trace)
 
-    def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
-        self._progress.console.print(text, highlight=False, soft_wrap=True)
-
     def step(self, metrics: dict[str, Any]) -> None:
-        """One finished optimizer step; `metrics` has at least step, reward, kl_penalty and grad_norm."""
-        step = metrics["step"]
+        """One finished optimizer step; `metrics` has at least step."""
         self._append(self.run.metrics, metrics)
-        self._scalars("train", {k: v for k, v in metrics.items() if k != "step"}, step)
-        figures = f"reward {metrics['reward']:.3f}  grad {metrics['grad_norm']:.2f}"
-        if metrics["kl_penalty"] is not None:
-            figures += f"  kl {metrics['kl_penalty']:.4f}"
-        self._progress.update(self._bar, completed=step, figures=figures)
-        every = max(1, (self.last - self.first) // PLAIN_LINES)
-        if not self.console.is_terminal and (step % every == 0 or step == self.last):
-            left = (self.last - step) * (time.monotonic() - self._began) / (step - self.first)
-            speed = metrics["images_per_second"]
-            self.say(f"step {step}/{self.last}  {figures}  {speed:.2f} images/s  about {left:.0f} s left")
+        self._scalars({f"train/{k}": v for k, v in metrics.items() if k != "step"}, metrics["step"])
 
-    def validation(self, result: dict[str, Any]) -> None:
-        """One validation: `rewards` maps a name to figures by name."""
+    def validation(self, result: dict[str, Any], sheet: Path) -> None:
+        """One validation: `rewards` maps a name to figures by name; `sheet` is the picture of it."""
         self._append(self.run.validation, result)
-        for name, figures in result["rewards"].items():
-            self._scalars(
-                f"validation/{name}", {k: v for k, v in figures.items() if isinstance(v, float)}, result["step"]
-            )
+        groups = {**result["rewards"], "diversity": result["diversity"]}
+        step = result["step"]
+        self._scalars({f"validation/{name}/{k}": v for name, f in groups.items() for k, v in f.items()}, step)
+        if self._tensorboard is not None:
+            import numpy as np
+            from PIL import Image
+
+            with Image.open(sheet) as picture:
+                self._tensorboard.add_image("validation/pictures", np.asarray(picture), step, dataformats="HWC")
+            self._tensorboard.flush()
+        if self._wandb is not None:
+            import wandb  # pyright: ignore[reportMissingImports]
+
+            self._wandb.log({"validation/pictures": wandb.Image(str(sheet))}, step=step)
 
     def _append(self, path: Path, line: dict[str, Any]) -> None:
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(_without_nan(line), allow_nan=False) + "\n")
 
-    def _scalars(self, group: str, values: dict[str, Any], step: int) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._writer.add_scalar(f"{group}/{name}", value, step)
+    def _scalars(self, values: dict[str, Any], step: int) -> None:
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=step)
+
+
+def _open_wandb(run: Run, project: str) -> Any:
+    """A run at Weights & Biases that goes on when ours is resumed."""
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError(
+            f"logging.wandb {project!r} needs one more package: pip install 'draftp[wandb]'; or set it to null"
+        ) from None
+    name = run.folder / "wandb-id.txt"
+    with disk_errors(name):
+        if not name.is_file():
+            name.write_text(secrets.token_hex(4), encoding="utf-8")
+    settings = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    try:
+        return wandb.init(
+            project=project,
+            id=name.read_text(encoding="utf-8").strip(),
+            name=run.folder.name,
+            dir=str(run.folder),
+            config=settings,
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+    except wandb.Error as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"logging.wandb {project!r}: {reason}; run `wandb login`, or set WANDB_MODE=offline"
+        ) from error
 
 
 def _without_nan(value: Any) -> Any:

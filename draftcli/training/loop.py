@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import math
-import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.optimization import get_scheduler
 from rich.console import Console
-from torch import nn
 
 from draftcli.config import Config
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.runtime import derived_seed
-from draftcli.errors import DraftpError, InputError
-from draftcli.prompts import Prompt, Shuffled, read_prompts
-from draftcli.rewards import WeightedSum, get_reward_model, load_reward
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.gradient import check_sampler
+from draftcli.core.runtime import Ranks, open_ranks
+from draftcli.errors import InputError
+from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
+from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
 from draftcli.runs import Run, disk_errors, write_aside
 from draftcli.training.card import model_card
 from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weights
+from draftcli.training.live import LiveView
 from draftcli.training.log import RunLog
-from draftcli.training.validation import Validation
-
-SKIPS_ALLOWED = 3  # steps in a row without a finite gradient before the run gives up
+from draftcli.training.step import Trainer, check_batch_size
+from draftcli.training.validation import Validation, hacking, score
 
 
 @dataclass
@@ -44,6 +40,8 @@ class Outcome:
         interrupted: whether a signal asked to leave.
         already_done: whether there was nothing to do.
         validation: the last validation, if there was one.
+        skipped: steps of the run that changed nothing, as something in them was not finite.
+        seconds: how long the session took.
         written: files and folders that people will want to open, by what they are.
     """
 
@@ -52,167 +50,233 @@ class Outcome:
     interrupted: bool = False
     already_done: bool = False
     validation: dict[str, Any] | None = None
-    written: dict[str, Path] = field(default_factory=dict)
+    skipped: int = 0
+    seconds: float = 0.0
+    written: dict[str, list[Path]] = field(default_factory=dict)
 
 
 def train(cfg: Config, folder: Path, console: Console) -> Outcome:
     """Run, or resume, the training that `cfg` describes in `folder`.
 
     Raises:
-        InputError: settings, prompts, model or folder are wrong.
-        DraftpError: the disk refuses, or the loss is not finite three times in a row.
+        InputError: settings, prompts, model or folder are wrong, or another process is writing there.
+        DraftpError: the disk refuses, or something was not finite three times in a row.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("this version trains in one process; start it without torchrun or accelerate launch")
-    prompts, held_out_prompts = read_prompts(cfg.data.prompts), []
+    began = time.monotonic()
+    with open_ranks() as ranks, ExitStack() as held:
+        if not ranks.is_main:
+            console = Console(quiet=True)
+        check_sampler(cfg.sampling.sampler)
+        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
+        prompts, held_out_prompts = _prompts(cfg)
+        check_names([*cfg.rewards, *cfg.held_out_rewards])
+        run = Run(folder)
+        with ranks.together():
+            if ranks.is_main:
+                held.enter_context(run.locked())
+                run.open(cfg)
+        if run.finished(cfg.trainer.max_steps):
+            return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
+        with ranks.together():
+            session = _Session(cfg, run, prompts, held_out_prompts, ranks, console)
+        with session, stop_on_signal(ranks) as asked_to_stop:
+            outcome = session.go(asked_to_stop)
+        outcome.seconds = time.monotonic() - began
+        return outcome
+
+
+def _prompts(cfg: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
+    held_out: Sequence[Prompt] = []
     if cfg.data.validation_prompts:
-        held_out_prompts = read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
-    rewards, held_out = _rewards(cfg)
-    run = Run(folder)
-    run.open(cfg)
-    if run.final.is_dir() and run.step_folder(cfg.trainer.max_steps).is_dir():
-        return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written={"weights": run.final})
-    model = SDXLDRaFTPModel(cfg)
-    console.print(f"running on {model.runtime.reason}", highlight=False)
-    model.reward_model = rewards
-    validation = None
-    if cfg.trainer.val_check_interval and held_out_prompts:
-        judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
-        validation = Validation(model, judges, held_out_prompts)
-    trainer = _Trainer(model, rewards, prompts)
-    state, damaged = load_newest(run, model)
-    for line in damaged:
-        Console(stderr=True).print(f"warning: {line}", highlight=False, soft_wrap=True)
-    first = 0
-    if state is not None:
-        trainer.load_state(state)
-        first = state["step"]
-        console.print(f"resuming {folder} after step {first}", highlight=False)
-    if first > cfg.trainer.max_steps:
-        raise InputError(f"trainer.max_steps is {cfg.trainer.max_steps}, and {folder} has taken {first} steps already")
-    run.forget_after(first)
-    log = RunLog(run, console, first, cfg.trainer.max_steps, cfg.logging.tensorboard)
-    with log, stop_on_signal() as asked_to_stop:
-        return _loop(run, trainer, validation, log, first, asked_to_stop)
+        held_out = read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
+    return read_prompts(cfg.data.prompts), held_out
 
 
-def _rewards(cfg: Config) -> tuple[WeightedSum, WeightedSum]:
-    """The trained and the held-out rewards, loaded before the large model so that mistakes show early."""
-    rewards = get_reward_model(cfg)
-    assert isinstance(rewards, WeightedSum)
-    return rewards, WeightedSum({name: load_reward(name) for name in cfg.held_out_rewards})
+class _Session:
+    """One process's life in a run: everything loaded, and the loop over it."""
 
+    def __init__(
+        self,
+        cfg: Config,
+        run: Run,
+        prompts: Sequence[Prompt],
+        held_out_prompts: Sequence[Prompt],
+        ranks: Ranks,
+        console: Console,
+    ) -> None:
+        self.cfg, self.run, self.ranks, self.console = cfg, run, ranks, console
+        rewards = get_reward_model(cfg)
+        assert isinstance(rewards, WeightedSum)
+        # Rewards before the large model, so that mistakes show early.
+        held_out = load_held_out(cfg)
+        self.model = model = SDXLDRaFTPModel(cfg)
+        processes = f", {ranks.size} processes" if ranks.size > 1 else ""
+        console.print(f"running on {model.runtime.reason}{processes}", highlight=False)
+        model.reward_model = rewards
+        self.trainer = Trainer(model, rewards, prompts, ranks)
+        self.validation = None
+        if cfg.trainer.val_check_interval and held_out_prompts:
+            judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
+            self.validation = Validation(model, judges, held_out_prompts, ranks)
+        self._data = {"sha256": fingerprint(prompts), "count": len(prompts)}
+        self._report_long(prompts)
+        self.first = self._resume()
+        self._saved = self.first
+        self.log = RunLog(run, cfg.logging, self.first)
+        past = [line["reward"] for line in run.steps() if line["reward"] is not None]
+        self.live = LiveView(console, run.folder.name, self.first, cfg.trainer.max_steps, past)
 
-def _loop(
-    run: Run, trainer: _Trainer, validation: Validation | None, log: RunLog, first: int, asked_to_stop: list[int]
-) -> Outcome:
-    cfg, outcome = trainer.cfg.trainer, Outcome(first, validation=run.last_validation())
-    last, pictures = cfg.max_steps, None
-    # One round more than there are steps, so that the end validates and saves by the same lines as the middle.
-    for step in range(first, last + 1):
-        outcome.step = step
-        due = cfg.val_check_interval and (step % cfg.val_check_interval == 0 or step == last)
-        if validation is not None and due and (step > first or step == 0) and (step == last or not asked_to_stop):
-            outcome.validation, pictures = validation(run, step)
-            log.validation(outcome.validation)
-            log.say(_in_words(outcome.validation))
-        if step > first and (step % cfg.save_interval == 0 or step == last or asked_to_stop):
-            save_checkpoint(run, step, trainer.model, trainer.state(), cfg.keep_checkpoints)
-        if step == last or asked_to_stop:
-            break
-        log.step(trainer.step(step + 1))
-    outcome.finished = outcome.step == last
-    outcome.interrupted = not outcome.finished
-    if outcome.finished:
-        _write_final(run, trainer.model, outcome)
-        outcome.written["weights"] = run.final
-    outcome.written["metrics"] = run.metrics
-    if pictures is not None:
-        outcome.written["pictures"] = pictures
-    return outcome
+    def __enter__(self) -> _Session:
+        with ExitStack() as stack, self.ranks.together():
+            if self.ranks.is_main:
+                stack.enter_context(self.log)
+                stack.enter_context(self.live)
+            self._stack = stack.pop_all()
+        return self
 
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
 
-class _Trainer:
-    """What one optimizer step needs, and nothing of files or terminals."""
+    def go(self, asked_to_stop: list[int]) -> Outcome:
+        """The loop: one round more than there are steps, so that the end is handled by the lines of the middle."""
+        cfg, outcome = self.cfg.trainer, Outcome(self.first, validation=next(reversed(self.run.validations()), None))
+        last = cfg.max_steps
+        for step in range(self.first, last + 1):
+            outcome.step = step
+            stopping = self.ranks.any(bool(asked_to_stop))
+            due = cfg.val_check_interval and (step % cfg.val_check_interval == 0 or step == last)
+            is_best = False
+            if (
+                self.validation is not None
+                and due
+                and (step > self.first or step == 0)
+                and (step == last or not stopping)
+            ):
+                outcome.validation, is_best = self._validate(step)
+            if step > self.first and (step % cfg.save_interval == 0 or step == last or stopping or is_best):
+                self._save(step)
+            if step == last or stopping:
+                break
+            self._step(step + 1)
+        outcome.finished = outcome.step == last
+        outcome.interrupted = not outcome.finished
+        outcome.skipped = self.trainer.skipped
+        with self.ranks.together():
+            if outcome.finished and self.ranks.is_main:
+                self._write_final(outcome)
+        outcome.written = _written(self.run)
+        return outcome
 
-    def __init__(self, model: SDXLDRaFTPModel, rewards: WeightedSum, prompts: list[Prompt]) -> None:
-        cfg = self.cfg = model.cfg
-        self.model, self.rewards = model, rewards
-        self.optimizer = torch.optim.AdamW(
-            model.trainable_parameters, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
-        )
-        self.schedule = get_scheduler(
-            cfg.optim.sched.name,
-            self.optimizer,
-            num_warmup_steps=cfg.optim.sched.warmup_steps,
-            num_training_steps=cfg.trainer.max_steps,
-        )
-        self.prompts = Shuffled(prompts, cfg.trainer.seed)
-        sizes = [*cfg.sampling.sizes] or [(cfg.sampling.height, cfg.sampling.width)]
-        self.sizes = Shuffled(sizes, cfg.trainer.seed)
-        self.skipped = 0
+    def _step(self, step: int) -> None:
+        try:
+            line = self.trainer.step(step)
+        except Exception:
+            # Whatever went wrong, the weights after the last finished step are good: nothing of them is lost.
+            if self.trainer.consistent and step - 1 > self._saved and self.ranks.is_main:
+                self._write_checkpoint(step - 1)
+                self.live.say(f"saved after step {step - 1}")
+            raise
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self.log.step(line)
+                self.live.step(line, self.trainer.skipped)
+        if "skipped" in line:
+            self._warn(f"step {step} was skipped: its {line['skipped']} was not finite")
 
-    def batch(self, step: int) -> Batch:
-        """The pictures of `step`, counted from 1: prompts and seeds by image number, one size for all."""
-        cfg, count = self.cfg, self.cfg.trainer.global_batch_size
-        numbers = range((step - 1) * count, step * count)
-        prompts = [self.prompts[n] for n in numbers]
-        seeds = [derived_seed(cfg.trainer.seed, "image", n) for n in numbers]
-        return Batch([p.text for p in prompts], seeds, self.sizes[step - 1], [p.negative for p in prompts])
+    def _validate(self, step: int) -> tuple[dict[str, Any], bool]:
+        assert self.validation is not None
+        ema = self.trainer.ema
+        averaged = ema is not None and self.cfg.ema.in_validation
+        with ema.in_place() if ema is not None and averaged else nullcontext():
+            result, sheet = self.validation(self.run, step, self.live.note)
+        with self.ranks.together():
+            if self.ranks.is_main:
+                weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+                result["score"] = score(result, weights, list(self.cfg.held_out_rewards))
+                result["training_reward"] = self._recent_reward(step)
+                self.log.validation(result, sheet)
+                self.live.say(_in_words(result))
+                if (warning := hacking(self.run.validations(), list(weights))) is not None:
+                    self._warn(warning)
+        return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
 
-    def step(self, step: int) -> dict[str, Any]:
-        """Take optimizer step `step`; returns its line of metrics.jsonl."""
-        began = time.perf_counter()
-        batch, scaler = self.batch(step), self.model.grad_scaler
-        _, metrics = self.model.get_loss_and_metrics(batch)
-        scaler.unscale_(self.optimizer)
-        limit = self.cfg.trainer.gradient_clip_val
-        norm = float(nn.utils.clip_grad_norm_(self.model.trainable_parameters, limit or math.inf))
-        rate = self.schedule.get_last_lr()[0]
-        finite = math.isfinite(metrics["loss"])
-        if finite and math.isfinite(norm):
-            scaler.step(self.optimizer)
-            self.schedule.step()
-            self.skipped = 0
-        elif not finite or scaler.get_scale() <= 1:  # above 1, fp16 is still looking for a scale that fits
-            self.skipped += 1
-            if self.skipped == SKIPS_ALLOWED:
-                raise DraftpError(
-                    f"loss or gradient was not finite in {SKIPS_ALLOWED} steps in a row, the last is step {step}; try "
-                    "a lower optim.lr, a higher draftp.kl_coeff or model.precision fp32. The last checkpoint is good"
+    def _recent_reward(self, step: int) -> float | None:
+        """The mean reward in training since the validation before."""
+        since = max((line["step"] for line in self.run.validations()), default=0)
+        recent = [line["reward"] for line in self.run.steps() if since < line["step"] <= step]
+        recent = [reward for reward in recent if reward is not None]
+        return sum(recent) / len(recent) if recent else None
+
+    def _save(self, step: int) -> None:
+        self.live.note(f"saving step {step}")
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self._write_checkpoint(step)
+        self._saved = step
+        self.live.note("")
+
+    def _write_checkpoint(self, step: int) -> None:
+        state = {**self.trainer.state(), "prompts": self._data}
+        save_checkpoint(self.run, step, self.model, state, self.cfg.trainer.keep_checkpoints, self.run.best())
+        self.live.saved(step)
+
+    def _resume(self) -> int:
+        """Put back the newest whole checkpoint; the step it is of, 0 where there is none."""
+        state, damaged = load_newest(self.run, self.model)
+        for line in damaged:
+            self._warn(line)
+        first = 0
+        if state is not None:
+            self.trainer.load_state(state)
+            first = state["step"]
+            self.console.print(f"resuming {self.run.folder} after step {first}", highlight=False)
+            if state["prompts"]["sha256"] != self._data["sha256"]:
+                self._warn(
+                    f"data.prompts {self.cfg.data.prompts} is not what this run was started with: it had "
+                    f"{state['prompts']['count']} prompts, now {self._data['count']}; goes on with those of now"
                 )
-        scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        seconds = time.perf_counter() - began
-        scores = self.rewards.pop_scores()
-        return {
-            "step": step,
-            **metrics,
-            **({f"reward/{name}": float(s.mean()) for name, s in scores.items()} if len(scores) > 1 else {}),
-            "grad_norm": norm,
-            "lr": rate,
-            "seconds": seconds,
-            "images_per_second": len(batch) / seconds,
-        }
+        last = self.cfg.trainer.max_steps
+        if first > last:
+            raise InputError(f"trainer.max_steps is {last}, and {self.run.folder} has taken {first} steps already")
+        if self.ranks.is_main:
+            self.run.forget_after(first)
+        return first
 
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights."""
-        return {
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "grad_scaler": self.model.grad_scaler.state_dict(),
-        }
+    def _report_long(self, prompts: Sequence[Prompt]) -> None:
+        tokenizer = self.model.parts.tokenizers[0]
+        count, example = past_the_limit(prompts, tokenizer) if self.ranks.is_main else (0, None)
+        if example is not None:
+            self._warn(
+                f"{count} of {len(prompts)} prompts have more than {tokenizer.model_max_length} tokens, and what is "
+                f"beyond is not read; the first: {example.text[:60]}..."
+            )
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.model.grad_scaler.load_state_dict(state["grad_scaler"])
+    def _warn(self, text: str) -> None:
+        if self.ranks.is_main:
+            Console(stderr=True).print(f"warning: {text}", highlight=False, soft_wrap=True, markup=False)
+
+    def _write_final(self, outcome: Outcome) -> None:
+        ema = self.trainer.ema
+        averaged = ema is not None and self.cfg.ema.in_final
+
+        def write(folder: Path) -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            with ema.in_place() if ema is not None and averaged else nullcontext():
+                save_weights(self.model, folder)
+            card = model_card(self.cfg, outcome.validation, self._data)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+
+        with disk_errors(self.run.final):
+            write_aside(self.run.final, write)
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
+def stop_on_signal(ranks: Ranks) -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM ask to stop after the step at hand; a second one stops at once.
+
+    Under torchrun a second one is the launcher passing on the first: there the launcher alone decides when it has
+    waited long enough.
 
     Yields:
         a list that is empty until a signal has come.
@@ -220,10 +284,11 @@ def stop_on_signal() -> Iterator[list[int]]:
     received: list[int] = []
 
     def on_signal(number: int, frame: Any) -> None:
-        if received:
+        if received and ranks.size == 1:
             raise KeyboardInterrupt
+        if not received and ranks.is_main:
+            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
         received.append(number)
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -233,21 +298,26 @@ def stop_on_signal() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _write_final(run: Run, model: SDXLDRaFTPModel, outcome: Outcome) -> None:
-    def write(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        save_weights(model, folder)
-        (folder / "README.md").write_text(model_card(model.cfg, outcome.validation), encoding="utf-8")
-
-    with disk_errors(run.final):
-        write_aside(run.final, write)
+def _written(run: Run) -> dict[str, list[Path]]:
+    """What a run has left, by what it is."""
+    sheets = sorted(run.samples.glob("step-*-sheet.png"))
+    found: dict[str, list[Path]] = {
+        "weights": [p for p in (run.final / "pytorch_lora_weights.safetensors", run.final / "unet") if p.exists()],
+        "card": [run.final / "README.md"],
+        "pictures": sheets[-1:],
+        "figures": [run.metrics, run.validation],
+        "tensorboard": [run.folder / "tensorboard"],
+        "checkpoints": run.checkpoints()[::-1],
+        "settings": [run.config],
+    }
+    there = {what: [path for path in paths if path.exists()] for what, paths in found.items()}
+    return {what: paths for what, paths in there.items() if paths}
 
 
 def _in_words(result: dict[str, Any]) -> str:
     parts = [
         f"{name} {figures['base']:.3f} -> {figures['tuned']:.3f} "
         f"({figures['difference']:+.3f}, 95 % {figures['low']:+.3f} to {figures['high']:+.3f})"
-        for name, figures in result["rewards"].items()
+        for name, figures in {**result["rewards"], "diversity": result["diversity"]}.items()
     ]
     return f"validation after step {result['step']}, {result['images']} pictures, base -> tuned: " + "; ".join(parts)

@@ -15,9 +15,8 @@ import torch
 
 from draftcli.config import Config
 from draftcli.core import adapters
-from draftcli.core.sdxl import model_path
-
-SDXL_CONFIG = Path(__file__).parents[1] / "core" / "sdxl_config"
+from draftcli.core.gradient import check_sampler
+from draftcli.core.sdxl import SDXL_CONFIG, model_path
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,9 @@ def make_plan(cfg: Config) -> Plan:
     """Work out the plan of `cfg`. No file is written, nothing is fetched.
 
     Raises:
-        InputError: peft.target_modules fits nothing in the UNet.
+        InputError: peft.target_modules fits nothing in the UNet, or the sampler cannot train.
     """
+    check_sampler(cfg.sampling.sampler)
     folder = Path(model_path(cfg.model.pretrained))
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")
     if not all((folder / part / "config.json").is_file() for part in parts):

@@ -2,100 +2,215 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from draftcli import __version__
+from draftcli.config import Config
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.prompts import Prompt
+from draftcli.core.runtime import Ranks
+from draftcli.prompts import Prompt, fingerprint
 from draftcli.rewards import Reward
-from draftcli.runs import Run, disk_errors
+from draftcli.runs import Run, disk_errors, write_aside
+from draftcli.sampling.diversity import EDGE, pairwise_distance, thumbnail
 from draftcli.sampling.draw import draw, plan
 from draftcli.sampling.sheet import Cell, write_sheet
+from draftcli.statistics import paired
 
 SHEET_CELLS = 12
+
+
+@dataclass
+class Judged:
+    """What is kept of n pictures: memory does not grow with their size.
+
+    Attributes:
+        scores: (n, R) float64, a column for each reward.
+        thumbnails: (n, D).
+        shown: those on the sheet, (3, H, W) uint8, by number.
+    """
+
+    scores: Tensor
+    thumbnails: Tensor
+    shown: dict[int, Tensor]
 
 
 class Validation:
     """Draws the base once and the tuned network each time; no random state of the training is touched.
 
+    The base's part is kept in samples/base.safetensors, so that a resumed run does not draw it again. Several processes
+    share the pictures.
+
     Args:
         model: tuned and base.
         rewards: by name; the first two are shown under the pictures.
         prompts: held out from training.
+        ranks: the processes that validate together.
     """
 
-    def __init__(self, model: SDXLDRaFTPModel, rewards: dict[str, Reward], prompts: Sequence[Prompt]) -> None:
+    def __init__(
+        self, model: SDXLDRaFTPModel, rewards: dict[str, Reward], prompts: Sequence[Prompt], ranks: Ranks | None = None
+    ) -> None:
         cfg = model.cfg
-        self.model, self.rewards = model, rewards
+        self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()
         size = (cfg.sampling.height, cfg.sampling.width)
         self.pictures = plan(prompts, cfg.data.validation_images, cfg.trainer.seed, size)
-        self._base: tuple[Tensor, dict[str, np.ndarray]] | None = None
+        # Prompts spread over the whole set rather than its first ones, so that the sheet stands for all of it.
+        count = len(self.pictures)
+        self._chosen = np.linspace(0, count - 1, min(SHEET_CELLS, count)).round().astype(int).tolist()
+        images = cfg.data.validation_images
+        # Pictures of one prompt where there are several of each, else all of them.
+        self._groups = [i // images if images > 1 else 0 for i in range(count)]
+        self._made_by = _made_by(cfg, prompts, list(rewards))
+        self._base: Judged | None = None
 
-    def __call__(self, run: Run, step: int) -> tuple[dict[str, Any], Any]:
+    def __call__(
+        self, run: Run, step: int, progress: Callable[[str], None] = lambda text: None
+    ) -> tuple[dict[str, Any], Path]:
         """Validate the network as it is now and write the sheet of `step`.
 
         Returns:
-            {"step", "images", "rewards": {name: {base, tuned, difference, low, high}}}, where low and high bound the
-            paired bootstrap 95 % interval of the mean of tuned minus base; and the path of the sheet.
+            {"step", "images", "rewards": {name: figures}, "diversity": figures}, where figures are those of `paired`,
+            and diversity is the mean distance of two pictures of one prompt (of all prompts, where each has one
+            picture); and the path of the sheet.
         """
         if self._base is None:
-            self._base = self._judge("base")
-        base, base_scores = self._base
-        tuned, tuned_scores = self._judge("tuned")
-        figures = {name: paired(base_scores[name], tuned_scores[name]) for name in self.rewards}
+            self._base = self._kept(run.base) or self._judge("base", progress)
+            with self.ranks.together():
+                if self.ranks.is_main and not run.base.is_file():
+                    self._keep(run.base, self._base)
+        # Before the first step the tuned network is the base: there is nothing to draw.
+        base, tuned = self._base, self._judge("tuned", progress) if step else self._base
+        figures = {
+            name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy()) for i, name in enumerate(self.rewards)
+        }
+        diversity = paired(*(pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)))
         sheet = run.samples / f"step-{step:06d}-sheet.png"
-        # Prompts spread over the whole set rather than its first ones, so that the sheet stands for all of it.
-        chosen = np.linspace(0, len(self.pictures) - 1, min(SHEET_CELLS, len(self.pictures))).round().astype(int)
+        with self.ranks.together():
+            if self.ranks.is_main:
+                self._write_sheet(sheet, step, base, tuned)
+        return {"step": step, "images": len(self.pictures), "rewards": figures, "diversity": diversity}, sheet
+
+    def _judge(self, kind: str, progress: Callable[[str], None]) -> Judged:
+        count, mine = len(self.pictures), self.ranks.share(len(self.pictures))
+        judged = Judged(
+            torch.zeros(count, len(self.rewards), dtype=torch.float64), torch.zeros(count, 3 * EDGE * EDGE), {}
+        )
+        with self.ranks.together(), torch.no_grad():
+            done = mine.start
+            pictures = self.pictures[mine.start : mine.stop]
+            for images, prompts in draw(self.model, pictures, kind, self.model.cfg.trainer.micro_batch_size):
+                rows = range(done, done + len(images))
+                judged.thumbnails[rows.start : rows.stop] = thumbnail(images).cpu()
+                for column, reward in enumerate(self.rewards.values()):
+                    judged.scores[rows.start : rows.stop, column] = reward(images, prompts).cpu().double()
+                for i in set(rows) & {*self._chosen}:
+                    judged.shown[i] = (images[i - done].clamp(0, 1) * 255).round().byte().cpu().contiguous()
+                done = rows.stop
+                progress(f"validating: {kind} {done - mine.start}/{len(mine)}")
+        self.ranks.sum_([judged.scores, judged.thumbnails])
+        for i in self._chosen:
+            picture = judged.shown.get(i, torch.zeros(3, *self.pictures[i].size, dtype=torch.uint8))
+            self.ranks.sum_([picture])
+            judged.shown[i] = picture
+        return judged
+
+    def _keep(self, path: Path, base: Judged) -> None:
+        tensors = {"scores": base.scores, "thumbnails": base.thumbnails}
+        tensors |= {f"shown.{i}": picture for i, picture in base.shown.items()}
+        with disk_errors(path):
+            write_aside(path, lambda aside: save_file(tensors, aside, metadata={"made_by": self._made_by}))
+
+    def _kept(self, path: Path) -> Judged | None:
+        """The base's part from a former session, if it was made by the very same settings."""
+        found = None
+        if path.is_file():
+            try:
+                with safe_open(path, "pt") as file:
+                    if (file.metadata() or {}).get("made_by") == self._made_by:
+                        shown = {i: file.get_tensor(f"shown.{i}") for i in self._chosen}
+                        found = Judged(file.get_tensor("scores"), file.get_tensor("thumbnails"), shown)
+            except (OSError, SafetensorError):
+                found = None  # damaged: drawn again
+        if self.ranks.any(found is None):
+            if self.ranks.is_main:
+                path.unlink(missing_ok=True)
+            return None
+        return found
+
+    def _write_sheet(self, path: Path, step: int, base: Judged, tuned: Judged) -> None:
         cells = [
             Cell(
-                torch.stack([base[i], tuned[i]]),
+                torch.stack([base.shown[i], tuned.shown[i]]).float() / 255,
                 self.pictures[i].prompt.text,
-                [self._note("base", base_scores, i), self._note("tuned", tuned_scores, i)],
+                [self._note("base", base, i), self._note("tuned", tuned, i)],
             )
-            for i in chosen
+            for i in self._chosen
         ]
-        with disk_errors(sheet):
-            edge = min(512, max(160, *base.shape[-2:]))
-            write_sheet(sheet, cells, f"base and tuned after {step} steps, same seeds", edge=edge)
-        return {"step": step, "images": len(self.pictures), "rewards": figures}, sheet
+        edge = min(512, max(160, *(max(cell.images.shape[-2:]) for cell in cells)))
+        with disk_errors(path):
+            write_sheet(path, cells, f"base and tuned after {step} steps, same seeds", edge=edge)
 
-    def _judge(self, kind: str) -> tuple[Tensor, dict[str, np.ndarray]]:
-        """Pictures (n, 3, H, W) and every reward's scores (n,)."""
-        images: list[Tensor] = []
-        scores: dict[str, list[np.ndarray]] = {name: [] for name in self.rewards}
-        for batch, prompts in draw(self.model, self.pictures, kind, self.model.cfg.trainer.micro_batch_size):
-            images.append(batch.cpu())
-            with torch.no_grad():
-                for name, reward in self.rewards.items():
-                    scores[name].append(reward(batch, prompts).cpu().double().numpy())
-        return torch.cat(images), {name: np.concatenate(parts) for name, parts in scores.items()}
-
-    def _note(self, who: str, scores: dict[str, np.ndarray], i: int) -> str:
-        return "  ".join([who, *(f"{values[i]:.2f}" for values in list(scores.values())[:2])])
+    def _note(self, who: str, judged: Judged, i: int) -> str:
+        return "  ".join([who, *(f"{float(score):.2f}" for score in judged.scores[i, :2])])
 
 
-def paired(base: Sequence[float] | np.ndarray, tuned: Sequence[float] | np.ndarray) -> dict[str, float]:
-    """Means of two paired samples (n,), their difference, and its paired bootstrap 95 % interval (10,000 resamples).
+def _made_by(cfg: Config, prompts: Sequence[Prompt], rewards: list[str]) -> str:
+    """Everything the base's pictures and scores hang on."""
+    settings = cfg.model_dump(mode="json")
+    facts = [settings["model"], settings["sampling"], settings["rewards"], rewards, cfg.data.validation_images]
+    facts += [cfg.trainer.seed, fingerprint(prompts), __version__]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
-    Pairs with a NaN (a reward that has nothing to say) are left out; with fewer than two pairs the interval is NaN.
+
+def score(result: dict[str, Any], trained: dict[str, float], held_out: Sequence[str]) -> float:
+    """How good a validation is: the first held-out reward, else the weighted sum of the trained ones."""
+    rewards = result["rewards"]
+    if held_out:
+        return rewards[held_out[0]]["tuned"]
+    return sum(weight * rewards[name]["tuned"] for name, weight in trained.items())
+
+
+def hacking(history: Sequence[dict[str, Any]], trained: Sequence[str]) -> str | None:
+    """What looks like reward hacking in the newest of `history`, in words; None where nothing does.
+
+    A reward on held-out prompts has fallen from its best by more than half of its interval, while a trained reward,
+    or the mean reward of the training itself, has risen since.
     """
-    base, tuned = np.asarray(base, float), np.asarray(tuned, float)
-    said = ~np.isnan(base + tuned)
-    base, tuned = base[said], tuned[said]
-    difference = tuned - base
-    low = high = float("nan")
-    if len(difference) > 1:
-        if np.ptp(difference) == 0:
-            low = high = float(difference[0])
-        else:
-            interval = bootstrap(
-                (difference,), np.mean, n_resamples=10_000, method="percentile", rng=np.random.default_rng(0), batch=500
-            ).confidence_interval
-            low, high = float(interval.low), float(interval.high)
-    mean = [float(x.mean()) if len(x) else float("nan") for x in (base, tuned, difference)]
-    return {"base": mean[0], "tuned": mean[1], "difference": mean[2], "low": low, "high": high, "n": int(said.sum())}
+    *before, now = history
+    for name, figures in now["rewards"].items():
+        past = [line for line in before if name in line["rewards"] and line["rewards"][name]["tuned"] is not None]
+        if not past or figures["low"] is None:
+            continue
+        best = max(past, key=lambda line: line["rewards"][name]["tuned"])
+        fallen = best["rewards"][name]["tuned"] - figures["tuned"]
+        if not fallen > (figures["high"] - figures["low"]) / 2:
+            continue
+        rises = [
+            f"{other} on the same pictures rose"
+            for other in trained
+            if other != name and now["rewards"][other]["tuned"] > best["rewards"][other]["tuned"]
+        ]
+        if _above(now.get("training_reward"), best.get("training_reward")):
+            rises.append("the reward in training rose")
+        if rises:
+            return (
+                f"{name} on held-out prompts fell by {fallen:.3f} since step {best['step']} while {rises[0]}: this "
+                "looks like reward hacking. Look at samples/; stop here, or raise draftp.kl_coeff or lower optim.lr in "
+                "a new run"
+            )
+    return None
+
+
+def _above(a: float | None, b: float | None) -> bool:
+    return a is not None and b is not None and a > b

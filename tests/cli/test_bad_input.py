@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
+import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.command import draftp, recipe
+from tests.command import draftp, in_child, recipe
 
 SETTINGS = [
     # (--set, words of the message)
@@ -18,7 +20,8 @@ SETTINGS = [
     ("sampling.steps=0", "sampling.steps = 0: input should be greater than or equal to 1"),
     ("sampling.steps=1001", "less than or equal to 1000"),
     ("sampling.steps=many", "sampling.steps = 'many': input should be a valid integer"),
-    ("sampling.sampler=heun", "input should be 'euler'"),
+    ("sampling.sampler=heun", "train with euler or ddim"),
+    ("sampling.sampler=lms", "input should be 'euler', 'heun', 'ddim' or 'dpmpp_2m'"),
     ("sampling.schedule=karras", "'trailing' or 'leading'"),
     ("sampling.scale=.nan", "sampling.scale = nan"),
     ("draftp.truncation_steps=4", "draftp.truncation_steps is 4, sampling.steps 3: K can be at most 3"),
@@ -35,10 +38,19 @@ SETTINGS = [
     ("optim.sched.name=wobbly", "optim.sched.name"),
     ("trainer.global_batch_size=3", "the nearest that work: 2, 4"),
     ("trainer.keep_checkpoints=0", "greater than or equal to 1"),
+    ("trainer.micro_batch_size=3", "the nearest that work: 3"),
+    ("sampling.sizes=[[64, 60]]", "multiple of 8"),
+    ("sampling.sizes=[64]", "sampling.sizes.0"),
+    ("ema.decay=1", "less than 1"),
+    ("ema.device=gpu", "'same' or 'cpu'"),
+    ("ema.rate=0.9", "unknown setting ema.rate"),
+    ("logging.wandb=''", "at least 1 character"),
+    ("data.prompts=nobody/nothing", "data.prompts nobody/nothing: "),
+    ("data.validation_prompts=nowhere.jsonl", "data.validation_prompts nowhere.jsonl: cannot be read"),
     ("data.prompts=[]", "data.prompts"),
     ("data.prompts=nowhere.txt", "data.prompts nowhere.txt: cannot be read (No such file or directory)"),
     ("data.prompts=toy-trane", "one of the sets animals"),
-    ("data.prompts=cat.png", "expected a .txt or .jsonl file"),
+    ("data.prompts=cat.png", "expected a .txt, .jsonl or .tar file"),
     ("held_out_rewards=[pickscoer]", "did you mean pickscore?"),
     ("trainer.max_steps", "--set trainer.max_steps: expected KEY=VALUE"),
     ("trainer.max_steps=[1", "invalid YAML"),
@@ -73,6 +85,15 @@ def test_wrong_settings(tiny_sdxl, setting, words):
         ("key.jsonl", b'{"prompt": "a", "promt": "b"}', "unknown key 'promt'"),
         ("negative.jsonl", b'{"prompt": "a", "negative_prompt": 1}', "negative_prompt must be text"),
         ("deep.jsonl", b"[" * 100_000, "not valid JSON"),
+        ("long.txt", b"x" * 2_000_000, "line 1: longer than"),
+        ("float.jsonl", b'{"prompt": "a", "seed": 1.5}', "seed 1.5 must be a whole number"),
+        ("seed.jsonl", b'{"prompt": "a", "seed": 4294967296}', "from 0 to 4294967295"),
+        ("odd.jsonl", b'{"prompt": "a"}\n{"prompt": "a", "size": [64, 100]}', "line 2: size [64, 100] must be"),
+        ("one.jsonl", b'{"prompt": "a", "size": 64}', "size 64 must be [height, width]"),
+        ("yes.jsonl", b'{"prompt": "a", "size": [true, 64]}', "size [True, 64] must be"),
+        ("noise.tar", b"\x01" * 4096, "not an uncompressed tar file"),
+        ("packed.tar", b"\x1f\x8b\x08\x00" + bytes(600), "not an uncompressed tar file"),
+        ("nothing.tar", bytes(10240), "there is no prompt in it"),
     ],
 )
 def test_wrong_prompt_files(tiny_sdxl, name, content, words):
@@ -154,6 +175,46 @@ def test_wrong_outputs(tiny_sdxl):
     expect(draftp("train", "--preset", preset, "--output", "file"), 2, "is no run")
     expect(draftp("train", "--preset", preset, "--output", "odd"), 2, "odd/config.yaml is damaged")
     expect(draftp("train", "--preset", preset, "--output", "file/run"), 1, "cannot be written")
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "missing"])
+def test_damaged_weights_are_named(tiny_sdxl, damage):
+    model = Path("damaged")
+    shutil.copytree(tiny_sdxl, model)
+    weights = model / "unet" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    if damage == "missing":
+        weights.unlink()
+    else:
+        data[9] ^= 0xFF  # in the header
+        weights.write_bytes(data if damage == "flipped" else data[: len(data) // 2])
+    result = draftp("train", "--preset", recipe(model), "--output", "run")
+    expect(result, 2, "damaged")
+    assert not list(Path("run").glob("step-*"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_must_not_be_written(tiny_sdxl):
+    Path("closed").mkdir(mode=0o500)
+    expect(draftp("train", "--preset", recipe(tiny_sdxl), "--output", "closed/run"), 1, "Permission denied")
+
+
+def test_a_file_system_that_takes_no_folder(tiny_sdxl):
+    expect(draftp("train", "--preset", recipe(tiny_sdxl), "--output", "/proc/run"), 1, "/proc/run", "cannot be written")
+
+
+def test_a_disk_that_gets_full_while_saving_keeps_the_checkpoint_before(tiny_sdxl):
+    preset = recipe(tiny_sdxl, trainer={"save_interval": 1, "keep_checkpoints": 9})
+    assert draftp("train", "--preset", preset, "--output", "run", "--set", "trainer.max_steps=1").code == 0
+
+    def with_a_full_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        expect(draftp("train", "--preset", preset, "--output", "run"), 1, "step-000002", "cannot be written")
+        os._exit(7)
+
+    assert os.waitstatus_to_exitcode(in_child(with_a_full_disk)) == 7
+    assert [path.name for path in Path("run").glob("step-*")] == ["step-000001"]
+    assert draftp("train", "--preset", preset, "--output", "run").code == 0
 
 
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="needs Linux's /dev/full")

@@ -156,8 +156,8 @@ def test_text_encoders_can_leave_the_device_once_prompts_are_encoded(tiny_sdxl, 
     for encoder in model.parts.text_encoders:
         monkeypatch.setattr(encoder, "to", moves.append)
     model.encode(batch(1))
-    arrive, leave = [torch.device("cpu")] * 2, ["cpu"] * 2  # the run's device, here a CPU too; and away from it
-    assert moves == arrive + leave * offload
+    there = [torch.device("cpu")] * 2  # the run's device, here a CPU too; and away from it
+    assert moves == there + there * offload
 
 
 # ------------------------------------------------------------------------------------------------- what is refused

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import draftcli
 from draftcli.core.draftp import Batch
-from draftcli.training.loop import SKIPS_ALLOWED
+from draftcli.training.step import SKIPS_ALLOWED
 from draftcli.training.validation import paired
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.example_rewards import Red
@@ -46,11 +46,11 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     )
     result = train(preset, "run", "--set", "trainer.val_check_interval=2")
     run = Path("run")
-    folders = {"samples", "tensorboard", "step-000002", "step-000004", "final"}
+    folders = {".lock", "samples", "tensorboard", "step-000002", "step-000004", "final"}
     assert {p.name for p in run.iterdir()} == folders | {"config.yaml", "metrics.jsonl", "validation.jsonl"}
     steps = lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
-    wanted = {"step", "loss", "reward", "kl_penalty", "grad_norm", "lr", "seconds", "images_per_second"}
+    wanted = {"step", "loss", "reward", "kl_penalty", "grad_norm", "lr", "seconds", "images_per_second", "memory_gib"}
     assert all(line.keys() == wanted for line in steps)
     assert steps[0]["kl_penalty"] == 0 < steps[-1]["kl_penalty"]
     validations = lines(run / "validation.jsonl")
@@ -58,11 +58,12 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     assert validations[0]["rewards"].keys() == {"tests.example_rewards:red", "tests.example_rewards:jury"}
     assert validations[0]["rewards"]["tests.example_rewards:red"]["difference"] == 0
     assert validations[-1]["rewards"]["tests.example_rewards:red"]["low"] > 0, "training for red makes red"
-    assert {p.name for p in (run / "samples").iterdir()} == {f"step-00000{n}-sheet.png" for n in (0, 2, 4)}
+    assert {p.name for p in (run / "samples").glob("*.png")} == {f"step-00000{n}-sheet.png" for n in (0, 2, 4)}
     assert "tests.example_rewards:red" in (run / "final" / "README.md").read_text()
-    for named in ("weights", "metrics", "pictures"):
-        path = next(line.split()[-1] for line in result.out.splitlines() if line.startswith(named))
-        assert Path(path).exists()
+    for named in ("weights", "card", "pictures", "figures", "tensorboard", "checkpoints", "settings"):
+        paths = next(line.split()[1:] for line in result.out.splitlines() if line.startswith(named))
+        assert paths
+        assert all(Path(path).exists() for path in paths)
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_sdxl):
@@ -71,7 +72,7 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_sdxl):
     train(preset, "parts", "--set", "trainer.max_steps=3")
     train(preset, "parts", "--set", "trainer.max_steps=6")
     assert same(Path("whole"), Path("parts"))
-    drop = {"seconds", "images_per_second"}
+    drop = {"seconds", "images_per_second", "memory_gib"}
     whole, parts = (
         [{k: v for k, v in line.items() if k not in drop} for line in lines(Path(run) / "metrics.jsonl")]
         for run in ("whole", "parts")
@@ -94,7 +95,8 @@ def test_full_fine_tuning_trains_resumes_and_opens_in_diffusers(tiny_sdxl):
 def test_a_finished_run_says_so_and_does_nothing(tiny_sdxl):
     preset = recipe(tiny_sdxl)
     train(preset, "run")
-    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*") if p.is_file() and p.name != "config.yaml"}
+    passing = ("config.yaml", ".lock")
+    before = {p: p.stat().st_mtime_ns for p in Path("run").rglob("*") if p.is_file() and p.name not in passing}
     result = train(preset, "run")
     assert "finished" in result.out
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -212,9 +214,10 @@ def test_a_reward_that_is_never_a_number_stops_the_run(tiny_sdxl):
     preset.write_text(preset.read_text().replace("  tests.example_rewards:red: 1.0\n", ""))
     result = draftp("train", "--preset", preset, "--output", "run")
     assert result.code == 1
-    assert f"{SKIPS_ALLOWED} steps in a row" in result.err
-    assert "optim.lr" in result.err
-    assert result.err.count("\n") == 1
+    *warned, last = result.err.splitlines()
+    assert warned == [f"warning: step {n} was skipped: its reward was not finite" for n in range(1, SKIPS_ALLOWED)]
+    assert last.startswith(f"draftp: reward was not finite in {SKIPS_ALLOWED} steps in a row")
+    assert "optim.lr" in last
 
 
 def test_paired_interval_of_a_constant_shift_is_the_shift():
@@ -254,7 +257,7 @@ def test_fewer_steps_than_were_taken_are_refused(tiny_sdxl):
     assert "has taken 4 steps already" in result.err
 
 
-def test_several_processes_are_refused_rather_than_run_into_one_folder(tiny_sdxl, monkeypatch):
+def test_a_world_without_addresses_is_refused_rather_than_waited_for(tiny_sdxl, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run").code == 2
 

@@ -1,0 +1,123 @@
+"""Seconds and memory of one training step against K, N, picture size, micro-batch and LoRA rank, each alone.
+
+    python benchmarks/growth.py growth.png                    toy size, a CPU, minutes
+    python benchmarks/growth.py growth.png --preset sdxl --device cuda --set model.precision=bf16
+                                                              SDXL's real size, random weights
+
+Writes the picture and, beside it, growth.json. Needs matplotlib (pip install matplotlib). Memory is what tensors hold
+at once, weights included; `kept` keeps the graph of all K steps, `again` is sharding.recompute_steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from meter import LiveBytes, clock
+from rich.console import Console
+
+import draftcli
+from draftcli.core.draftp import Batch, SDXLDRaFTPModel
+from draftcli.core.sdxl import load_parts
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+BASE = {"sampling.steps": 10, "draftp.truncation_steps": 1, "trainer.micro_batch_size": 1, "peft.rank": 16}
+SIZES = {
+    "toy": ("toy", {"sampling.height": (64, 96, 128, 192)}),
+    "sdxl": ("sdxl-lora", {"sampling.height": (512, 768, 1024, 1536)}),
+}
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "draftp.truncation_steps": (1, 2, 5, 10, 25),
+    "sampling.steps": (5, 10, 25, 50),
+    "trainer.micro_batch_size": (1, 2, 4, 8),
+    "peft.rank": (4, 16, 64, 128),
+}
+NAMES = {
+    "draftp.truncation_steps": "K, of N = 25",
+    "sampling.steps": "N",
+    "sampling.height": "edge, pixels",
+    "trainer.micro_batch_size": "images per backward",
+    "peft.rank": "LoRA rank",
+}
+
+
+def cost(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float, float]:
+    """Best seconds an image of two steps after the first one; peak megabytes."""
+    preset = SIZES[options.preset][0]
+    count = settings["trainer.micro_batch_size"]
+    values = {**BASE, **settings, "trainer.global_batch_size": count, "model.device": options.device}
+    values["sampling.width"] = values["sampling.height"] = settings.get("sampling.height", options.edge)
+    cfg = draftcli.load_config(preset, options.set, values)
+    if options.preset == "sdxl":
+        from sdxl_size import random_pickscore, random_sdxl
+
+        model = SDXLDRaFTPModel(cfg, random_sdxl(cfg))
+        model.reward_model = random_pickscore()
+    else:
+        model = SDXLDRaFTPModel(cfg, load_parts(cfg.model))
+        model.reward_model = draftcli.get_reward_model(cfg)
+    batch = Batch(["a red circle"] * count, list(range(count)), (cfg.sampling.height,) * 2, [None] * count)
+    read, best = clock(model.runtime.device), float("inf")
+    for _ in range(3):
+        began = read()
+        model.get_loss_and_metrics(batch)
+        best = min(best, read() - began)
+    weights = [t for m in model.parts.modules.values() for t in (*m.parameters(), *m.buffers())]
+    live = LiveBytes(weights)
+    with live:
+        model.get_loss_and_metrics(batch)
+    return best / count, live.peak / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("--preset", choices=[*SIZES], default="toy")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    sweeps = {**SWEEPS, **SIZES[options.preset][1]}
+    options.edge = {"toy": 64, "sdxl": 1024}[options.preset]
+    console, figures = Console(), []
+    for key, values in sweeps.items():
+        for again in (False, True) if key == "draftp.truncation_steps" else (False,):
+            for value in values:
+                of = {"sampling.steps": 25} if key == "draftp.truncation_steps" else {}
+                settings = {**BASE, **of, key: value, "sharding.recompute_steps": again}
+                began = time.perf_counter()
+                seconds, megabytes = cost(options, settings)
+                line = {"key": key, "value": value, "again": again, "seconds": seconds, "megabytes": megabytes}
+                figures.append(line)
+                console.print(f"{line} ({time.perf_counter() - began:.0f} s)", highlight=False)
+    options.picture.with_suffix(".json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    draw(figures, [*sweeps], options.picture)
+
+
+def draw(figures: list[dict[str, Any]], keys: list[str], picture: Path) -> None:
+    """Seconds above, megabytes below, a column for each thing that grows."""
+    figure, axes = plt.subplots(2, len(keys), figsize=(3 * len(keys), 6), sharex="col", constrained_layout=True)
+    for column, key in zip(axes.T, keys, strict=True):
+        for again, label in ((False, "kept"), (True, "again")):
+            lines = [f for f in figures if f["key"] == key and f["again"] == again]
+            for axis, unit in zip(column, ("seconds", "megabytes"), strict=True):
+                axis.plot([f["value"] for f in lines], [f[unit] for f in lines], "o-", label=label if lines else None)
+                axis.set_ylim(bottom=0)
+        column[1].set_xlabel(NAMES[key])
+    axes[0][0].legend()
+    axes[0][0].set_ylabel("seconds an image")
+    axes[1][0].set_ylabel("peak MB")
+    figure.savefig(picture, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""draftp eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from draftcli.cli.sample import BatchSize, Debug, Override, Quiet, Seed
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from draftcli.evaluation.evaluate import Outcome
+
+
+def evaluate(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[RUN]...",
+            help="Runs, checkpoints of runs, folders of pictures with an index.jsonl.  [default: the newest run]",
+        ),
+    ] = None,
+    weight: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KIND",
+            help="An annealing weight, as draftp anneal takes it; a column each beside base and tuned. Repeatable, or "
+            "with commas.  [default: linear]",
+        ),
+    ] = None,
+    lora_scale: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X", help="The LoRA at another scale, such as 0.5; likewise a column each."),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help=".txt, .jsonl, .tar, a built-in set or a dataset such as nateraw/parti-prompts.  "
+            "[default: the run's validation prompts]",
+        ),
+    ] = None,
+    num_images: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures per prompt; diversity needs 2.")] = 4,
+    seed: Seed = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A judge beside the run's trained and held-out rewards. Repeatable."),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME[=FOLDER]",
+            help="What diversity is measured on: clip, dinov2, or another reward that is a CLIP.  "
+            "[default: clip; toy in the toy world]",
+        ),
+    ] = None,
+    judge: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Reward of the recommendation.  [default: the first held-out one]"),
+    ] = None,
+    prefer: Annotated[
+        float, typer.Option(min=0, max=1, metavar="P", help="What is recommended: 1 for reward, 0 for diversity.")
+    ] = 0.5,
+    batch_size: BatchSize = None,
+    override: Override = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the report.  [default: eval in the run's folder]")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure what the tuning bought and what it cost, base beside tuned at the same prompts and seeds.
+
+    Every reward with intervals and win rates, diversity, distance from the base, signs of reward hacking, and a
+    recommendation; as metrics.json, .csv and a report.html that needs no network. The same command again goes on.
+
+    **Examples**
+
+    `draftp eval` (the newest run: base, tuned and linear annealing)
+
+    `draftp eval runs/mine --weight linear,power_2,step_0.6 --lora-scale 0.5,0.75 --num-images 8`
+
+    `draftp eval runs/mine runs/mine/step-000200 runs/other --reward pickscore --features dinov2`
+
+    `draftp eval pictures/base pictures/theirs --reward pickscore`
+    """
+    from draftcli.cli.console import open_console
+
+    console = open_console(quiet, debug)
+    from draftcli.evaluation.evaluate import DEFAULT_WEIGHTS, Request, parse_scales
+    from draftcli.evaluation.evaluate import evaluate as run_evaluation
+
+    request = Request(
+        names=names or (),
+        weights=_split(weight) if weight else DEFAULT_WEIGHTS,
+        scales=parse_scales(_split(lora_scale or [])),
+        prompts=prompts,
+        images=num_images,
+        seed=seed,
+        rewards=reward or (),
+        features=features,
+        judge=judge,
+        prefer=prefer,
+        overrides=override or (),
+        batch_size=batch_size,
+        output=output,
+    )
+    _print_outcome(run_evaluation(request, console), console)
+
+
+def _split(texts: list[str]) -> list[str]:
+    return [part.strip() for text in texts for part in text.split(",")]
+
+
+def _print_outcome(outcome: Outcome, console: Console) -> None:
+    result = outcome.result
+    if not result:
+        return
+    from rich.table import Table
+
+    from draftcli.evaluation.report import cell
+
+    rewards = [metric for metric in result["metrics"] if metric["group"] == "reward"]
+    shown = [*rewards, *(metric for metric in result["metrics"] if metric["key"] == "cosine_diversity")]
+    table = Table(box=None, pad_edge=False)
+    for label in ("", *(metric["label"] for metric in shown)):
+        table.add_column(label, justify="right" if label else "left")
+    for name, figures in result["figures"].items():
+        table.add_row(name, *(cell(figures[metric["key"]], metric["digits"]) for metric in shown))
+    console.print(table)
+    trained = ", ".join(result["trained"]) or "none of these"
+    console.print(f"trained on: {trained}; * differs from {result['base']} beyond its 95 % interval", highlight=False)
+    for warning in result["warnings"]:
+        console.print(f"look out: {warning}", highlight=False)
+    recommended = result["recommendation"]
+    console.print(f"recommended: {recommended['column'] or 'nothing'}; {recommended['why']}", highlight=False)
+    for what, path in outcome.written.items():
+        console.print(f"{what:<8} {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,94 @@
+"""draftp merge-lora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def merge_lora(
+    inputs: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN | LORA[=SCALE]]...", help="Runs and LoRA files.  [default: the newest run]"),
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Folder, hub id or .safetensors.  [default: the run's]")
+    ] = None,
+    config: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Diffusers folder with configuration and tokenizers for a .safetensors base."),
+    ] = None,
+    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Which files of the base, such as fp16.")] = None,
+    kind: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="diffusers, single-file, lora or kohya.")
+    ] = "diffusers",
+    scale: Annotated[float, typer.Option(metavar="X", help="How much of everything together.")] = 1.0,
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="For lora and kohya: compress to at most this rank.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="fp32, fp16 or bf16.  [default: as the base has it]")
+    ] = None,
+    max_shard_gb: Annotated[
+        float, typer.Option(metavar="GB", min=0.001, help="For diffusers: largest file of weights.")
+    ] = 10.0,
+    verify: Annotated[
+        str, typer.Option(metavar="LEVEL", help="keys: count; forward: also load and compare outputs.")
+    ] = "forward",
+    output: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="File or folder.  [default: RUN/export/NAME-...]")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what merge-lora wrote before.")] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload it, with a model card, to the Hugging Face Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository on the hub private.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Put what was trained into the files that other programs open, and check them before they are handed over.
+
+    **Examples**
+
+    `draftp merge-lora` (the newest run, merged into its base: a diffusers folder)
+
+    `draftp merge-lora runs/mine --format kohya` (a LoRA for ComfyUI, A1111 and Forge)
+
+    `draftp merge-lora runs/mine --format single-file --dtype fp16` (one checkpoint for ComfyUI, A1111 and Forge)
+
+    `draftp merge-lora runs/mine=0.8 style.safetensors=0.5 --format lora --rank 32` (two LoRAs as one)
+
+    `draftp merge-lora style.safetensors --base checkpoint.safetensors --format single-file`
+    """
+    from draftcli.cli.console import open_console
+
+    console = open_console(quiet, debug)
+    from draftcli.export.merge import Order, merge
+
+    outcome = merge(
+        Order(
+            inputs=tuple(inputs or ()),
+            base=base,
+            config=config,
+            variant=variant,
+            kind=kind,  # type: ignore[arg-type]
+            scale=scale,
+            rank=rank,
+            dtype=dtype,
+            shard_size=int(max_shard_gb * 1e9),
+            output=output,
+            overwrite=overwrite,
+            verify=verify,  # type: ignore[arg-type]
+            hub=push_to_hub,
+            private=private,
+        ),
+        console,
+    )
+    for line in outcome.lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    console.print(f"report   {outcome.report}", highlight=False, soft_wrap=True)
+    console.print(f"written  {outcome.artefact}", highlight=False, soft_wrap=True)
+    if outcome.url:
+        console.print(f"uploaded {outcome.url}", highlight=False, soft_wrap=True)

@@ -1,0 +1,95 @@
+"""draftp rewards."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Which rewards there are, and whether one is fit to train on.", no_args_is_help=True)
+
+
+@app.command("list")
+def list_rewards(
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the names only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Every reward that can be named, what it measures, and where its weights come from.
+
+    **Examples**
+
+    `draftp rewards list`
+
+    `draftp rewards list --quiet`
+    """
+    from draftcli.rewards.catalogue import BUILT_IN, known_rewards, plug_ins
+
+    if quiet:
+        typer.echo("\n".join(known_rewards()))
+        return
+    for name, entry in BUILT_IN.items():
+        typer.echo(f"{name:<16}{entry.measures}")
+        facts = [f"sees {entry.sees}"]
+        if entry.weights:
+            facts.append(f"weights {entry.weights} ({entry.licence or 'licence not stated'})")
+        if entry.parameters:
+            facts.append(f"{entry.memory} in memory")
+        typer.echo(f"{'':<16}{'; '.join(facts)}")
+    for name, package in plug_ins().items():
+        typer.echo(f"{name:<16}plug-in of {package}")
+    typer.echo("Your own: package.module:object. More: docs/rewards.md; `draftp rewards check NAME` looks at one.")
+
+
+@app.command("check")
+def check(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward's name, or package.module:object.")],
+    pretrained: Annotated[
+        str | None, typer.Option(metavar="ID|PATH", help="Its weights: hub id, local folder or file.")
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="ID|PATH", help="What its weights stand on, where it lies elsewhere.")
+    ] = None,
+    size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Of the pictures that are scored.")] = "256x192",
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Load a reward, score noise and a flat picture, and say whether it can be trained on.
+
+    Looks at range, determinism, gradient (missing, zero, not finite, wrong), whether pictures of a batch influence
+    one another, and memory. Exit code 0: usable, for training or as the reward itself says for evaluation only; 1: not.
+
+    **Examples**
+
+    `draftp rewards check toy`
+
+    `draftp rewards check my_package.rewards:sharpness --size 1024x1024`
+
+    `draftp rewards check hpsv2_1 --pretrained /models/HPS_v2.1_compressed.pt --device cuda`
+    """
+    import re
+
+    from draftcli.errors import InputError
+
+    if not (match := re.fullmatch(r"(\d+)x(\d+)", size)) or "0" in match.groups():
+        raise InputError(f"--size {size}: expected HEIGHTxWIDTH, such as 1024x768")
+    from draftcli.cli.console import open_console
+
+    console = open_console(False, debug)
+    from torch import nn
+
+    from draftcli.rewards.check import check_reward
+    from draftcli.rewards.registry import load_reward
+
+    reward = load_reward(name, pretrained, backbone)
+    if isinstance(reward, nn.Module):
+        reward.to(device)
+    verdict = check_reward(reward, (int(match[1]), int(match[2])))
+    if not quiet:
+        for finding in verdict.findings:
+            mark = {True: "ok", False: "BAD", None: ""}[finding.good]
+            console.print(f"{finding.what:<12} {mark:<4} {finding.words}", highlight=False, soft_wrap=True)
+    console.print(f"{name}: {verdict.words}", highlight=False, soft_wrap=True)
+    differentiable = getattr(reward, "differentiable", True)
+    if not (verdict.trains or (verdict.judges and not differentiable)):
+        raise typer.Exit(1)

@@ -1,0 +1,175 @@
+"""draftp sample, and the options that it shares with draftp anneal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from draftcli.sampling.job import Outcome
+
+RunName = Annotated[
+    str | None,
+    typer.Argument(metavar="RUN", help="A run's folder or one of its checkpoints.  [default: the newest run]"),
+]
+Model = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Instead of a run: diffusers folder, hub id, .safetensors or toy."),
+]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="PATH[=SCALE]", help="Add a LoRA in diffusers, peft or kohya form. Repeatable."),
+]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw. Repeatable.")]
+PromptFile = Annotated[
+    str | None,
+    typer.Option(
+        "--prompts", metavar="FILE", help=".txt or .jsonl, or a built-in set.  [default: the run's validation prompts]"
+    ),
+]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to stay away from.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(
+        min=0, max=2**32 - 1, metavar="S", help="Picture j of every prompt has seed S + j.  [default: the run's]"
+    ),
+]
+Images = Annotated[int, typer.Option("--num-images", min=1, metavar="N", help="Pictures per prompt.")]
+Height = Annotated[
+    int | None, typer.Option(metavar="PIXELS", help="A multiple of 8.  [default: the run's, or the model's own]")
+]
+Width = Annotated[
+    int | None, typer.Option(metavar="PIXELS", help="A multiple of 8.  [default: the run's, or the model's own]")
+]
+Steps = Annotated[int | None, typer.Option(metavar="N", help="Sampler steps.  [default: the run's, or 25]")]
+Scale = Annotated[
+    float | None, typer.Option(metavar="X", help="Classifier-free guidance; 1 is none.  [default: the run's, or 5]")
+]
+Sampler = Annotated[
+    str | None, typer.Option(metavar="NAME", help="euler, heun, ddim or dpmpp_2m.  [default: the run's, or euler]")
+]
+Schedule = Annotated[
+    str | None, typer.Option(metavar="NAME", help="trailing or leading.  [default: the run's, or trailing]")
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        "--dtype",
+        metavar="NAME",
+        help="fp32, bf16, fp16 or fp64.  [default: the run's, or the device's]",
+    ),
+]
+BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures drawn together.  [default: by size]")]
+Format = Annotated[str, typer.Option("--format", metavar="NAME", help="png, jpg or webp.")]
+Override = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as model.device=cuda:1. Repeatable."),
+]
+Output = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="Folder for the pictures.  [default: in the run's folder]")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def sample(
+    run: RunName = None,
+    model: Model = None,
+    lora: Loras = None,
+    prompt: Prompts = None,
+    prompts: PromptFile = None,
+    negative_prompt: Negative = None,
+    seed: Seed = None,
+    num_images: Images = 1,
+    base: Annotated[bool, typer.Option("--base", help="Draw the base too, with the same seeds.")] = False,
+    height: Height = None,
+    width: Width = None,
+    steps: Steps = None,
+    scale: Scale = None,
+    sampler: Sampler = None,
+    schedule: Schedule = None,
+    precision: Precision = None,
+    batch_size: BatchSize = None,
+    format_: Format = "png",
+    override: Override = None,
+    output: Output = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Draw pictures from a run, or from any SDXL with any LoRAs. What is there already is not drawn again.
+
+    **Examples**
+
+    `draftp sample` (the newest run, its validation prompts)
+
+    `draftp sample runs/mine --base --prompt "a red fox in fresh snow" --num-images 4`
+
+    `draftp sample --model stabilityai/stable-diffusion-xl-base-1.0 --lora style.safetensors=0.7 --prompt "a fox"`
+
+    `torchrun --nproc-per-node 4 -m draftcli sample runs/mine --prompts many.jsonl --format webp`
+    """
+    from draftcli.sampling.source import find_source
+
+    settings = drawing_settings(negative_prompt, height, width, steps, scale, sampler, schedule, precision)
+    source = find_source(run, model, lora or (), override or (), settings)
+    from draftcli.cli.console import open_console
+
+    console = open_console(quiet, debug)
+    from draftcli.sampling.job import Job
+    from draftcli.sampling.job import run as run_job
+
+    job = Job(
+        name="sample",
+        source=source,
+        kinds=[*(["base"] if base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])],
+        prompts=prompt or (),
+        prompt_file=prompts,
+        images=num_images,
+        seed=seed,
+        size=(height, width),
+        batch_size=batch_size,
+        suffix=format_,
+        output=output,
+    )
+    print_outcome(run_job(job, console), console)
+
+
+def drawing_settings(
+    negative_prompt: str | None,
+    height: int | None,
+    width: int | None,
+    steps: int | None,
+    scale: float | None,
+    sampler: str | None,
+    schedule: str | None,
+    precision: str | None,
+) -> dict[str, Any]:
+    """The options that are settings, by dotted key, without those that were not given."""
+    settings = {
+        "sampling.negative_prompt": negative_prompt,
+        "sampling.height": height,
+        "sampling.width": width,
+        "sampling.steps": steps,
+        "sampling.scale": scale,
+        "sampling.sampler": sampler,
+        "sampling.schedule": schedule,
+        "model.precision": precision,
+    }
+    return {key: value for key, value in settings.items() if value is not None}
+
+
+def print_outcome(outcome: Outcome, console: Console) -> None:
+    """What each column costs, what was done, and where it is."""
+    for name, count in outcome.evaluations.items():
+        console.print(f"{name}: {count} UNet evaluations a picture", highlight=False, markup=False)
+    there = outcome.total - outcome.drawn
+    console.print(
+        f"{outcome.total} pictures{f', {there} of them there already' if there else ''}", highlight=False, markup=False
+    )
+    for what, path in outcome.written.items():
+        console.print(f"{what:<8} {path}", highlight=False, markup=False, soft_wrap=True)

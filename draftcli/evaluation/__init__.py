@@ -1,0 +1,1 @@
+"""What the tuning bought and what it cost: metrics on pictures, comparisons, the report."""

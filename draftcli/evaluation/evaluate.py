@@ -1,0 +1,331 @@
+"""One `draftp eval` from what was asked for to its files: draw what is missing, measure, compare, write."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from draftcli import __version__
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.runtime import Ranks, choose_runtime, open_ranks
+from draftcli.errors import InputError
+from draftcli.evaluation.compare import FORMAT, VERSION, compare
+from draftcli.evaluation.diversity import NEIGHBOURS
+from draftcli.evaluation.features import load_features
+from draftcli.evaluation.measure import Judges, Measured, collect, measure
+from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_index
+from draftcli.evaluation.report import write_outputs
+from draftcli.prompts import read_prompts
+from draftcli.rewards import Reward, check_names, load_reward
+from draftcli.runs import disk_errors, write_aside
+from draftcli.sampling.draw import Column, Picture, plan
+from draftcli.sampling.files import write_pictures
+from draftcli.sampling.source import Source, find_source
+
+DEFAULT_WEIGHTS = ("linear",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be compared, and by whom.
+
+    Attributes:
+        names: runs, checkpoints of runs and folders of pictures; empty: the newest run. The first is the base's.
+        weights: annealing weights, a column each for every run; base and tuned are always there.
+        scales: scales of the LoRA, a column each for every run.
+        prompts: a file, built-in set or dataset; None: the first run's validation prompts.
+        images: pictures per prompt.
+        seed: of a prompt's first picture; None: the first run's.
+        rewards: judges beside those of the runs, all held out.
+        features: of diversity; None: `toy` in the toy world, else `clip`.
+        judge: reward of the Pareto front; None: the first held-out one.
+        prefer: 1 wants the reward alone, 0 diversity alone.
+        overrides: KEY=VALUE over the first run's settings.
+        batch_size: pictures drawn together; None: by their size.
+        output: folder; None: eval/ in the first run's.
+    """
+
+    names: Sequence[str] = ()
+    weights: Sequence[str] = DEFAULT_WEIGHTS
+    scales: Sequence[float] = ()
+    prompts: str | None = None
+    images: int = 4
+    seed: int | None = None
+    rewards: Sequence[str] = ()
+    features: str | None = None
+    judge: str | None = None
+    prefer: float = 0.5
+    overrides: Sequence[str] = ()
+    batch_size: int | None = None
+    output: Path | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of it: the content of metrics.json, and files by what they are. Empty but in the main process."""
+
+    result: dict[str, Any] = field(default_factory=dict)
+    written: dict[str, Path] = field(default_factory=dict)
+
+
+def evaluate(request: Request, console: Console) -> Outcome:
+    """Draw, measure, compare, write. What is there already is not done again.
+
+    Raises:
+        InputError: what was asked for does not exist or does not go together.
+        DraftpError: the disk refuses.
+    """
+    for kind in request.weights:
+        Column.of(kind)  # a wrong one is said before anything is loaded
+    sources, folders = _find(request)
+    rewards, trained = _rewards(request, sources)
+    judge = request.judge or next((r for r in rewards if r not in trained), next(iter(rewards)))
+    features = request.features or _default_features(sources)
+    output = request.output or (sources[0].folder if sources else Path()) / "eval"
+    with open_ranks() as ranks:
+        console.quiet = console.quiet or not ranks.is_main
+        judges = _load_judges(rewards, features, sources)
+        pictures = _plan(request, sources)
+        items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_index(folders[0]))
+        named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
+        labels = _labels((named or [Path(source.name) for source in sources]) + folders)
+        elsewhere = [folder_gallery(f, items, label) for f, label in zip(folders, labels[len(sources) :], strict=True)]
+        galleries: list[Gallery] = []
+        for label, source in zip(labels, sources, strict=False):
+            galleries += _draw(request, source, label, pictures, output / "pictures", not galleries, ranks, console)
+        galleries += elsewhere
+        measured = _measure(galleries, items, judges, output / "measured", ranks, console)
+        if not ranks.is_main:
+            return Outcome()
+        result = {
+            "format": FORMAT,
+            "version": VERSION,
+            "draftp": __version__,
+            "title": f"{labels[0]}: what the tuning bought and what it cost",
+            "settings": _settings(request, sources, items, judges, trained),
+            **compare(galleries, items, measured, trained, judge, request.prefer),
+            **_pictures(galleries, items, measured, output),
+        }
+        return Outcome(result, write_outputs(output, result, galleries, items, measured))
+
+
+def parse_scales(texts: Sequence[str]) -> list[float]:
+    """Scales of a LoRA, as on the command line.
+
+    Raises:
+        InputError: one is no number.
+    """
+    try:
+        scales = [float(text) for text in texts]
+        if all(map(math.isfinite, scales)):
+            return scales
+    except ValueError:
+        pass
+    raise InputError(f"--lora-scale {','.join(texts)}: expected numbers, such as --lora-scale 0.5,0.75")
+
+
+def _find(request: Request) -> tuple[list[Source], list[Path]]:
+    """The runs, all with the first one's sampling, and the folders of pictures."""
+    folders = [Path(name) for name in request.names if (Path(name) / INDEX).is_file()]
+    names: list[str | None] = [name for name in request.names if Path(name) not in folders]
+    if not names and not folders:
+        names = [None]
+    if not names and request.scales:
+        raise InputError("--lora-scale: only folders of pictures were named, so nothing can be drawn; name a run too")
+    if not names and len(folders) == 1:
+        raise InputError(f"{folders[0]} alone is nothing to compare; name a second folder or a run")
+    sources: list[Source] = []
+    for name in names:
+        sampling = {"sampling": sources[0].cfg.sampling.model_dump()} if sources else {}
+        source = find_source(name, None, (), () if sources else request.overrides, sampling)
+        if request.scales and not source.loras:
+            raise InputError(f"--lora-scale: {source.name} was trained in full and has no LoRA to scale")
+        sources.append(source)
+    return sources, folders
+
+
+def _rewards(request: Request, sources: Sequence[Source]) -> tuple[dict[str, str | None], list[str]]:
+    """Every judge with the folder of its weights, and the names of those that were trained on."""
+    rewards: dict[str, str | None] = {}
+    for source in sources:
+        rewards |= {name: setting.pretrained for name, setting in source.cfg.rewards.items()}
+    trained = list(rewards)
+    held_out = [*(name for source in sources for name in source.cfg.held_out_rewards), *request.rewards]
+    rewards |= {name: None for name in held_out if name not in rewards}
+    if not rewards:
+        raise InputError("nobody judges: folders of pictures know no reward, so name one, such as --reward pickscore")
+    check_names(list(rewards))
+    if request.judge is not None and request.judge not in rewards:
+        raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")
+    return rewards, trained
+
+
+def _default_features(sources: Sequence[Source]) -> str:
+    return "toy" if sources and sources[0].cfg.model.pretrained == "toy" else "clip"
+
+
+def _load_judges(rewards: dict[str, str | None], features: str, sources: Sequence[Source]) -> Judges:
+    device = choose_runtime(sources[0].cfg.model.device if sources else "auto", "fp32").device
+    loaded: dict[str, Reward] = {name: load_reward(name, pretrained) for name, pretrained in rewards.items()}
+    for reward in loaded.values():
+        if isinstance(reward, torch.nn.Module):
+            reward.to(device)
+    return Judges(loaded, load_features(features).to(device), device)
+
+
+def _plan(request: Request, sources: Sequence[Source]) -> list[Picture]:
+    """What every run draws; nothing where there are only folders."""
+    if not sources:
+        if request.prompts is not None:
+            raise InputError("--prompts: only folders of pictures were named, which have their own prompts")
+        return []
+    cfg = sources[0].cfg
+    source = request.prompts or cfg.data.validation_prompts
+    if not source:
+        raise InputError(f"{sources[0].name} has no validation prompts; give --prompts FILE")
+    prompts = read_prompts(source, "--prompts" if request.prompts else "data.validation_prompts")
+    once = {prompt.text: prompt for prompt in reversed(prompts)}  # the same prompt twice is one prompt
+    seed = cfg.trainer.seed if request.seed is None else request.seed
+    return plan(list(reversed(once.values())), request.images, seed, (cfg.sampling.height, cfg.sampling.width))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """A short name each: the folder's, and where two are alike, what comes before it."""
+    names = [path.resolve().name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
+        for name, path in zip(names, paths, strict=True)
+    ]
+
+
+def _draw(
+    request: Request,
+    source: Source,
+    label: str,
+    pictures: Sequence[Picture],
+    folder: Path,
+    is_first: bool,
+    ranks: Ranks,
+    console: Console,
+) -> list[Gallery]:
+    """The columns of one run; the base is the first run's."""
+    model = source.load()
+    console.print(f"{source.name} on {model.runtime.reason}", highlight=False)
+    kinds = [*(["base"] if is_first else []), "tuned", *request.weights]
+    columns = [*map(Column.of, kinds), *map(Column.scaled, request.scales)]
+    columns = list({column.name: column for column in columns}.values())
+    target = folder / label.replace("/", "-")
+    galleries = []
+    with _progress(console, f"drawing {label}", len(columns) * len(pictures), ranks) as advance:
+        for column in columns:
+            seconds, files = _draw_column(request, model, column, pictures, target, ranks, advance)
+            name = column.name if is_first else f"{label} {column.name}"
+            evaluations = column.evaluations(model)
+            galleries.append(Gallery(name, files, f"{source.name}, {column.name}", evaluations, seconds))
+    return galleries
+
+
+def _draw_column(
+    request: Request,
+    model: SDXLDRaFTPModel,
+    column: Column,
+    pictures: Sequence[Picture],
+    folder: Path,
+    ranks: Ranks,
+    advance: Callable[[int], None],
+) -> tuple[float | None, tuple[Path, ...]]:
+    """Seconds a picture (those of an earlier session where nothing was drawn now) and the files."""
+    began = time.perf_counter()
+    written = write_pictures(
+        model, [column], pictures, folder, batch_size=request.batch_size, ranks=ranks, progress=advance
+    )
+    elapsed = time.perf_counter() - began
+    path, key = folder / "seconds.json", written.files[0].key
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if written.drawn and ranks.is_main:
+        known[key] = elapsed / written.drawn
+        with disk_errors(path):
+            write_aside(path, lambda aside: aside.write_text(json.dumps(known), encoding="utf-8"))
+    return known.get(key), tuple(file.path for file in written.files)
+
+
+def _measure(
+    galleries: Sequence[Gallery],
+    items: Sequence[Item],
+    judges: Judges,
+    cache: Path,
+    ranks: Ranks,
+    console: Console,
+) -> dict[str, Measured]:
+    with _progress(console, "measuring", len(galleries) * len(items), ranks) as advance, ranks.together():
+        measure(galleries, items, judges, cache, (ranks.rank, ranks.size), advance)
+    if not ranks.is_main:
+        return {}
+    return {gallery.name: collect(gallery, items, judges, cache) for gallery in galleries}
+
+
+def _settings(
+    request: Request, sources: Sequence[Source], items: Sequence[Item], judges: Judges, trained: Sequence[str]
+) -> dict[str, Any]:
+    """What a reader needs to do it again."""
+    prompts = len({item.prompt for item in items})
+    seeds = [item.seed for item in items]
+    settings: dict[str, Any] = {
+        "features": judges.features.name,
+        "k": NEIGHBOURS,
+        "prompts": request.prompts or (sources[0].cfg.data.validation_prompts if sources else "of the folders"),
+        "number_of_prompts": prompts,
+        "pictures_per_prompt": len(items) // prompts,
+        "seeds": f"{min(seeds)} to {max(seeds)}",
+        "trained_on": ", ".join(trained) or "unknown",
+        "held_out": ", ".join(name for name in judges.rewards if name not in trained) or "none",
+        "intervals": "95 %, percentile bootstrap over prompts, 10,000 resamples",
+    }
+    if isinstance(settings["prompts"], list):
+        settings["prompts"] = "the run's own list"
+    if sources:
+        cfg = sources[0].cfg
+        settings |= {
+            "model": cfg.model.pretrained,
+            "size": f"{cfg.sampling.height} x {cfg.sampling.width} (height x width)",
+            "sampler": f"{cfg.sampling.steps} steps of {cfg.sampling.sampler}, {cfg.sampling.schedule} grid",
+            "guidance": cfg.sampling.scale,
+            "precision": cfg.model.precision,
+        }
+    return settings | {"torch": torch.__version__}
+
+
+def _pictures(
+    galleries: Sequence[Gallery], items: Sequence[Item], measured: dict[str, Measured], output: Path
+) -> dict[str, Any]:
+    """Every picture with its scores, for those who want to compute something else."""
+    return {
+        "items": [{"prompt": item.prompt, "seed": item.seed} for item in items],
+        "pictures": {
+            gallery.name: {
+                "files": [Path(os.path.relpath(file, output)).as_posix() for file in gallery.files],
+                "scores": {name: scores.tolist() for name, scores in measured[gallery.name].scores.items()},
+            }
+            for gallery in galleries
+        },
+    }
+
+
+@contextmanager
+def _progress(console: Console, what: str, total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, in a terminal."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=-(-total // ranks.size))
+        yield lambda count: progress.advance(bar, count)

@@ -1,0 +1,102 @@
+"""What diversity is measured on: the embeddings of a network that looks at pictures.
+
+Any CLIP among the rewards lends its vision tower (`toy`, `clip`, `pickscore`, ...); `dinov2` is Meta's, trained without
+texts (Oquab et al. 2024); `package.module:object` is your own, a factory of a torch module that turns pictures
+(B, 3, H, W) in [0, 1] into features (B, d). Which it was belongs to every figure made from it: numbers of two
+extractors don't compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from draftcli.errors import InputError
+from draftcli.rewards import load_reward
+from draftcli.rewards.clip import CLIPReward
+
+DINOV2 = "facebook/dinov2-base"
+
+
+@dataclass(frozen=True)
+class Features:
+    """Pictures (B, 3, H, W) in [0, 1] -> (B, d) float32; `name` says what it is, `network` is what computes."""
+
+    name: str
+    network: nn.Module
+    extract: Callable[[Tensor], Tensor]
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, d) features of images (B, 3, H, W) in [0, 1]."""
+        return self.extract(images).float()
+
+    def to(self, device: torch.device) -> Features:
+        """Move the network."""
+        self.network.to(device)
+        return self
+
+
+def load_features(name: str) -> Features:
+    """The extractor `NAME` or `NAME=FOLDER` with weights of one's own.
+
+    Raises:
+        InputError: an unknown name, or weights that cannot be loaded.
+    """
+    kind, _, pretrained = name.partition("=")
+    if kind == "dinov2":
+        return _dinov2(pretrained or DINOV2)
+    reward: Any = load_reward(kind, pretrained or None)  # the same door, so a module of one's own comes in by it too
+    if ":" in kind and isinstance(reward, nn.Module) and not isinstance(reward, CLIPReward):
+        return Features(name, reward, reward)
+    if not isinstance(reward, CLIPReward):
+        raise InputError(f"--features {name}: {kind} is no CLIP; allowed are dinov2 and rewards that are CLIPs")
+    return Features(f"{name}, CLIP image embedding", reward, lambda images: _clip_embedding(reward, images))
+
+
+def _clip_embedding(reward: CLIPReward, images: Tensor) -> Tensor:
+    """The projected image embedding, length as it comes."""
+    seen = reward.clip.vision_model(pixel_values=reward.preprocess(images.to(reward.clip.device)))
+    return reward.clip.visual_projection(seen.pooler_output)
+
+
+def _dinov2(pretrained: str) -> Features:
+    from transformers import AutoConfig, AutoModel
+
+    try:
+        config = AutoConfig.from_pretrained(pretrained)
+        if config.model_type != "dinov2":
+            raise InputError(f"--features dinov2={pretrained}: a {config.model_type} model, not a DINOv2")
+        network = AutoModel.from_pretrained(pretrained, dtype=torch.float32).requires_grad_(False).eval()
+    except (OSError, ValueError, ImportError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
+        raise InputError(
+            f"--features dinov2: {pretrained} cannot be loaded; without the hub, download it and give "
+            f"--features dinov2=FOLDER ({reason})"
+        ) from error
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
+
+    def extract(images: Tensor) -> Tensor:
+        """The CLS token of pictures at 256 pixels on the shorter side, the middle 224 x 224 of them."""
+        parameter: Any = next(network.parameters())
+        pixels = _resized(images.to(parameter.device), 256, 224)
+        pixels = (pixels - mean.to(pixels).view(3, 1, 1)) / std.to(pixels).view(3, 1, 1)
+        return network(pixel_values=pixels).last_hidden_state[:, 0]
+
+    return Features(f"dinov2, {pretrained}, CLS token", network, extract)
+
+
+def _resized(images: Tensor, edge: int, crop: int) -> Tensor:
+    """Shorter side to `edge`, bicubic with antialiasing, then the middle `crop` x `crop`."""
+    height, width = images.shape[-2:]
+    scale = edge / min(height, width)
+    size = [int(height * scale + 1e-6), int(width * scale + 1e-6)]
+    if size != [height, width]:
+        images = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    top, left = (size[0] - crop) // 2, (size[1] - crop) // 2
+    return images[..., top : top + crop, left : left + crop]

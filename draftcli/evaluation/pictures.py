@@ -1,0 +1,122 @@
+"""What is compared: galleries, the columns of the report, each with one picture of every prompt and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from draftcli.errors import InputError
+
+INDEX = "index.jsonl"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One row of the comparison: a prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """One picture of every item.
+
+    Attributes:
+        name: short and unique, as the report shows it.
+        files: file i shows item i.
+        source: where they come from, for people.
+        evaluations: UNet evaluations a picture took; None where nobody knows.
+        seconds: seconds a picture took; likewise.
+    """
+
+    name: str
+    files: tuple[Path, ...]
+    source: str = ""
+    evaluations: float | None = None
+    seconds: float | None = None
+
+
+def read_index(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a folder's index.jsonl, each with at least "file", "prompt" and "seed".
+
+    Raises:
+        InputError: there is none, or a line is not what it should be.
+    """
+    path = folder / INDEX
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise InputError(
+            f"{folder}: no readable {INDEX} in it; a folder of pictures needs one, with a line such as "
+            '{"file": "0001.png", "prompt": "a fox", "seed": 0} for every picture'
+        ) from None
+    entries = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{path} line {number}: not valid JSON") from None
+        if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(key), kind) for key, kind in (("file", str), ("prompt", str), ("seed", int))
+        ):
+            raise InputError(f"{path} line {number}: expected an object with file (text), prompt (text), seed (number)")
+        entries.append(entry)
+    if not entries:
+        raise InputError(f"{path}: there is no picture in it")
+    return entries
+
+
+def items_of(entries: Sequence[dict[str, Any]]) -> list[Item]:
+    """The items of an index, those of a prompt together, prompts in the order they come, seeds ascending."""
+    order = {prompt: i for i, prompt in enumerate(dict.fromkeys(entry["prompt"] for entry in entries))}
+    found = {Item(entry["prompt"], entry["seed"]) for entry in entries}
+    return sorted(found, key=lambda item: (order[item.prompt], item.seed))
+
+
+def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None) -> Gallery:
+    """The pictures of a folder made elsewhere, one for each of `items`.
+
+    Raises:
+        InputError: a picture is missing, or lies outside the folder.
+    """
+    files: dict[Item, Path] = {}
+    for entry in read_index(folder):
+        path = folder / entry["file"]
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{folder / INDEX}: {entry['file']!r} lies outside the folder")
+        files[Item(entry["prompt"], entry["seed"])] = path
+    missing = [item for item in items if item not in files or not files[item].is_file()]
+    if missing:
+        first = missing[0]
+        raise InputError(
+            f"{folder}: {len(missing)} of {len(items)} pictures are missing, the first is seed {first.seed} of "
+            f"{first.prompt!r}; columns are compared on the same prompts and seeds"
+        )
+    return Gallery(name or folder.name, tuple(files[item] for item in items), source=str(folder))
+
+
+def read_picture(path: Path) -> np.ndarray:
+    """(3, H, W) float32 in [0, 1]; whatever is transparent lies on white.
+
+    Raises:
+        InputError: not a picture.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
+                rgba = file.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+            else:
+                picture = file.convert("RGB")
+            return np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as a picture ({error})") from None

@@ -1,0 +1,242 @@
+"""The model that is merged into: a diffusers folder or a single file, tensor by tensor under one naming, unread."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from draftcli.core.lora_files import with_text_model
+from draftcli.core.sdxl import (
+    SDXL_CONFIG,
+    check_folder,
+    checked_file,
+    first_line,
+    model_path,
+    single_file_prediction,
+)
+from draftcli.errors import InputError
+from draftcli.export.layout import Original, original_layout, original_shape
+from draftcli.export.tensors import Stored, stored_tensors
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+WEIGHT_NAMES = {part: "model" if part.startswith("text") else "diffusion_pytorch_model" for part in PARTS}
+
+
+@dataclass
+class Base:
+    """A whole SDXL on disk.
+
+    Attributes:
+        name: as the user gave it.
+        path: the folder or file.
+        kind: which of them.
+        tensors: by part and key. Keys are diffusers' and transformers', text encoders' with `text_model.` in front.
+        config: folder with the parts' config.json; for a single file, another model's or the packaged one.
+        prediction: epsilon or v_prediction.
+        zero_terminal_snr: whether it was trained with rescaled betas.
+        layout: of a single file: how its tensors are made of ours.
+        extra: of a single file: tensors that belong to no network, kept as they are.
+        variant: which weight files of a folder.
+    """
+
+    name: str
+    path: Path
+    kind: Literal["folder", "single-file"]
+    tensors: dict[str, dict[str, Stored]]
+    config: Path
+    prediction: str
+    zero_terminal_snr: bool
+    layout: list[Original] = field(default_factory=list)
+    extra: dict[str, Stored] = field(default_factory=dict)
+    variant: str | None = None
+
+    def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes of the weights that a LoRA can change, by part and module: as core.lora_files.read_lora wants them."""
+        return {
+            part: {
+                key.removesuffix(".weight"): stored.shape
+                for key, stored in self.tensors[part].items()
+                if key.endswith(".weight") and len(stored.shape) in (2, 4)
+            }
+            for part in PARTS
+            if part != "vae"
+        }
+
+
+def open_base(pretrained: str, config: str | None = None, variant: str | None = None) -> Base:
+    """Find out what the model is made of; nothing but headers is read.
+
+    Args:
+        pretrained: diffusers folder, hub id, single .safetensors, or a built-in name.
+        config: for a single file, folder with configuration (and, for --format diffusers, tokenizers) of an SDXL of
+            its shape; default SDXL's own.
+        variant: which files of a folder, such as fp16.
+
+    Raises:
+        InputError: nothing is there, it is not an SDXL, it is damaged or incomplete.
+    """
+    source = model_path(pretrained)
+    if source.endswith((".safetensors", ".ckpt")):
+        return _open_single_file(pretrained, Path(checked_file(source, "--base")), config)
+    folder = Path(source) if Path(source).is_dir() else _downloaded(source, variant)
+    check_folder(folder, "--base")
+    tensors = {part: _part_of_folder(folder, part, variant) for part in PARTS}
+    expected = _expected(folder)
+    for part in PARTS:
+        if missing := sorted(expected[part].keys() - tensors[part].keys()):
+            raise InputError(f"{folder}: {len(missing)} tensors of {part} are missing, the first is {missing[0]}")
+        if odd := sorted(key for key in expected[part] if tensors[part][key].shape != expected[part][key]):
+            raise InputError(f"{folder}: {odd[0]} of {part} has another shape than its config.json says")
+        # Left-overs that no program reads, such as position_ids, have no place in other layouts.
+        tensors[part] = {key: stored for key, stored in tensors[part].items() if key in expected[part]}
+    return Base(pretrained, folder, "folder", tensors, folder, *_scheduled(folder), variant=variant)
+
+
+def _scheduled(folder: Path) -> tuple[str, bool]:
+    """Prediction and zero terminal SNR, as a folder's scheduler has them."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _json(file) if file.is_file() else {}
+    return scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+
+
+def _open_single_file(name: str, file: Path, config: str | None) -> Base:
+    folder = Path(model_path(config)) if config else SDXL_CONFIG
+    if not folder.is_dir():
+        raise InputError(f"--config {config}: there is no such folder; give a local diffusers folder of an SDXL")
+    held = stored_tensors(file)
+    expected, layout = _expected(folder), []
+    tensors: dict[str, dict[str, Stored]] = {part: {} for part in PARTS}
+    for part in PARTS:
+        originals = original_layout(part, expected[part])
+        if missing := [o.key for o in originals if o.key not in held]:
+            raise InputError(
+                f"{file}: {len(missing)} of the {len(originals)} tensors of {part} are missing, the first is "
+                f"{missing[0]}; it is no whole SDXL checkpoint, or --config ({folder}) has another shape"
+            )
+        for original in originals:
+            stored, shape = held[original.key], original_shape(original, expected[part])
+            if stored.shape != shape:
+                raise InputError(
+                    f"{file}: {original.key} is {stored.shape}, an SDXL with the configuration of {folder} has {shape}"
+                )
+            tensors[part] |= _split(stored, original, expected[part])
+        layout += originals
+    known = {original.key for original in layout}
+    said, zero_snr = single_file_prediction(file)
+    scheduled = _scheduled(folder)
+    prediction, zero_snr = said or scheduled[0], scheduled[1] if zero_snr is None else zero_snr
+    extra = {key: stored for key, stored in held.items() if key not in known}
+    return Base(name, file, "single-file", tensors, folder, prediction, zero_snr, layout, extra)
+
+
+def _split(stored: Stored, original: Original, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+    """Our tensors in one of the original layout."""
+    found, start = {}, 0
+    for key in original.sources:
+        rows = (start, start + shapes[key][0]) if len(original.sources) > 1 else None
+        found[key] = Stored(stored.file, stored.key, stored.dtype, shapes[key], rows, original.form)
+        start += shapes[key][0]
+    return found
+
+
+def _downloaded(source: str, variant: str | None) -> Path:
+    from diffusers import StableDiffusionXLPipeline
+
+    try:
+        return Path(StableDiffusionXLPipeline.download(source, variant=variant, use_safetensors=True))
+    except Exception as error:
+        # As varied as networks are; people need the first line.
+        raise InputError(
+            f"--base {source!r}: no such file or folder here, and the hub has no such model or cannot be reached "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
+
+
+def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
+    """The safetensors of a part: one, or the shards of its index; with `variant`, those where they exist."""
+    stem = WEIGHT_NAMES[part]
+    for name in [f"{stem}.{variant}", stem] if variant else [stem]:
+        file = folder / part / f"{name}.safetensors"
+        if file.is_file():
+            return [file]
+        for index in (folder / part / f"{name}.safetensors.index.json", folder / part / _index_of_variant(name)):
+            if index.is_file():
+                shards = sorted(set(_json(index).get("weight_map", {}).values()))
+                if any(Path(shard).name != shard for shard in shards):
+                    raise InputError(f"{index} names files outside its folder")
+                return [folder / part / shard for shard in shards]
+    hint = "; it may have only a variant, say which with --variant" if not variant else ""
+    raise InputError(f"{folder / part}: no {stem}.safetensors in it{hint}")
+
+
+def _index_of_variant(name: str) -> str:
+    """diffusers writes model.safetensors.index.fp16.json."""
+    stem, _, variant = name.partition(".")
+    return f"{stem}.safetensors.index.{variant}.json"
+
+
+def _part_of_folder(folder: Path, part: str, variant: str | None) -> dict[str, Stored]:
+    held: dict[str, Stored] = {}
+    for file in weight_files(folder, part, variant):
+        held |= stored_tensors(file)
+    return {clean_key(part, key): stored for key, stored in held.items()}
+
+
+def clean_key(part: str, key: str) -> str:
+    """A part's key in our naming, from a file's."""
+    if part == "vae":  # older folders name its attention otherwise; diffusers renames on loading
+        for old, new in (
+            (".query.", ".to_q."),
+            (".key.", ".to_k."),
+            (".value.", ".to_v."),
+            (".proj_attn.", ".to_out.0."),
+        ):
+            key = key.replace(old, new)
+    return with_text_model(key) if part.startswith("text") else key
+
+
+def modules_on_meta(config: Path) -> dict[str, Any]:
+    """The four networks without weights, from a folder's configuration.
+
+    Raises:
+        InputError: a configuration is missing or not readable.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    read: dict[str, dict[str, Any]] = {part: _json(config / part / "config.json") for part in PARTS}
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # notes on settings that a newer release wrote
+            return {
+                "unet": UNet2DConditionModel.from_config(read["unet"]),
+                "vae": AutoencoderKL.from_config(read["vae"]),
+                "text_encoder": CLIPTextModel(CLIPTextConfig(**read["text_encoder"])),
+                "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**read["text_encoder_2"])),
+            }
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{config}: its configuration is not that of an SDXL ({first_line(error)})") from error
+
+
+def _expected(config: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Every tensor that the configuration wants, with its shape."""
+    return {
+        part: {clean_key(part, key): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+        for part, module in modules_on_meta(config).items()
+    }
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error})") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return data

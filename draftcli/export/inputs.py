@@ -1,0 +1,174 @@
+"""What is to be merged: runs and LoRA files with scales, resolved against the base."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from draftcli.config import Config, check_config
+from draftcli.core.lora_files import Lora, read_lora
+from draftcli.errors import InputError
+from draftcli.export.base import Base
+from draftcli.export.tensors import Stored, stored_tensors
+from draftcli.runs import Run, find_run
+
+
+@dataclass(frozen=True)
+class Source:
+    """One argument of the command.
+
+    Attributes:
+        text: as given, or the run's folder.
+        path: the LoRA's file or folder, or the folder of a UNet trained in full.
+        scale: how much of it is taken.
+        run: the run that it is of, and its settings.
+    """
+
+    text: str
+    path: Path
+    scale: float = 1.0
+    run: Run | None = None
+    cfg: Config | None = None
+
+    @property
+    def in_full(self) -> bool:
+        """Whether it is a whole UNet rather than a LoRA."""
+        return self.cfg is not None and self.cfg.peft.peft_scheme == "none"
+
+
+@dataclass
+class Changes:
+    """What is done to the base's tensors.
+
+    Attributes:
+        loras: their scales are in their updates.
+        full: a UNet trained in full, by key, and how much of the way to it is gone.
+    """
+
+    loras: list[Lora] = field(default_factory=list)
+    full: dict[str, Stored] = field(default_factory=dict)
+    full_scale: float = 1.0
+
+    def touched(self) -> set[tuple[str, str]]:
+        """(part, key) of each tensor that changes."""
+        keys = {(part, f"{module}.weight") for lora in self.loras for part, module, _ in lora.updates()}
+        return keys | {("unet", key) for key in self.full}
+
+    def apply(self, part: str, key: str, tensor: Tensor) -> Tensor:
+        """The changed tensor in float64."""
+        result = tensor.double()
+        if part == "unet" and key in self.full:
+            result = torch.lerp(result, self.full[key].load().double(), self.full_scale)
+        for lora in self.loras:
+            update = lora.parts.get(part, {}).get(key.removesuffix(".weight"))
+            if update is not None and key.endswith(".weight"):
+                result = result + update.delta()
+        return result
+
+
+def find_sources(inputs: Sequence[str]) -> list[Source]:
+    """Resolve `RUN`, `LORA` and `LORA=SCALE`; nothing means the newest run.
+
+    Raises:
+        InputError: nothing of that name, a scale that is no number, a run without weights.
+    """
+    return [_source(text) for text in inputs] or [_of_run(None, 1.0)]
+
+
+def _source(text: str) -> Source:
+    name, scale = text, 1.0
+    if "=" in text and not _is_there(text):
+        name, _, number = text.rpartition("=")
+        try:
+            scale = float(number)
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise InputError(f"{text}: expected PATH or PATH=SCALE with a number, such as style.safetensors=0.7")
+    if not _is_there(name):
+        raise InputError(f"{name}: there is no such run, folder or file")
+    path = Path(name)
+    # A LoRA's folder may lie in a run's without being a checkpoint of it: its exports do.
+    of_run = not path.is_dir() or (path / "config.yaml").is_file() or (path.parent / "config.yaml").is_file()
+    return _of_run(name, scale) if of_run and not path.is_file() else Source(text, path, scale)
+
+
+def _is_there(name: str) -> bool:
+    return Path(name).exists() or (Path("runs") / name / "config.yaml").is_file()
+
+
+def _of_run(name: str | None, scale: float) -> Source:
+    run, weights = find_run(name)
+    try:
+        cfg = check_config(yaml.safe_load(run.config.read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{run.config} cannot be read ({error})") from error
+    if weights != run.final and Path(name or "").resolve() != weights.resolve():
+        warnings.warn(f"{run.folder} is not finished; taking {weights}", stacklevel=2)
+    path = weights / "unet" if cfg.peft.peft_scheme == "none" else weights
+    return Source(str(run.folder if weights == run.final else weights), path, scale, run, cfg)
+
+
+def base_of(sources: Sequence[Source]) -> tuple[str, str | None, str | None] | None:
+    """(pretrained, config, variant) that the runs among `sources` were trained on, or None where there is no run.
+
+    Raises:
+        InputError: they were trained on different ones.
+    """
+    found = {(s.cfg.model.pretrained, s.cfg.model.config, s.cfg.model.variant) for s in sources if s.cfg}
+    if len(found) > 1:
+        named = ", ".join(sorted(pretrained for pretrained, *_ in found))
+        raise InputError(f"the runs were trained on different models ({named}); say which to merge into with --base")
+    return next(iter(found), None)
+
+
+def read_changes(
+    sources: Sequence[Source], base: Base | None, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], scale: float
+) -> Changes:
+    """Read every source for the base.
+
+    Args:
+        sources: at most one of them trained in full.
+        base: needed where one is.
+        shapes: of the base's weights.
+        scale: of everything together.
+
+    Raises:
+        InputError: one does not fit the base, or all together change nothing.
+    """
+    changes = Changes()
+    for source in sources:
+        if scale * source.scale == 0:
+            raise InputError(f"{source.text}: with the scale 0 it would change nothing; leave it out")
+        if not source.in_full:
+            changes.loras.append(read_lora(source.path, shapes).scaled(scale * source.scale))
+            continue
+        if changes.full:
+            raise InputError("only one of the inputs can be a run that trained the whole UNet")
+        assert base is not None
+        changes.full, changes.full_scale = _full_unet(source.path, base), scale * source.scale
+    return changes
+
+
+def _full_unet(folder: Path, base: Base) -> dict[str, Stored]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: there is no UNet in it")
+    held = {key: stored for file in files for key, stored in stored_tensors(file).items()}
+    own = base.tensors["unet"]
+    odd = sorted(held.keys() ^ own.keys()) or sorted(k for k in own if held[k].shape != own[k].shape)
+    if odd:
+        raise InputError(
+            f"{folder} does not fit {base.name}: {len(odd)} tensors of the UNet differ, the first is {odd[0]}; "
+            "give the model it was trained on with --base"
+        )
+    if all(torch.equal(held[key].load().to(own[key].dtype), own[key].load()) for key in own):
+        raise InputError(f"{folder} would change nothing: it is the UNet of {base.name}; was it trained?")
+    return held

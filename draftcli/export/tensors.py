@@ -1,0 +1,154 @@
+"""Tensors in safetensors files, read one at a time and written one at a time: memory never holds more than one.
+
+safetensors' own `save_file` wants all tensors in memory at once. Its format is a length, a JSON header and the bytes
+(https://github.com/huggingface/safetensors), so a file can be written as its tensors are made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from draftcli.errors import InputError
+from draftcli.export.layout import Form, from_original
+
+DTYPE_OF_NAME = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file, or a slice of one, not read yet.
+
+    Attributes:
+        file: where it is.
+        key: its name there.
+        dtype: as stored.
+        shape: of what `load` returns.
+        rows: which rows of the stored tensor; None: all.
+        form: how it lies there.
+    """
+
+    file: Path
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+    form: Form = "plain"
+
+    def load(self) -> Tensor:
+        """Read it, in its own dtype."""
+        tensor = _opened(self.file).get_tensor(self.key)
+        if self.rows:
+            tensor = tensor[slice(*self.rows)]
+        return from_original(tensor, self.form)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to be written: its name, and how to make it when its turn comes."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def stored_tensors(file: Path) -> dict[str, Stored]:
+    """What a file holds, in its own order.
+
+    Raises:
+        InputError: it is damaged, or holds numbers of a kind that we don't know.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            found = {}
+            for key in opened.keys():  # noqa: SIM118  (it is no dict)
+                part = opened.get_slice(key)
+                if part.get_dtype() not in DTYPE_OF_NAME:
+                    raise InputError(f"{file}: {key} is stored as {part.get_dtype()}, which draftp does not know")
+                found[key] = Stored(file, key, DTYPE_OF_NAME[part.get_dtype()], tuple(part.get_shape()))
+            return found
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: cannot be read, it may be damaged ({error})") from error
+
+
+def file_metadata(file: Path) -> dict[str, str]:
+    """The text that a file carries beside its tensors."""
+    return dict(_opened(file).metadata() or {})
+
+
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], wrote: Callable[[int], Any] | None = None
+) -> None:
+    """Make and write one tensor after the other.
+
+    Args:
+        path: of the new file.
+        entries: in the order of the file.
+        metadata: text beside the tensors.
+        wrote: told the bytes of each tensor, for progress.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for entry in entries:
+        span = [offset, offset + entry.size]
+        header[entry.key] = {
+            "dtype": NAME_OF_DTYPE[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": span,
+        }
+        offset = span[1]
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for entry in entries:
+            tensor = entry.make().contiguous()
+            assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.key
+            if tensor.numel():
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            if wrote:
+                wrote(entry.size)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@cache
+def _opened(file: Path) -> Any:
+    """Kept open: a large header takes long to parse, and the tensors themselves are mapped, not read."""
+    return safe_open(file, framework="pt")
+
+
+def close_files() -> None:
+    """Forget the open files."""
+    _opened.cache_clear()

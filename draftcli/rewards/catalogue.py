@@ -1,0 +1,100 @@
+"""The built-in rewards: where each is found, and what people want to know before they choose one.
+
+Nothing heavy is imported here. Parameters are what stays in memory, counted; a test counts them again. Weights are kept
+in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+GROUP = "draftp.rewards"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One built-in reward.
+
+    Attributes:
+        reference: `package.module:object` of its factory.
+        measures: in a few words.
+        weights: where the official ones are fetched; empty: it has none, or they ship with draftp.
+        licence: of the weights as their authors state it; empty: not known.
+        sees: the picture as the reward sees it.
+        parameters: that stay in memory, in millions.
+    """
+
+    reference: str
+    measures: str
+    weights: str = ""
+    licence: str = ""
+    sees: str = "every pixel"
+    parameters: float = 0.0
+
+    @property
+    def memory(self) -> str:
+        """Of its weights in float32, as people say it."""
+        size = self.parameters * 4e6
+        return "-" if not size else f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
+
+
+_CLIP = "draftcli.rewards.clip"
+_AESTHETIC = "draftcli.rewards.aesthetic"
+_ANALYTIC = "draftcli.rewards.analytic"
+
+BUILT_IN: dict[str, Entry] = {
+    "pickscore": Entry(
+        f"{_CLIP}:pickscore", "which picture people prefer for a prompt (Pick-a-Pic)",
+        "yuvalkirstain/PickScore_v1", "", "224, centre crop", 986.1,
+    ),
+    "hpsv2": Entry(
+        f"{_CLIP}:hpsv2", "which picture people prefer for a prompt (HPD v2)",
+        "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1,
+    ),
+    "hpsv2_1": Entry(
+        f"{_CLIP}:hpsv2_1", "the same, version 2.1, trained on better data",
+        "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1,
+    ),
+    "imagereward": Entry(
+        "draftcli.rewards.imagereward:imagereward", "how well a picture fits its prompt and pleases",
+        "THUDM/ImageReward", "Apache-2.0", "224, centre crop", 446.2,
+    ),
+    "aesthetic": Entry(
+        f"{_AESTHETIC}:aesthetic", "beauty, 1 to 10, whatever the prompt (LAION, v2)",
+        "christophschuhmann/improved-aesthetic-predictor", "Apache-2.0", "224, centre crop", 304.9,
+    ),
+    "aesthetic_v1": Entry(
+        f"{_AESTHETIC}:aesthetic_v1", "the same, version 1, linear",
+        "LAION-AI/aesthetic-predictor", "MIT", "224, centre crop", 304.0,
+    ),
+    "aesthetic_v2_5": Entry(
+        f"{_AESTHETIC}:aesthetic_v2_5", "beauty, 1 to 10, by SigLIP; 5.5 and more is good",
+        "discus0434/aesthetic-predictor-v2-5", "AGPL-3.0", "384, squashed", 429.5,
+    ),
+    "clip": Entry(
+        f"{_CLIP}:clip_score", "how well a picture fits its prompt: cosine by any CLIP",
+        "openai/clip-vit-large-patch14", "MIT", "224, centre crop", 427.6,
+    ),
+    "brightness": Entry(f"{_ANALYTIC}:brightness", "mean luma, 0 to 1"),
+    "saturation": Entry(f"{_ANALYTIC}:saturation", "mean of largest minus smallest channel, 0 to 1"),
+    "symmetry": Entry(f"{_ANALYTIC}:symmetry", "likeness to the mirror image, at most 0"),
+    "compressibility": Entry(f"{_ANALYTIC}:compressibility", "minus the estimated JPEG bits per pixel"),
+    "toy": Entry(
+        "draftcli.toy.reward:toy_reward", "the toy world's learned preference, imperfect",
+        "ships with draftp", "Apache-2.0", "64, centre crop", 0.0,
+    ),
+    "toy_oracle": Entry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),
+}  # fmt: skip
+
+
+def known_rewards() -> dict[str, str]:
+    """Every reward that can be named, and where it is: built-in ones and entry points."""
+    built_in = {name: entry.reference for name, entry in BUILT_IN.items()}
+    return {**{point.name: point.value for point in entry_points(group=GROUP)}, **built_in}
+
+
+def plug_ins() -> dict[str, str]:
+    """Rewards of other packages by name, and the package that brings each."""
+    found = {point.name: point.dist.name if point.dist else "?" for point in entry_points(group=GROUP)}
+    return {name: package for name, package in sorted(found.items()) if name not in BUILT_IN}

@@ -1,0 +1,183 @@
+"""Looking at a reward before hours are spent on it: range, determinism, gradient, batch independence, memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftcli.rewards.protocol import Reward
+
+# Within the toy world's grammar, so that its oracle has something to say.
+PROMPTS = [
+    "a large red circle in the centre of a white background",
+    "a small blue square in the centre of a black background",
+    "a large green star in the centre of a white background",
+]
+ALIKE = 1e-4  # relative; scores of the same picture on the same machine
+SLOPES = 0.05  # relative; a gradient against finite differences, of a network in float64
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        what: its name.
+        good: None where it is information only.
+        words: what was found.
+    """
+
+    what: str
+    good: bool | None
+    words: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a reward is good for.
+
+    Attributes:
+        findings: in the order they were looked at.
+        trains: nothing speaks against training on it.
+        judges: nothing speaks against evaluating with it.
+    """
+
+    findings: list[Finding]
+    trains: bool
+    judges: bool
+
+    @property
+    def words(self) -> str:
+        """The verdict in one line."""
+        if self.trains:
+            return "usable for training and for evaluation"
+        return "usable for evaluation only (held_out_rewards)" if self.judges else "not usable as it is"
+
+
+def check_reward(reward: Reward, size: tuple[int, int] = (256, 192)) -> Verdict:
+    """Score noise and a flat picture, and look at what comes.
+
+    Args:
+        reward: a network among them is turned into float64 at the end; do not use it afterwards.
+        size: (height, width) of the pictures.
+    """
+    device = next((p.device for p in _parameters(reward)), torch.device("cpu"))
+    noise = torch.rand(len(PROMPTS), 3, *size, generator=torch.Generator().manual_seed(0)).to(device)
+    noise = 0.1 + 0.8 * noise  # away from 0 and 1, where preprocessing may saturate
+    findings = [_shape_and_range(reward, noise)]
+    if findings[0].good:
+        findings += [_determinism(reward, noise), _batch(reward, noise), _prompt(reward, noise)]
+    judges = all(f.good is not False for f in findings)
+    trains = judges and bool(getattr(reward, "differentiable", True))
+    if not getattr(reward, "differentiable", True):
+        findings.append(Finding("gradient", None, "none, the reward says so itself: differentiable = False"))
+    elif judges:
+        findings += _gradient(reward, noise)
+        trains = all(f.good is not False for f in findings)
+    return Verdict(findings, trains, judges)
+
+
+def _shape_and_range(reward: Reward, noise: Tensor) -> Finding:
+    with torch.no_grad():
+        scores = {"noise": reward(noise, PROMPTS), "flat grey": reward(torch.full_like(noise, 0.5), PROMPTS)}
+    for what, score in scores.items():
+        if not isinstance(score, Tensor) or score.shape != (len(PROMPTS),):
+            shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            return Finding("range", False, f"{what}: returned {shape}, expected one score each, ({len(PROMPTS)},)")
+        if score.isinf().any() or score.isnan().all():
+            return Finding("range", False, f"{what}: scores are {[round(s, 4) for s in score.tolist()]}")
+    words = "; ".join(
+        f"{w} {float(s.nan_to_num().min()):.4g} to {float(s.nan_to_num().max()):.4g}" for w, s in scores.items()
+    )
+    silent = int(scores["noise"].isnan().sum())
+    return Finding("range", True, words + (f"; nothing to say on {silent} of {len(PROMPTS)} prompts" if silent else ""))
+
+
+@torch.no_grad()
+def _determinism(reward: Reward, noise: Tensor) -> Finding:
+    gap = _gap(reward(noise, PROMPTS), reward(noise, PROMPTS))
+    return Finding("determinism", gap == 0, f"the same pictures twice differ by {gap:.1e}")
+
+
+@torch.no_grad()
+def _batch(reward: Reward, noise: Tensor) -> Finding:
+    alone = torch.cat([reward(noise[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
+    gap = _gap(reward(noise, PROMPTS), alone)
+    return Finding("batch", gap <= ALIKE, f"a picture alone and among others differs by {gap:.1e} of its score")
+
+
+@torch.no_grad()
+def _prompt(reward: Reward, noise: Tensor) -> Finding:
+    moved = _gap(reward(noise, PROMPTS), reward(noise, PROMPTS[1:] + PROMPTS[:1]))
+    return Finding("prompt", None, "matters" if moved > 0 else "does not matter to the score")
+
+
+def _gradient(reward: Reward, noise: Tensor) -> list[Finding]:
+    """The gradient exists, is finite, not zero, stays in its own picture, and is that of finite differences."""
+    images = noise.clone().requires_grad_()
+    saved: dict[tuple[Any, ...], int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[(storage.data_ptr(), storage.nbytes())] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        scores = reward(images, PROMPTS)
+    if not scores.requires_grad:
+        return [
+            Finding("gradient", False, "blocked: the score does not depend on the picture by torch's operations alone "
+                    "(a detach, no_grad, numpy or Pillow on the way)")
+        ]  # fmt: skip
+    (gradient,) = torch.autograd.grad(scores[0], images, allow_unused=True)
+    if gradient is None or not gradient.isfinite().all():
+        kind = "blocked: it does not reach the picture" if gradient is None else "not finite (NaN or infinity)"
+        return [Finding("gradient", False, kind)]
+    largest = float(gradient[0].abs().max())
+    if largest == 0:
+        return [Finding("gradient", False, "zero everywhere")]
+    found = [Finding("gradient", True, f"finite, largest {largest:.2e} a pixel")]
+    if float(gradient[1:].abs().max()) > ALIKE * largest:
+        found.append(Finding("batch", False, "the score of one picture has a gradient in another"))
+    slope, expected = _slopes(reward, noise[:1])
+    gap = abs(slope - expected) / max(abs(slope), abs(expected), 1e-30)
+    found.append(Finding("slope", gap <= SLOPES, f"gradient {slope:.3e}, finite differences {expected:.3e}"))
+    weights = {p.untyped_storage().data_ptr(): p.nbytes for p in _parameters(reward)}
+    kept = sum(size for (place, _), size in saved.items() if place not in weights)
+    words = f"weights {_bytes(sum(weights.values()))}, {_bytes(kept / len(noise))} a picture while its gradient is held"
+    return [*found, Finding("memory", None, words)]
+
+
+def _slopes(reward: Reward, image: Tensor) -> tuple[float, float]:
+    """The slope along the gradient, by the gradient and by central differences; float64 where that is possible."""
+    if isinstance(reward, nn.Module) and image.device.type != "mps":
+        reward.double()
+    image = image if image.device.type == "mps" else image.double()
+    at = image.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(at, PROMPTS[:1]).sum(), at)
+    direction = gradient / gradient.norm()
+    # Longer where the score itself is kept in float32 and rounding would show.
+    with torch.no_grad():
+        exact = reward(image, PROMPTS[:1]).dtype == torch.float64
+        step = 1e-5 if exact else 1e-2
+        ahead, behind = (reward(image + s * step * direction, PROMPTS[:1]).double().sum() for s in (1, -1))
+    return float(gradient.norm()), float(ahead - behind) / (2 * step)
+
+
+def _gap(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the scores' size; NaN only beside NaN."""
+    if bool((a.isnan() != b.isnan()).any()):
+        return float("inf")
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return float((a - b).abs().max() / max(float(a.abs().max()), 1e-8))
+
+
+def _parameters(reward: Reward) -> list[Tensor]:
+    return list(reward.parameters()) if isinstance(reward, nn.Module) else []
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 1e9:.1f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"

@@ -1,0 +1,153 @@
+"""Several rewards as one: weights, hinge targets, normalisation by running statistics, a log of every part."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from draftcli.errors import InputError
+from draftcli.rewards.protocol import Reward
+
+if TYPE_CHECKING:
+    from draftcli.config import RewardConfig
+
+MEMORY = 0.99  # a step's scores count by this power of the steps since: about the last hundred count
+FLAT = 1e-6  # scores that span less than this share of their mean are all alike, but for rounding
+
+
+class Spread:
+    """What the scores of past steps span: count, mean and sum of squared deviations, all fading; lowest and highest.
+
+    Sums are exactly rounded (math.fsum): the same scores in any order, from any number of micro-batches or ranks, leave
+    the same statistics, bit for bit.
+    """
+
+    def __init__(self) -> None:
+        self.count = self.mean = self.squares = 0.0
+        self.low, self.high = math.inf, -math.inf
+
+    def update(self, scores: Tensor) -> None:
+        """Take in all scores of one step; those that are not finite say nothing."""
+        values = [value for value in scores.double().flatten().tolist() if math.isfinite(value)]
+        if not values:
+            return
+        number = len(values)
+        mean = math.fsum(values) / number
+        squares = math.fsum((value - mean) ** 2 for value in values)
+        kept = MEMORY * self.count
+        shift = mean - self.mean
+        self.count = kept + number
+        self.mean += shift * number / self.count
+        self.squares = MEMORY * self.squares + squares + shift**2 * kept * number / self.count
+        self.low, self.high = min(self.low, *values), max(self.high, *values)
+
+    def scale(self, kind: str) -> float | None:
+        """The deviation (`std`) or highest minus lowest (`range`); None while nothing differs yet."""
+        if not self.count:
+            return None
+        span = math.sqrt(self.squares / self.count) if kind == "std" else self.high - self.low
+        return span if span > FLAT * abs(self.mean) else None
+
+    def tensor(self) -> Tensor:
+        """The five numbers, float64."""
+        return torch.tensor([self.count, self.mean, self.squares, self.low, self.high], dtype=torch.float64)
+
+    def load(self, numbers: Tensor) -> None:
+        """Put back what `tensor` gave."""
+        self.count, self.mean, self.squares, self.low, self.high = numbers.double().tolist()
+
+
+class WeightedSum:
+    """sum over rewards of weight * min(score, target) / scale, each raw score kept by name for the log.
+
+    The scale is 1, or with `normalise` what the scores of the steps *before* span: it is a constant within a step, so
+    that micro-batches and ranks add up to the gradient of the whole batch, and `end_step` moves it once a step. Nothing
+    is subtracted: it would change no gradient, and would hide in the log that a reward rises. While its scores have
+    shown no spread yet, as in the first step of a run, a normalised reward is measured and counts 0.
+
+    Args:
+        rewards: by name.
+        settings: weight, normalise and target of each, by the same names; None: weight 1, as it is, no target.
+    """
+
+    def __init__(self, rewards: Mapping[str, Reward], settings: Mapping[str, RewardConfig] | None = None) -> None:
+        self.name = "+".join(rewards)
+        self.rewards = dict(rewards)
+        self.settings = dict(settings or {})
+        self._scores: defaultdict[str, list[Tensor]] = defaultdict(list)
+        self._spread = {name: Spread() for name, s in self.settings.items() if s.normalise != "none"}
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) the weighted sum; see `Reward`. Scores are kept for `pop_scores` only where gradients are recorded.
+
+        Raises:
+            InputError: a reward returned another shape, or a score without gradient where one is needed.
+        """
+        training = torch.is_grad_enabled()
+        total = torch.zeros(len(prompts), device=images.device, dtype=images.dtype)
+        for name, reward in self.rewards.items():
+            score = reward(images, prompts)
+            if score.shape != (len(prompts),):
+                shape = tuple(score.shape)
+                raise InputError(f"reward {name} returned shape {shape} for {len(prompts)} pictures: one score each")
+            if training and images.requires_grad and not score.requires_grad:
+                raise InputError(
+                    f"reward {name} cannot be trained on: its score has no gradient in the picture (a detach, no_grad, "
+                    f"numpy or Pillow on the way). It can be in held_out_rewards; `draftp rewards check {name}` looks"
+                )
+            if training:
+                self._scores[name].append(score.detach().float().cpu())
+            total = total + self._share(name, score).to(total)
+        return total
+
+    def _share(self, name: str, score: Tensor) -> Tensor:
+        setting = self.settings.get(name)
+        if setting is None:
+            return score
+        if setting.target is not None:
+            score = score.clamp(max=setting.target)
+        scale = 1.0 if setting.normalise == "none" else self._spread[name].scale(setting.normalise)
+        return score * (0.0 if scale is None else setting.weight / scale)
+
+    def pop_scores(self) -> dict[str, Tensor]:
+        """Every raw score since the last call, by reward, in the order the images came; forgets them."""
+        scores = {name: torch.cat(parts) for name, parts in self._scores.items()}
+        self._scores.clear()
+        return scores
+
+    def end_step(self, scores: Mapping[str, Tensor]) -> None:
+        """Move the running statistics by one training step.
+
+        Args:
+            scores: all raw scores of the step, over micro-batches and ranks, by reward; the order does not matter.
+        """
+        for name, spread in self._spread.items():
+            if name in scores:
+                spread.update(scores[name])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The running statistics, by reward; empty where nothing is normalised."""
+        return {name: spread.tensor() for name, spread in self._spread.items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave, bit for bit.
+
+        Raises:
+            KeyError: it is of other rewards.
+        """
+        if state.keys() != self._spread.keys():
+            raise KeyError(f"statistics of {sorted(state)} for the normalised rewards {sorted(self._spread)}")
+        for name, spread in self._spread.items():
+            spread.load(state[name])
+
+    def to(self, device: torch.device) -> WeightedSum:
+        """Move every reward that is a network."""
+        for reward in self.rewards.values():
+            if isinstance(reward, nn.Module):
+                reward.to(device)
+        return self

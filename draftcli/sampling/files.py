@@ -1,0 +1,254 @@
+"""Pictures as files: every prompt with every seed in every column, each drawn once, and an index of them.
+
+What a picture was made of is hashed and stored in its file. One that is there, whole, and has the right hash is not
+drawn again; so an interrupted job goes on where it was, and several commands share a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from draftcli import __version__
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.runtime import Ranks
+from draftcli.runs import disk_errors, write_aside
+from draftcli.sampling.draw import Column, Picture, batches, draw_batch
+from draftcli.sampling.embedded import KEY, parameters, read_key, save
+from draftcli.sampling.fingerprint import Fingerprint, fingerprint
+from draftcli.sampling.sheet import to_pil
+
+INDEX = "index.jsonl"
+SAMPLERS = {"euler": "Euler", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}  # as viewers know them
+PIXELS_TOGETHER = 1024**2  # of one batch: a picture of SDXL's size on a 24 GB card
+PICTURES_TOGETHER = 16
+
+
+@dataclass(frozen=True)
+class File:
+    """A picture and its file.
+
+    Attributes:
+        path: in the folder that was asked for.
+        number: of its prompt, from 0.
+        picture: what is on it.
+        column: how it was drawn.
+        key: hash of everything that it was made of.
+    """
+
+    path: Path
+    number: int
+    picture: Picture
+    column: Column
+    key: str
+
+
+@dataclass
+class Written:
+    """What `write_pictures` did.
+
+    Attributes:
+        files: those of all processes: prompt by prompt, seed by seed, column by column.
+        index: index.jsonl.
+        drawn: how many of them were not there already.
+        evaluations: UNet evaluations of a picture, by column, guidance's two counted.
+    """
+
+    files: list[File]
+    index: Path
+    drawn: int = 0
+    evaluations: dict[str, int] = field(default_factory=dict)
+
+    def rows(self) -> list[list[File]]:
+        """The files of one prompt and seed together, a file for each column."""
+        return [list(row) for _, row in groupby(self.files, key=lambda f: (f.number, f.picture.seed))]
+
+
+def write_pictures(
+    model: SDXLDRaFTPModel,
+    columns: Sequence[Column],
+    pictures: Sequence[Picture],
+    folder: Path,
+    *,
+    batch_size: int | None = None,
+    suffix: str = "png",
+    ranks: Ranks | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> Written:
+    """Draw every picture in every column into `folder`, and write index.jsonl there.
+
+    Args:
+        model: tuned and base in one.
+        columns: ways to draw, of different names.
+        pictures: from `draw.plan`; a prompt's pictures are neighbours.
+        folder: made where it is not there.
+        batch_size: pictures drawn together; None: as many as a card that holds the model surely has room for.
+        suffix: png, jpg or webp.
+        ranks: processes that share the work; each draws a part, and afterwards all files are there.
+        progress: called with the number of files that this process has newly dealt with.
+
+    Raises:
+        InputError: a weight outside [0, 1], or a scale without a LoRA.
+        DraftpError: the disk refuses.
+    """
+    ranks = ranks or Ranks()
+    made_of = _MadeOf(model, columns)
+    files = _files(made_of, columns, pictures, folder, suffix)
+    written = Written(files, folder / INDEX, evaluations={c.name: c.evaluations(model) for c in columns})
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    together = batch_size or max(
+        1, min(PICTURES_TOGETHER, PIXELS_TOGETHER // max(p.size[0] * p.size[1] for p in pictures))
+    )
+    together = min(together, -(-len(pictures) // ranks.size))  # a share for every process
+    groups = list(_positions(pictures, together))
+    done: list[File] = []
+    drawn = torch.zeros(1, dtype=torch.int64)
+    try:
+        with ranks.together():
+            for group in groups[ranks.rank :: ranks.size]:
+                for c, column in enumerate(columns):
+                    wanted = [files[i * len(columns) + c] for i in group]
+                    missing = [file for file in wanted if read_key(file.path) != file.key]
+                    if missing:
+                        images = draw_batch(model, [file.picture for file in missing], column)
+                        for file, image in zip(missing, images, strict=True):
+                            _save(file, image, suffix, made_of)
+                    done += wanted
+                    drawn += len(missing)
+                    progress(len(wanted))
+    except BaseException:
+        if ranks.is_main and done:  # what there is can be found, also when the rest is never drawn
+            _write_index(done, written, made_of)
+        raise
+    ranks.sum_([drawn])
+    written.drawn = int(drawn)
+    if ranks.is_main:
+        _write_index(files, written, made_of)
+    return written
+
+
+class _MadeOf:
+    """Everything that a picture is made of, for its hash and its settings."""
+
+    def __init__(self, model: SDXLDRaFTPModel, columns: Sequence[Column]) -> None:
+        self.sampling, self.model = model.cfg.sampling, model.parts.name
+        self.prints: Fingerprint = fingerprint(model)
+        self.precision = [str(model.runtime.dtype), str(next(model.vae.parameters()).dtype)]
+        self.weights = {column.name: column.weights(model) for column in columns}
+
+    def negative(self, picture: Picture) -> str | None:
+        return self.sampling.negative_prompt if picture.prompt.negative is None else picture.prompt.negative
+
+    def key(self, picture: Picture, column: Column) -> str:
+        s, weights = self.sampling, self.weights[column.name]
+        tuned = any(weights)
+        facts = [
+            *(picture.prompt.text, self.negative(picture), picture.seed, picture.size),
+            *(s.steps, s.scale, s.sampler, s.schedule, s.s_churn, self.precision, self.prints.base),
+            *((self.prints.tuned, weights, column.lora_scale) if tuned else ()),
+            column.stochastic and any(0 < w < 1 for w in weights),
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+    def settings(self, file: File) -> dict[str, object]:
+        """In the words of AUTOMATIC1111's web UI; sizes are width x height there."""
+        s, (height, width) = self.sampling, file.picture.size
+        return {
+            "Steps": s.steps,
+            "Sampler": SAMPLERS[s.sampler],
+            "Schedule type": s.schedule.capitalize(),
+            "CFG scale": f"{s.scale:g}",
+            "Seed": file.picture.seed,
+            "Size": f"{width}x{height}",
+            "Model": Path(self.model).stem,
+            "Model hash": self.prints.base[:10],
+            "AIG": file.column.name,
+            "Version": f"draftp {__version__}",
+            KEY: file.key,
+        }
+
+
+def _files(
+    made_of: _MadeOf, columns: Sequence[Column], pictures: Sequence[Picture], folder: Path, suffix: str
+) -> list[File]:
+    files, number, before = [], -1, None
+    digits = max(4, len(str(max(picture.seed for picture in pictures))))
+    for picture in pictures:
+        # A new prompt, or the same once more: its seeds begin again.
+        if before is None or picture.prompt is not before.prompt or picture.seed != before.seed + 1:
+            number += 1
+        before = picture
+        stem = "-".join(filter(None, [f"{number:04d}", _slug(picture.prompt.text), f"s{picture.seed:0{digits}d}"]))
+        for column in columns:
+            path = folder / f"{stem}-{_without_sheet(column.name)}.{suffix}"
+            files.append(File(path, number, picture, column, made_of.key(picture, column)))
+    return files
+
+
+def _positions(pictures: Sequence[Picture], together: int) -> Iterator[list[int]]:
+    at = 0
+    for group in batches(pictures, together):
+        yield list(range(at, at + len(group)))
+        at += len(group)
+
+
+def _slug(text: str) -> str:
+    """A few plain letters of a prompt for a file's name. "sheet" is kept for contact sheets."""
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    return _without_sheet("-".join(re.findall(r"[a-z0-9]+", plain))[:40].strip("-"))
+
+
+def _without_sheet(name: str) -> str:
+    return re.sub("sheet", "sht", name, flags=re.IGNORECASE)
+
+
+def _save(file: File, image: Any, suffix: str, made_of: _MadeOf) -> None:
+    text = parameters(file.picture.prompt.text, made_of.negative(file.picture), made_of.settings(file))
+    with disk_errors(file.path):
+        write_aside(file.path, lambda aside: save(to_pil(image), aside, suffix, text))
+
+
+def _write_index(files: Sequence[File], written: Written, made_of: _MadeOf) -> None:
+    """One line a picture, by file name. Lines of earlier jobs stay while their files are there."""
+    lines = {name: line for name, line in read_index(written.index).items() if (written.index.parent / name).is_file()}
+    for file in files:
+        height, width = file.picture.size
+        lines[file.path.name] = {
+            "file": file.path.name,
+            "prompt": file.picture.prompt.text,
+            "negative_prompt": made_of.negative(file.picture),
+            "seed": file.picture.seed,
+            "height": height,
+            "width": width,
+            "weight": file.column.name,
+            "weights": [round(w, 6) for w in made_of.weights[file.column.name]],
+            "stochastic": file.column.stochastic,
+            "lora_scale": file.column.lora_scale,
+            "evaluations": written.evaluations[file.column.name],
+            "hash": file.key,
+        }
+    text = "".join(json.dumps(lines[name], ensure_ascii=False) + "\n" for name in sorted(lines))
+    with disk_errors(written.index):
+        write_aside(written.index, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def read_index(path: Path) -> dict[str, dict[str, Any]]:
+    """The lines of an index.jsonl by file name; lines that are none are left out."""
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").strip().split("\n"):  # prompts may hold other line breaks
+            item = json.loads(line)
+            found[Path(item["file"]).name] = item
+    except (OSError, ValueError, KeyError, TypeError):
+        return found
+    return found

@@ -1,0 +1,244 @@
+"""One `draftp sample` or `draftp anneal` from its source to its files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.runtime import open_ranks
+from draftcli.errors import InputError, Interrupted
+from draftcli.prompts import Prompt, read_prompts
+from draftcli.runs import disk_errors
+from draftcli.sampling.draw import Column, plan
+from draftcli.sampling.embedded import FORMATS
+from draftcli.sampling.files import File, Written, write_pictures
+from draftcli.sampling.page import write_page
+from draftcli.sampling.sheet import Cell, Heading, Row, write_sheet, write_table
+from draftcli.sampling.source import Source
+
+SHEET_CELLS, SHEET_ROWS, SHEET_ACROSS = 24, 12, 6
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be drawn.
+
+    Attributes:
+        name: of the command: sample or anneal; names the sheet and the folder.
+        source: the model.
+        kinds: annealing weights, a column each.
+        stochastic: AIG at the price of plain sampling.
+        prompts: texts.
+        prompt_file: a file or built-in set; with neither, the run's validation prompts.
+        images: pictures per prompt.
+        seed: of a prompt's first picture; None: the run's.
+        size: (height, width), each None for the run's or the model's own.
+        batch_size: pictures drawn together; None: by their size.
+        suffix: png, jpg or webp.
+        output: folder; None: in the source's.
+    """
+
+    name: str
+    source: Source
+    kinds: Sequence[str]
+    stochastic: bool = False
+    prompts: Sequence[str] = ()
+    prompt_file: str | None = None
+    images: int = 1
+    seed: int | None = None
+    size: tuple[int | None, int | None] = (None, None)
+    batch_size: int | None = None
+    suffix: str = "png"
+    output: Path | None = None
+
+
+@dataclass
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        evaluations: UNet evaluations a picture, by column.
+        drawn: files that were not there already.
+        total: files in all.
+        written: what people will want to open, by what it is.
+    """
+
+    evaluations: dict[str, int]
+    drawn: int
+    total: int
+    written: dict[str, Path] = field(default_factory=dict)
+
+
+def run(job: Job, console: Console) -> Outcome:
+    """Draw the pictures, the sheet and, where there is something to compare, the page.
+
+    Raises:
+        InputError: nothing to anneal, no prompts, an unknown weight, or a model that cannot be loaded.
+        DraftpError: the disk refuses.
+        Interrupted: by Ctrl-C.
+    """
+    if job.suffix not in FORMATS:
+        raise InputError(f"--format {job.suffix}: allowed are {', '.join(FORMATS)}")
+    columns = list({column.name: column for column in (Column.of(k, job.stochastic) for k in job.kinds)}.values())
+    if not job.source.is_tuned and any(column.name != "base" for column in columns):
+        raise InputError(
+            f"{job.source.name} alone has nothing to anneal to: add --lora PATH, or name a run instead of --model"
+        )
+    warnings = [*job.source.warnings]
+    if job.stochastic and not any(column.stochastic for column in columns):
+        warnings.append("--stochastic has no effect on base and tuned, which ask one network anyway")
+    prompts = _prompts(job)
+    folder = job.output or job.source.folder / job.name
+    with open_ranks() as ranks:
+        console.quiet = console.quiet or not ranks.is_main
+        for line in warnings if ranks.is_main else ():
+            Console(stderr=True).print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+        model = job.source.load()
+        console.print(f"{job.source.name} on {model.runtime.reason}", highlight=False, markup=False)
+        pictures = plan(prompts, job.images, _seed(job), _size(job, model))
+        share = -(-len(pictures) * len(columns) // ranks.size)
+        try:
+            with _progress(console, share) as advance:
+                written = write_pictures(
+                    model,
+                    columns,
+                    pictures,
+                    folder,
+                    batch_size=job.batch_size,
+                    suffix=job.suffix,
+                    ranks=ranks,
+                    progress=advance,
+                )
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted; the same command again goes on") from None
+        outcome = Outcome(written.evaluations, written.drawn, len(written.files), {"pictures": folder})
+        if ranks.is_main:
+            _overviews(job, model, written, outcome)
+    return outcome
+
+
+def _prompts(job: Job) -> Sequence[Prompt]:
+    given: list[Prompt] = [Prompt(text) for text in job.prompts]
+    if job.prompt_file is not None:
+        given += read_prompts(job.prompt_file, "--prompts")
+    if given:
+        return given
+    validation = job.source.cfg.data.validation_prompts
+    if not job.source.from_run or not validation:
+        what = f"{job.source.name} has no validation prompts" if job.source.from_run else "no prompt was given"
+        raise InputError(f"{what}; give --prompt TEXT or --prompts FILE")
+    return read_prompts(validation, "data.validation_prompts")
+
+
+def _seed(job: Job) -> int:
+    return job.source.cfg.trainer.seed if job.seed is None else job.seed
+
+
+def _size(job: Job, model: SDXLDRaFTPModel) -> tuple[int, int]:
+    """As asked for, else the run's, else what the model was made for."""
+    if job.source.from_run:
+        own = (model.cfg.sampling.height, model.cfg.sampling.width)
+    else:
+        factor, native = 2 ** (len(model.vae.config.block_out_channels) - 1), model.unet.config.sample_size
+        own = tuple(factor * n for n in (native if isinstance(native, list | tuple) else (native, native)))
+    return (job.size[0] or own[0], job.size[1] or own[1])
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, in a terminal."""
+    columns = (
+        TextColumn("drawing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("drawing", total=total)
+        yield lambda count: progress.advance(bar, count)
+
+
+def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, outcome: Outcome) -> None:
+    sampling, source = model.cfg.sampling, job.source
+    rows = written.rows()
+    title = f"{source.name}: " + (
+        "from base to tuned" if len(written.evaluations) > 1 else next(iter(written.evaluations))
+    )
+    note = (
+        f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}. "
+        "UNet evaluations are a picture's, guidance counted twice."
+    )
+    folder = written.index.parent
+    sheet = folder / f"{job.name}-sheet.png"
+    with disk_errors(sheet):
+        _write_overview(sheet, written, rows, title, note)
+        outcome.written |= {"index": written.index, "sheet": sheet}
+        if len(written.evaluations) > 1:
+            outcome.written["page"] = folder / "compare.html"
+            write_page(outcome.written["page"], written, title, note)
+
+
+def _write_overview(path: Path, written: Written, rows: list[list[File]], title: str, note: str) -> None:
+    """Up to two columns as cells, several across; more as a table. Rows are spread over the whole set."""
+    counts = written.evaluations
+    small = all(max(row[0].picture.size) <= 192 for row in rows)
+    edge = 192 if small else 320
+    if len(counts) > 2:
+        shown = _spread(rows, SHEET_ROWS)
+        headings = [Heading(name, f"{count} evaluations") for name, count in counts.items()]
+        lines = [
+            Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [_open(file) for file in row])
+            for row in shown
+        ]
+        write_table(path, headings, lines, title, _with_count(note, len(shown), len(rows)), edge)
+        return
+    if len(counts) == 1:  # a prompt's seeds side by side
+        cells = [
+            [file for row in rows if row[0].number == n for file in row]
+            for n in dict.fromkeys(r[0].number for r in rows)
+        ]
+    else:
+        cells = rows
+    shown = [files[: 2 * SHEET_ACROSS] for files in _spread(cells, SHEET_CELLS)]
+    across = max(1, SHEET_ACROSS // max(map(len, shown)))
+    said = ", ".join(f"{name} {count}" for name, count in counts.items())
+    write_sheet(
+        path,
+        [
+            Cell(
+                [_open(file) for file in files],
+                files[0].picture.prompt.text,
+                [(f"{f.column.name}, " if len(counts) > 1 else "") + f"seed {f.picture.seed}" for f in files],
+            )
+            for files in shown
+        ],
+        title,
+        across,
+        edge,
+        _with_count(note.replace("are a picture's", f"a picture: {said}"), len(shown), len(cells)),
+    )
+
+
+def _with_count(note: str, shown: int, there: int) -> str:
+    return note if shown == there else f"{note} {shown} of {there} are shown."
+
+
+def _spread(items: list[list[File]], count: int) -> list[list[File]]:
+    """At most `count` of them, from the first to the last."""
+    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
+    return [items[i] for i in chosen]
+
+
+def _open(file: File) -> Image.Image:
+    with Image.open(file.path) as image:
+        return image.convert("RGB")

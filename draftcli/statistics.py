@@ -1,0 +1,110 @@
+"""Means with intervals, and paired comparisons of two samples. What is resampled is the prompt.
+
+Pictures of one prompt resemble each other, so n pictures of p prompts are no n independent observations. Where `groups`
+says which prompt each value belongs to, values are averaged by group first, and the bootstrap (Efron & Tibshirani 1993,
+percentile method, through scipy) draws groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import bootstrap
+
+RESAMPLES = 10_000
+Values = Sequence[float] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean and how far it can be trusted.
+
+    Attributes:
+        mean: of the groups' means; NaN where there is nothing.
+        median: of the values themselves.
+        low: lower bound of the 95 % interval of the mean; NaN with fewer than two groups.
+        high: upper bound.
+        n: how many values there were, NaN left out.
+    """
+
+    mean: float
+    median: float
+    low: float
+    high: float
+    n: int
+
+
+def estimate(values: Values, groups: Sequence[int] | np.ndarray | None = None) -> Estimate:
+    """Mean, median and 95 % interval of `values` (n,); NaN are left out.
+
+    Args:
+        values: (n,)
+        groups: (n,) whole numbers, such as the number of each value's prompt; None: every value is one of its own.
+    """
+    values = np.asarray(values, float)
+    said = ~np.isnan(values)
+    if not said.any():
+        nan = float("nan")
+        return Estimate(nan, nan, nan, nan, 0)
+    means = _group_means(values[said], None if groups is None else np.asarray(groups)[said])
+    return Estimate(float(means.mean()), float(np.median(values[said])), *_interval(means), int(said.sum()))
+
+
+def paired(base: Values, tuned: Values, groups: Sequence[int] | np.ndarray | None = None) -> dict[str, float]:
+    """Means of two paired samples (n,), their difference, and its paired bootstrap 95 % interval (10,000 resamples).
+
+    Pairs with a NaN (a reward that has nothing to say) are left out; with fewer than two pairs (or groups) the interval
+    is NaN.
+
+    Args:
+        base: (n,)
+        tuned: (n,)
+        groups: see `estimate`.
+    """
+    base, tuned, kept = _pairs(base, tuned, groups)
+    difference = estimate(tuned - base, kept)
+    return {
+        "base": _mean(base, kept),
+        "tuned": _mean(tuned, kept),
+        "difference": difference.mean,
+        "low": difference.low,
+        "high": difference.high,
+        "n": difference.n,
+    }
+
+
+def win_rate(base: Values, tuned: Values, groups: Sequence[int] | np.ndarray | None = None) -> Estimate:
+    """How often `tuned` (n,) is above `base` (n,), ties counting half, with its interval. In [0, 1]."""
+    base, tuned, kept = _pairs(base, tuned, groups)
+    return estimate((np.sign(tuned - base) + 1) / 2, kept)
+
+
+def _pairs(base: Values, tuned: Values, groups: Values | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    base, tuned = np.asarray(base, float), np.asarray(tuned, float)
+    said = ~np.isnan(base + tuned)
+    return base[said], tuned[said], None if groups is None else np.asarray(groups)[said]
+
+
+def _mean(values: np.ndarray, groups: np.ndarray | None) -> float:
+    return float(_group_means(values, groups).mean()) if len(values) else float("nan")
+
+
+def _group_means(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    if groups is None:
+        return values
+    _, index = np.unique(groups, return_inverse=True)
+    return np.bincount(index, values) / np.bincount(index)
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    """Bounds of the 95 % percentile bootstrap interval of the mean of `values` (n,)."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    if np.ptp(values) == 0:
+        return float(values[0]), float(values[0])
+    bounds = bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=np.random.default_rng(0), batch=500
+    ).confidence_interval
+    return float(bounds.low), float(bounds.high)

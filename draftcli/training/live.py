@@ -1,0 +1,128 @@
+"""What people see while a run goes on: a live view in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from itertools import pairwise
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+PLAIN_LINES = 20  # how many progress lines a run prints where the output is no terminal
+BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "._-=+*%#"
+CURVE = 24  # characters
+
+
+class LiveView:
+    """Context manager; `step` after every step, `note` while something else goes on, `say` for lines that stay.
+
+    Args:
+        console: where people look; quiet consoles show nothing.
+        name: of the run.
+        first: the step that the session starts from.
+        last: the step that it ends at.
+        rewards: of the steps taken before, for the curve.
+    """
+
+    def __init__(self, console: Console, name: str, first: int, last: int, rewards: Sequence[float] = ()) -> None:
+        self.console, self.name, self.first, self.last = console, name, first, last
+        self.is_live = console.is_terminal and not console.is_dumb_terminal and not console.quiet
+        self._at, self._rewards, self._figures, self._note = first, list(rewards), "", ""
+        self._saved: int | None = first or None
+        self._began = time.monotonic()
+        self._unicode = console.encoding.startswith("utf")
+        self._spinner = Spinner("dots" if self._unicode else "line")
+        self._stack = ExitStack()
+
+    def __enter__(self) -> LiveView:
+        self._began = time.monotonic()
+        if self.is_live:
+            self._stack.enter_context(Live(self, console=self.console, refresh_per_second=8))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._note = "" if kind is None else "stopped"
+        self._stack.__exit__(kind, error, trace)
+
+    def say(self, text: str) -> None:
+        """A line that stays, above the live view."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def note(self, text: str) -> None:
+        """What goes on beside training; it is gone with the next step."""
+        self._note = text
+
+    def saved(self, step: int) -> None:
+        """There is a checkpoint of `step`."""
+        self._saved = step
+
+    def step(self, metrics: dict[str, Any], skipped: int) -> None:
+        """A finished step: its line of metrics.jsonl, and how many steps of the run were skipped."""
+        self._at, self._note = metrics["step"], ""
+        if "skipped" not in metrics:
+            self._rewards.append(metrics["reward"])
+        parts = [f"kl {metrics['kl_penalty']:.4f}"] if metrics["kl_penalty"] is not None else []
+        parts += [
+            f"grad {metrics['grad_norm']:.2f}",
+            f"{metrics['images_per_second']:.2g} images/s",
+            f"{metrics['memory_gib']:.1f} GiB",
+        ]
+        parts += [f"skipped {skipped}"] if skipped else []
+        self._figures = "  ".join(parts)
+        every = max(1, (self.last - self.first) // PLAIN_LINES)
+        if not self.is_live and (self._at % every == 0 or self._at == self.last):
+            self.say(f"step {self._at}/{self.last}  reward {metrics['reward']:.3f}  {self._figures}  {self._left()}")
+
+    def _left(self) -> str:
+        taken = self._at - self.first
+        if not taken or self._at == self.last:
+            return f"took {duration(time.monotonic() - self._began)}" if taken else ""
+        return f"about {duration((self.last - self._at) * (time.monotonic() - self._began) / taken)} left"
+
+    def __rich__(self) -> RenderableType:
+        """What the terminal shows now."""
+        elapsed = duration(time.monotonic() - self._began)
+        bar = Table.grid(padding=(0, 1))
+        bar.add_row(
+            self._spinner if self._at < self.last or self._note else Text(" "),
+            Text(self.name, style="bold", no_wrap=True),
+            ProgressBar(total=self.last, completed=self._at, width=30),
+            Text(f"step {self._at}/{self.last}", no_wrap=True),
+            Text(f"{elapsed}  {self._left()}" if self._at < self.last else self._left(), style="dim", no_wrap=True),
+        )
+        figures = Text("  ", no_wrap=True, overflow="ellipsis")
+        if self._rewards:
+            figures.append(f"reward {self._rewards[-1]:.3f} ")
+            figures.append(curve(self._rewards, CURVE, BARS if self._unicode else ASCII_BARS), style="cyan")
+            figures.append(f"  {self._figures}")
+        if self._saved is not None:
+            figures.append(f"  saved at {self._saved}", style="dim")
+        rows = [bar, figures] if len(figures) > 2 else [bar]
+        return Group(*rows, Text(f"  {self._note}", style="yellow")) if self._note else Group(*rows)
+
+
+def curve(values: Sequence[float], width: int, bars: str = BARS) -> str:
+    """`values` as a line of bars, at most `width` long: means of equal stretches, from the lowest to the highest."""
+    width = min(width, len(values))
+    cuts = [i * len(values) // width for i in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
+    low, high = min(means), max(means)
+    return "".join(bars[round((m - low) / (high - low) * (len(bars) - 1)) if high > low else 0] for m in means)
+
+
+def duration(seconds: float) -> str:
+    """In two units at most: 42 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,197 @@
+"""One optimizer step, and everything that a checkpoint holds of it; nothing of files or terminals."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+
+from draftcli.core.draftp import Batch, SDXLDRaFTPModel
+from draftcli.core.runtime import Ranks, derived_seed
+from draftcli.errors import DraftpError, InputError
+from draftcli.prompts import Batches, Prompt, Shuffled
+from draftcli.rewards import WeightedSum
+from draftcli.training.ema import Ema
+
+SKIPS_ALLOWED = 3  # steps in a row without a finite gradient before the run gives up
+
+
+class Trainer:
+    """The model, its optimizer, schedule, moving average and prompts.
+
+    Every process of a run has one, with the same weights: each draws its part of the global batch, and the gradients
+    are averaged.
+
+    Args:
+        model: what is trained.
+        rewards: what it is trained for; the same object as `model.reward_model`.
+        prompts: to train on.
+        ranks: the processes that train together.
+
+    Attributes:
+        consistent: False while weights are being changed: what is in memory then is no state to save.
+        skipped: steps without an update, over the whole run.
+    """
+
+    def __init__(
+        self, model: SDXLDRaFTPModel, rewards: WeightedSum, prompts: Sequence[Prompt], ranks: Ranks | None = None
+    ) -> None:
+        cfg = self.cfg = model.cfg
+        self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()
+        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, self.ranks.size)
+        self.weights = model.trainable_parameters
+        self.optimizer = torch.optim.AdamW(
+            self.weights, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
+        )
+        self.schedule = get_scheduler(
+            cfg.optim.sched.name,
+            self.optimizer,
+            num_warmup_steps=cfg.optim.sched.warmup_steps,
+            num_training_steps=cfg.trainer.max_steps,
+        )
+        self.ema = None
+        if cfg.ema.decay is not None:
+            device = torch.device("cpu") if cfg.ema.device == "cpu" else None
+            self.ema = Ema(self.weights, cfg.ema.decay, device)
+        self.batches = Batches(prompts, cfg.trainer.global_batch_size, cfg.trainer.seed)
+        sizes = [*cfg.sampling.sizes] or [(cfg.sampling.height, cfg.sampling.width)]
+        self.sizes = Shuffled(sizes, cfg.trainer.seed)
+        self.skipped = self._skipped_in_a_row = 0
+        self.consistent = True
+
+    def batch(self, step: int) -> Batch:
+        """The pictures of `step`, counted from 1: prompts and seeds by image number, one size for all."""
+        prompts = self.batches[step - 1]
+        first, seed = (step - 1) * len(prompts), self.cfg.trainer.seed
+        seeds = [derived_seed(seed, "image", first + i) if p.seed is None else p.seed for i, p in enumerate(prompts)]
+        size = prompts[0].size or self.sizes[step - 1]
+        return Batch([p.text for p in prompts], seeds, size, [p.negative for p in prompts])
+
+    def step(self, step: int) -> dict[str, Any]:
+        """Take optimizer step `step`; returns its line of metrics.jsonl.
+
+        Raises:
+            DraftpError: the third step in a row whose reward, loss or gradient is not finite.
+        """
+        began = time.perf_counter()
+        batch, scaler = self.batch(step), self.model.grad_scaler
+        metrics, scores = self._gradient(batch)
+        scaler.unscale_(self.optimizer)
+        limit = self.cfg.trainer.gradient_clip_val
+        norm = float(nn.utils.clip_grad_norm_(self.weights, limit or math.inf))
+        rate = self.schedule.get_last_lr()[0]
+        broken = [n for n, x in (("reward", metrics["reward"]), ("loss", metrics["loss"])) if not math.isfinite(x)]
+        searching = not broken and scaler.get_scale() > 1  # fp16 is still looking for a scale that fits
+        if not math.isfinite(norm):
+            broken.append("gradient")
+        self.consistent = False
+        if not broken:
+            scaler.step(self.optimizer)
+            self.schedule.step()
+            if self.ema is not None:
+                self.ema.update()
+            self.rewards.end_step(scores)
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._count(broken, searching)
+        self.consistent = True
+        if broken and self._skipped_in_a_row >= SKIPS_ALLOWED:
+            raise DraftpError(
+                f"{broken[0]} was not finite in {SKIPS_ALLOWED} steps in a row, the last is step {step}; try a lower "
+                "optim.lr, a higher draftp.kl_coeff or model.precision fp32, in another --output"
+            )
+        seconds = time.perf_counter() - began
+        return {
+            "step": step,
+            **metrics,
+            **({f"reward/{name}": float(s.mean()) for name, s in scores.items()} if len(scores) > 1 else {}),
+            "grad_norm": norm,
+            "lr": rate,
+            "seconds": seconds,
+            "images_per_second": len(batch) / seconds,
+            "memory_gib": _memory(self.model.runtime.device),
+            **({"skipped": broken[0]} if broken else {}),
+        }
+
+    def _gradient(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Put the gradient of the whole batch into the weights: this process's part, averaged with the others'.
+
+        Returns:
+            the metrics of the whole batch, and every reward's raw scores (B,).
+        """
+        mine = self.ranks.share(len(batch))
+        part = batch.split(len(mine))[self.ranks.rank]
+        try:
+            with self.ranks.together():
+                _, metrics = self.model.get_loss_and_metrics(part)
+        except BaseException:  # the step did not happen
+            self.optimizer.zero_grad(set_to_none=True)
+            self.rewards.pop_scores()
+            raise
+        scores = {}
+        for name, own in self.rewards.pop_scores().items():
+            scores[name] = torch.zeros(len(batch))
+            scores[name][mine.start : mine.stop] = own
+        names = [name for name, value in metrics.items() if value is not None]
+        values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
+        self.ranks.sum_(list(scores.values()))
+        self.ranks.mean_([values, *(w.grad for w in self.weights if w.grad is not None)])
+        metrics |= dict(zip(names, values.tolist(), strict=True))
+        return metrics, scores
+
+    def _count(self, broken: Sequence[str], searching: bool) -> None:
+        self.skipped += bool(broken)
+        if not broken:
+            self._skipped_in_a_row = 0
+        elif not searching:
+            self._skipped_in_a_row += 1
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds beside the weights."""
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "grad_scaler": self.model.grad_scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "rewards": self.rewards.state_dict(),
+            "skipped": [self.skipped, self._skipped_in_a_row],
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put back what `state` gave."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.model.grad_scaler.load_state_dict(state["grad_scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.rewards.load_state_dict(state["rewards"])
+        self.skipped, self._skipped_in_a_row = state["skipped"]
+
+
+def check_batch_size(micro: int, total: int, processes: int) -> None:
+    """Raise InputError where a step's pictures cannot be shared out evenly; the nearest sizes that work are named."""
+    unit = micro * processes
+    if total % unit:
+        near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
+        raise InputError(
+            f"trainer.global_batch_size {total} is not a multiple of trainer.micro_batch_size {micro} times "
+            f"{processes} processes; the nearest that work: {', '.join(map(str, near))}"
+        )
+
+
+def _memory(device: torch.device) -> float:
+    """The most memory taken so far, in GiB: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,114 @@
+"""What is said about a comparison whose answer is known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from draftcli.evaluation.compare import compare, pareto_front, recommend
+from draftcli.evaluation.measure import Measured
+from tests.evaluation.example import EACH, PROMPTS, example_result, make_example
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
+    return make_example(tmp_path_factory.mktemp("example"))
+
+
+@pytest.fixture(scope="module")
+def result(example):
+    return example_result(*example)
+
+
+def test_pareto_front_by_hand():
+    x, y = [1, 2, 3, 2, 1, np.nan], [3, 2, 1, 1, 3, 9]
+    assert pareto_front(x, y).tolist() == [True, True, True, False, True, False], "equals don't beat each other"
+
+
+def test_figures_are_paired_with_the_base(result):
+    figure = result["figures"]["tuned"]["reward/toy"]
+    assert figure["difference"] == pytest.approx(1, abs=0.02)
+    assert figure["difference_low"] < figure["difference"] < figure["difference_high"]
+    assert figure["difference_high"] - figure["difference_low"] < 0.05, "pairing takes out how hard prompts are"
+    assert figure["high"] - figure["low"] > 2 * (figure["difference_high"] - figure["difference_low"])
+    assert (figure["win_rate"], figure["n"]) == (1, len(PROMPTS) * EACH)
+    assert "difference" not in result["figures"]["base"]["reward/toy"]
+
+
+def test_front_recommendation_and_warnings(result):
+    assert result["fronts"]["toy_oracle"] == ["base", "linear", "power_2"]
+    assert "tuned" in result["fronts"]["toy"]
+    assert result["recommendation"]["column"] in ("linear", "power_2")
+    said = " ".join(result["warnings"])
+    assert "tuned: toy rises, which was trained on, while toy_oracle falls by 0.09" in said
+    assert "tuned: 1" in said, "a tenth of the base's diversity is left"
+    assert "linear: 8" not in said
+
+
+def test_the_preference_moves_the_recommendation(example):
+    galleries, items, measured = example
+    chosen = [
+        compare(galleries, items, measured, ["toy"], "toy", prefer)["recommendation"]["column"] for prefer in (0, 1)
+    ]
+    assert chosen == ["power_2", "tuned"]
+
+
+def test_where_nothing_gains_the_base_is_recommended():
+    figures = {
+        name: {"reward/r": {"value": r, "difference": r - 1}, "cosine_diversity": {"value": d}}
+        for name, r, d in (("base", 1, 1), ("less", 0.9, 2))
+    }
+    got = recommend(figures, "base", "r", ["base", "less"], 0.5)
+    assert got["column"] is None
+    assert got["why"].startswith("keep base: no column raises r")
+
+
+def test_too_few_pictures_are_said_instead_of_a_number(example):
+    galleries, items, measured = example
+    few = {name: _first(m, 2 * EACH) for name, m in measured.items()}
+    short = [replace(g, files=g.files[: 2 * EACH]) for g in galleries]
+    got = compare(short, items[: 2 * EACH], few, ["toy"], "toy")
+    tuned = got["figures"]["tuned"]
+    assert tuned["recall"] == {"value": None, "why": "needs 50 pictures for k = 5, has 10"}
+    assert tuned["kid"]["value"] is None
+    assert tuned["fid"]["value"] is not None, "10 pictures have a covariance of 8 features"
+    assert got["warnings"][0].startswith("Only 2 prompts")
+    one_each = {name: _every(m, EACH) for name, m in measured.items()}
+    alone = [replace(g, files=g.files[::EACH]) for g in galleries]
+    got = compare(alone, items[::EACH], one_each, ["toy"], "toy")
+    assert got["figures"]["tuned"]["vendi"] == {"value": None, "why": "needs 2 pictures a prompt, has 1"}
+    assert "diversity was not measured" in got["recommendation"]["why"]
+
+
+def test_a_reward_that_says_nothing_is_said(example):
+    galleries, items, measured = example
+    silent = {n: replace(m, scores={**m.scores, "mute": np.full(len(items), np.nan)}) for n, m in measured.items()}
+    got = compare(galleries, items, silent, ["toy"], "toy")
+    assert got["figures"]["tuned"]["reward/mute"]["why"] == "nothing to say about these prompts"
+    assert got["fronts"]["mute"] == []
+
+
+def test_distances_see_what_was_lost(result):
+    tuned, linear = result["figures"]["tuned"], result["figures"]["linear"]
+    assert tuned["recall"]["value"] < linear["recall"]["value"] <= 1
+    for metric in ("spectral", "log_spectral", "fid"):
+        assert tuned[metric]["value"] > linear[metric]["value"], metric
+    assert result["figures"]["base"]["recall"]["value"] is None
+
+
+def _first(m: Measured, count: int) -> Measured:
+    return _cut(m, slice(0, count))
+
+
+def _every(m: Measured, step: int) -> Measured:
+    return _cut(m, slice(None, None, step))
+
+
+def _cut(m: Measured, part: slice) -> Measured:
+    scores, signs = ({k: v[part] for k, v in values.items()} for values in (m.scores, m.signs))
+    return Measured(scores, signs, m.features[part], m.thumbnails[part])
+
+
+def test_pictures_exist(example):
+    assert all(Path(file).is_file() for gallery in example[0] for file in gallery.files)

@@ -1,0 +1,72 @@
+"""Feature extractors against the libraries' own preprocessing, on tiny networks with random weights."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from draftcli.errors import InputError
+from draftcli.evaluation.features import load_features
+
+
+def test_dinov2_is_what_transformers_computes(tmp_path):
+    from transformers import Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    network = Dinov2Model(
+        Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=224)
+    ).eval()
+    network.save_pretrained(tmp_path)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8))
+    scaled = picture.resize((341, 256), Image.Resampling.BICUBIC)
+    cropped = scaled.crop((58, 16, 58 + 224, 16 + 224))
+    pixels = torch.from_numpy(np.asarray(cropped).copy()).permute(2, 0, 1) / 255
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = network(((pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1))[None]).last_hidden_state[:, 0]
+    features = load_features(f"dinov2={tmp_path}")
+    images = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
+    assert "CLS" in features.name
+    assert torch.allclose(features(images), expected, atol=0.02), "PIL rounds to 8 bits between"
+    assert features(images).shape == (1, 16)
+
+
+def test_the_toys_clip_gives_the_embedding_its_reward_uses():
+    from draftcli.rewards import load_reward
+
+    reward, features = load_reward("toy"), load_features("toy")
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    embedding = torch.nn.functional.normalize(features(images), dim=-1)
+    prompts = ["a red star", "a blue circle", "a green ring"]
+    tokens = reward.tokenizer(prompts, padding="max_length", max_length=reward.tokenizer.model_max_length,
+                              truncation=True, return_tensors="pt")  # fmt: skip
+    with torch.no_grad():
+        seen = reward.clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        text = torch.nn.functional.normalize(reward.clip.text_projection(seen.pooler_output), dim=-1)
+        expected = reward(images, prompts)
+    assert torch.allclose(reward.clip.logit_scale.exp() * (embedding * text).sum(-1), expected, atol=1e-4)
+
+
+def test_a_module_of_ones_own_and_the_oracles_reading():
+    from draftcli.toy.world import Scene, render
+
+    features = load_features("draftcli.toy.features:reading")
+    scenes = [
+        Scene(shape="circle", colour=c, size="large", place="centre", background="white") for c in ("red", "blue")
+    ]
+    pictures = [torch.from_numpy(render(scene, np.random.default_rng(0))) for scene in scenes]
+    got = features(torch.stack(pictures))
+    assert got.shape == (2, 16)
+    assert (got[0, 3:6] - got[1, 3:6]).abs().max() > 0.4, "the shape's colour differs"
+    assert torch.allclose(got[0, 6:], got[1, 6:], atol=0.05), "and nothing else"
+
+
+@pytest.mark.parametrize("folder", ["nothing", "bert"])
+def test_other_weights_are_refused_in_one_line(tmp_path, folder):
+    (tmp_path / folder).mkdir()
+    if folder == "bert":
+        (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(InputError, match=r"cannot be loaded|not a DINOv2"):
+        load_features(f"dinov2={tmp_path / folder}")

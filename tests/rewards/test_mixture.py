@@ -1,0 +1,233 @@
+"""Several rewards as one: running statistics, targets, held-out rewards, micro-batches, relative rewards."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import draftcli
+from draftcli.config import Config, check_config
+from draftcli.errors import InputError
+from draftcli.rewards import WeightedSum, get_reward_model, load_held_out, load_reward
+from draftcli.rewards.mixture import MEMORY
+from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
+from draftcli.toy.reward import toy_reward
+
+IMAGES = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+PROMPTS = ["a red circle", "a blue square", "a green star", "a large red square"]
+
+
+class Scaled:
+    """Brightness times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self.name, self.factor = "scaled", factor
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.factor * images.mean((1, 2, 3))
+
+
+def mixture(kind: str = "std", **setting: object) -> WeightedSum:
+    cfg = check_config({"rewards": {"a": {"normalise": kind, **setting}, "b": 0.0}})
+    return WeightedSum({"a": Scaled(100.0), "b": Scaled(1.0)}, cfg.rewards)
+
+
+def gradient(total: WeightedSum, images: Tensor, prompts: list[str]) -> Tensor:
+    images = images.clone().requires_grad_()
+    total(images, prompts).sum().backward()
+    assert images.grad is not None
+    return images.grad
+
+
+def test_the_first_step_only_measures_and_then_the_scale_is_that_of_the_steps_before() -> None:
+    total = mixture()
+    assert gradient(total, IMAGES, PROMPTS).abs().max() == 0
+    first = total.pop_scores()
+    total.end_step(first)
+    images = IMAGES.clone().requires_grad_()
+    score = total(images, PROMPTS)
+    deviation = float(first["a"].double().std(correction=0))
+    torch.testing.assert_close(score, 100 * IMAGES.mean((1, 2, 3)) / deviation)
+    second = {"a": torch.tensor([1.0, 5.0, 3.0, 7.0])}
+    total.end_step(second)
+    numbers = torch.cat([first["a"], second["a"]]).double()
+    weights = torch.tensor([MEMORY] * 4 + [1.0] * 4, dtype=torch.float64)
+    mean = (weights * numbers).sum() / weights.sum()
+    variance = (weights * (numbers - mean).square()).sum() / weights.sum()
+    assert total._spread["a"].scale("std") == pytest.approx(math.sqrt(variance), rel=1e-12)
+
+
+def test_range_is_of_everything_seen() -> None:
+    total = mixture("range")
+    for scores in ([2.0, 3.0], [2.5, math.nan], [1.0, 2.0]):
+        total.end_step({"a": torch.tensor(scores)})
+    assert total._spread["a"].scale("range") == 2.0
+
+
+def test_scale_of_the_reward_does_not_matter_once_normalised() -> None:
+    cfg = check_config({"rewards": {"a": {"normalise": "std"}}})
+    results = []
+    for factor in (1.0, 1024.0):
+        total = WeightedSum({"a": Scaled(factor)}, cfg.rewards)
+        gradient(total, IMAGES, PROMPTS)
+        total.end_step(total.pop_scores())
+        results.append(gradient(total, IMAGES, PROMPTS))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_micro_batches_and_ranks_leave_the_same_statistics_bit_for_bit() -> None:
+    scores = torch.randn(16, generator=torch.Generator().manual_seed(3)) * 3 + 20
+    whole, shuffled = mixture(), mixture()
+    for step in range(3):
+        whole.end_step({"a": scores + step})
+        shuffled.end_step({"a": (scores + step)[torch.randperm(16, generator=torch.Generator().manual_seed(step))]})
+    assert torch.equal(whole.state_dict()["a"], shuffled.state_dict()["a"])
+    parts = mixture()
+    for first in (0, 2):
+        gradient(parts, IMAGES[first : first + 2], PROMPTS[first : first + 2])
+    together = mixture()
+    gradient(together, IMAGES, PROMPTS)
+    torch.testing.assert_close(parts.pop_scores()["a"], together.pop_scores()["a"], rtol=1e-6, atol=0)
+
+
+def test_resumed_statistics_are_bit_exact() -> None:
+    whole, parts = mixture(), mixture()
+    for step in range(6):
+        scores = {"a": torch.randn(5, generator=torch.Generator().manual_seed(step))}
+        whole.end_step(scores)
+        if step == 3:
+            state = parts.state_dict()
+            parts = mixture()
+            parts.load_state_dict(state)
+        parts.end_step(scores)
+    assert torch.equal(whole.state_dict()["a"], parts.state_dict()["a"])
+    assert set(whole.state_dict()) == {"a"}, "what is not normalised has no state"
+    with pytest.raises(KeyError, match="normalised rewards"):
+        whole.load_state_dict({"c": torch.zeros(5)})
+
+
+def test_validation_disturbs_nothing() -> None:
+    total = mixture()
+    with torch.no_grad():
+        total(IMAGES, PROMPTS)
+    assert total.pop_scores() == {}
+    assert total.state_dict()["a"][0] == 0
+
+
+def test_scores_that_are_all_alike_do_not_blow_up() -> None:
+    total = mixture()
+    total.end_step({"a": torch.full((7,), 0.1)})
+    assert gradient(total, IMAGES, PROMPTS).abs().max() == 0
+
+
+def test_a_target_stops_pushing_above_it() -> None:
+    total = WeightedSum({"a": Scaled(1.0)}, check_config({"rewards": {"a": {"target": 0.5}}}).rewards)
+    dark, light = IMAGES * 0.5, 0.5 + IMAGES * 0.5
+    moved = gradient(total, torch.cat([dark, light]), PROMPTS * 2)
+    assert (moved[:4] > 0).all()
+    assert (moved[4:] == 0).all()
+
+
+def test_a_score_without_gradient_is_refused_with_the_reason() -> None:
+    class Detached(Scaled):
+        def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+            return super().__call__(images, prompts).detach()
+
+    total = WeightedSum({"a": Detached(1.0)})
+    with pytest.raises(InputError, match="no gradient in the picture"):
+        total(IMAGES.clone().requires_grad_(), PROMPTS)
+    with torch.no_grad():
+        assert total(IMAGES, PROMPTS).shape == (4,)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 9])
+def test_micro_batches_change_neither_score_nor_gradient(size: int) -> None:
+    """Within rounding: a matrix product of three rows may be summed in another order than one of four."""
+    whole = toy_reward()
+    parts = InMicroBatches(toy_reward(), size)
+    a, b = (IMAGES.clone().requires_grad_() for _ in range(2))
+    one, two = whole(a, PROMPTS), parts(b, PROMPTS)
+    torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
+    one.sum().backward()
+    two.sum().backward()
+    torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_micro_batches_hold_less_memory() -> None:
+    def held(reward: torch.nn.Module) -> int:
+        sizes: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            kept = reward(IMAGES.clone().requires_grad_(), PROMPTS)
+        del kept
+        return sum(sizes.values())
+
+    assert held(InMicroBatches(toy_reward(), 1)) < held(toy_reward()) / 4
+
+
+def test_a_relative_reward_is_the_difference_of_two_wordings() -> None:
+    reward = toy_reward()
+    relative = PromptRelative(reward, "in the centre", "at the left", strength=0.5)
+    wanted = reward(IMAGES, [f"in the centre. {p}" for p in PROMPTS])
+    unwanted = reward(IMAGES, [f"at the left. {p}" for p in PROMPTS])
+    torch.testing.assert_close(relative(IMAGES, PROMPTS), 1.5 * wanted - unwanted, rtol=1e-4, atol=1e-4)
+    images = IMAGES.clone().requires_grad_()
+    relative(images, PROMPTS).sum().backward()
+    assert images.grad is not None
+    assert images.grad.abs().max() > 0
+    assert not any(p.requires_grad for p in relative.parameters())
+    with pytest.raises(InputError, match="cannot be relative"):
+        PromptRelative(load_reward("brightness"), "a", "b")
+
+
+def config(**settings: object) -> Config:
+    return check_config({"rewards": {"toy": 1.0}, **settings})
+
+
+def test_settings_reach_the_rewards() -> None:
+    relative = {"positive": "bright", "negative": "dark"}
+    cfg = config(rewards={"toy": {"relative": relative, "micro_batch_size": 2}, "brightness": {"micro_batch_size": 1}})
+    model = get_reward_model(cfg)
+    assert isinstance(model, WeightedSum)
+    assert isinstance(model.rewards["toy"], InMicroBatches)
+    assert isinstance(model.rewards["toy"].reward, PromptRelative)
+    expected = PromptRelative(toy_reward(), "bright", "dark")(IMAGES, PROMPTS) + IMAGES.mul(
+        torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
+    ).sum(1).mean((1, 2))
+    torch.testing.assert_close(model(IMAGES, PROMPTS), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["toy", "brightness"],
+        [{"name": "toy", "micro_batch_size": None}, "brightness"],
+        {"toy": {}, "brightness": None},
+    ],
+)
+def test_held_out_rewards_as_list_or_mapping(given: object) -> None:
+    cfg = config(held_out_rewards=given)
+    assert list(cfg.held_out_rewards) == ["toy", "brightness"]
+    assert list(load_held_out(cfg).rewards) == ["toy", "brightness"]
+    again = draftcli.config.dump_config(cfg)
+    assert "held_out_rewards:" in again
+
+
+def test_held_out_rewards_take_weights_of_their_own(tmp_path) -> None:
+    cfg = config(held_out_rewards=[{"name": "toy", "pretrained": str(tmp_path / "nowhere")}])
+    with pytest.raises(InputError, match="nowhere cannot be loaded"):
+        load_held_out(cfg)
+    with pytest.raises(InputError, match="expected a name"):
+        config(held_out_rewards=[{"pretrained": "x"}])
+    with pytest.raises(InputError, match="did you mean pretrained"):
+        config(held_out_rewards={"toy": {"pretraind": "x"}})
+    cfg = draftcli.config.load_config("toy", ["held_out_rewards.toy_oracle.pretrained=x", "rewards.toy.normalise=std"])
+    assert cfg.held_out_rewards["toy_oracle"].pretrained == "x"
+    assert cfg.rewards["toy"].normalise == "std"

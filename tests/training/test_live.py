@@ -1,0 +1,95 @@
+"""What people see: a live view in a terminal, plain lines elsewhere."""
+
+import io
+import os
+import pty
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from rich.console import Console
+
+from draftcli.cli import main
+from draftcli.training.live import LiveView, curve, duration
+from tests.command import WITH_VALIDATION, draftp, in_child, recipe
+
+METRICS = {"reward": 0.5, "kl_penalty": 0.01, "grad_norm": 1.5, "images_per_second": 2.0, "memory_gib": 1.25}
+
+
+def frames(width: int, encoding: str = "utf-8") -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    console = Console(file=file, force_terminal=True, width=width, legacy_windows=False)
+    with LiveView(console, "run", 0, 40) as view:
+        for step in range(1, 31):
+            view.step({**METRICS, "step": step, "reward": step / 10}, skipped=2)
+        view.saved(20)
+        view.note("validating: tuned 3/8")
+        console.print(view)
+    return file.buffer.getvalue().decode(encoding)
+
+
+def test_the_view_shows_where_a_run_is():
+    shown = frames(160)
+    for words in ("step 30/40", "reward 3.000", "▁", "█", "kl 0.0100", "grad 1.50", "images/s", "GiB", "skipped 2",
+                  "saved at 20", "validating: tuned 3/8", "left"):  # fmt: skip
+        assert words in shown
+
+
+def test_the_view_fits_a_narrow_terminal_and_one_without_unicode():
+    assert "step 30/40" in frames(60)
+    assert "#" in frames(120, "ascii")
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"), [([1, 1, 1], "▁▁▁"), ([0, 7], "▁█"), (range(8), "▁▂▃▄▅▆▇█"), ([0, 0, 7, 7], "▁█")]
+)
+def test_the_curve_goes_from_the_lowest_to_the_highest(values, bars):
+    assert curve(list(values), 2 if bars == "▁█" else 24) == bars
+
+
+def test_durations_have_two_units_at_most():
+    assert [duration(s) for s in (0.4, 59.4, 60, 3599, 7500)] == [
+        "0 s",
+        "59 s",
+        "1 min 0 s",
+        "59 min 59 s",
+        "2 h 5 min",
+    ]
+
+
+def test_without_a_terminal_there_are_plain_lines(tiny_sdxl):
+    out = draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run").out
+    steps = [line for line in out.splitlines() if line.startswith("step ")]
+    assert len(steps) == 4
+    assert all("reward" in line and "images/s" in line for line in steps)
+    assert "\x1b" not in out
+
+
+def test_a_real_terminal_gets_the_live_view(tiny_sdxl):
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, trainer={"val_check_interval": 2})
+    terminal, other_end = pty.openpty()
+
+    def run():
+        os.dup2(other_end, 1)
+        os.environ.update(TERM="xterm-256color", COLUMNS="140", LINES="40")
+        with open(1, "w", encoding="utf-8", closefd=False) as out:
+            sys.stdout = out
+            with mock.patch.object(sys, "argv", ["draftp", "train", "--preset", str(preset), "--output", "run"]):
+                main()
+            out.flush()
+
+    status = in_child(run)
+    os.close(other_end)
+    shown = b""
+    try:
+        while piece := os.read(terminal, 65536):
+            shown += piece
+    except OSError:  # Linux's way to say that the other end is closed
+        pass
+    os.close(terminal)
+    text = shown.decode("utf-8")
+    assert status == 0
+    assert "\x1b[" in text
+    for words in ("step 4/4", "reward", "saved at 4", "validation after step 4", "weights", str(Path("run/final"))):
+        assert words in text

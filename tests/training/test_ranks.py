@@ -1,0 +1,173 @@
+"""Several processes, as torchrun starts them, are one run: two gloo processes on the CPU."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+from safetensors.torch import load_file
+
+from tests.command import WITH_VALIDATION, draftp, recipe
+from tests.example_rewards import Red
+
+BATCH = {"micro_batch_size": 2, "global_batch_size": 4, "max_steps": 2, "val_check_interval": 2}
+ROOT = Path(__file__).parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def two_processes(preset: Path, output: str, before=lambda rank: None) -> list[tuple[int, str]]:
+    """`draftp train` in two forked processes: the exit code and the errors of each."""
+    port, children = str(free_port()), []
+    for rank in range(2):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process that has threads
+            child = os.fork()
+        if child == 0:
+            os.environ.update(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+            )
+            signal.alarm(300)  # a deadlock is a failure
+            before(rank)
+            result = draftp("train", "--preset", preset, "--output", output)
+            Path(f"{output}-rank{rank}.txt").write_text(result.err + result.out)
+            os._exit(result.code)
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    return [(code, Path(f"{output}-rank{rank}.txt").read_text()) for rank, code in enumerate(codes)]
+
+
+def lora(run: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "final" / "pytorch_lora_weights.safetensors")
+
+
+def lines(path: str) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def assert_alike(one: str, two: str) -> None:
+    """Sums in another order: 1e-6 in the losses; Adam divides small gradients by themselves, so weights get 1e-3."""
+    for a, b in zip(lines(f"{one}/metrics.jsonl"), lines(f"{two}/metrics.jsonl"), strict=True):
+        for name in ("loss", "reward", "kl_penalty"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4 if a["step"] > 1 else 1e-6)
+    ours, theirs = lora(one), lora(two)
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
+    for step in (0, 2):
+        pictures = [Image.open(f"{run}/samples/step-{step:06d}-sheet.png") for run in (one, two)]
+        assert max(high for _, high in ImageChops.difference(*pictures).getextrema()) <= (2 if step == 0 else 255)
+    for a, b in zip(lines(f"{one}/validation.jsonl"), lines(f"{two}/validation.jsonl"), strict=True):
+        figures, others = a["rewards"]["tests.example_rewards:red"], b["rewards"]["tests.example_rewards:red"]
+        assert figures["base"] == pytest.approx(others["base"], abs=1e-6)
+        assert figures["tuned"] == pytest.approx(others["tuned"], abs=1e-3)
+
+
+def test_two_processes_equal_one_on_the_same_global_batch(tiny_sdxl):
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, trainer=BATCH)
+    assert draftp("train", "--preset", preset, "--output", "one").code == 0
+    ranks = two_processes(preset, "two")
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    assert_alike("one", "two")
+    assert "2 processes" in ranks[0][1]
+    assert ranks[1][1] == "", "one process talks for all"
+
+
+def test_when_a_process_fails_none_waits_and_no_step_is_lost(tiny_sdxl):
+    preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 5, "save_interval": 100})
+
+    def before(rank):
+        calls, plain = [], Red.__call__
+
+        def call(self, images, prompts):
+            calls.append(1)
+            if rank == 1 and len(calls) == 3:
+                from draftcli.errors import DraftpError
+
+                raise DraftpError("the reward's server is gone")
+            return plain(self, images, prompts)
+
+        Red.__call__ = call
+
+    ranks = two_processes(preset, "run", before)
+    assert [code for code, _ in ranks] == [1, 1]
+    assert "the reward's server is gone" in ranks[1][1]
+    assert "another process of this run failed" in ranks[0][1]
+    assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
+
+
+def test_when_a_process_is_killed_the_other_leaves(tiny_sdxl):
+    preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 5, "save_interval": 100})
+
+    def before(rank):
+        Path(f"run-rank{rank}.txt").write_text("")
+        calls, plain = [], Red.__call__
+
+        def call(self, images, prompts):
+            calls.append(1)
+            if rank == 1 and len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(self, images, prompts)
+
+        Red.__call__ = call
+
+    ranks = two_processes(preset, "run", before)
+    assert [code for code, _ in ranks] == [1, -signal.SIGKILL]
+    assert "another process of this run is gone" in ranks[0][1]
+    assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
+
+
+def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tiny_sdxl):
+    preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 50, "save_interval": 100})
+
+    def before(rank):
+        calls, plain = [], Red.__call__
+
+        def call(self, images, prompts):
+            calls.append(1)
+            if rank == 1 and len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what the terminal has sent already
+            return plain(self, images, prompts)
+
+        Red.__call__ = call
+
+    ranks = two_processes(preset, "run", before)
+    assert [code for code, _ in ranks] == [130, 130]
+    assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
+
+
+def test_a_global_batch_that_cannot_be_shared_out_names_the_nearest(tiny_sdxl):
+    ranks = two_processes(recipe(tiny_sdxl, trainer={**BATCH, "global_batch_size": 6}), "run")
+    assert [code for code, _ in ranks] == [2, 2]
+    assert "micro_batch_size 2 times 2 processes; the nearest that work: 4, 8" in ranks[0][1]
+
+
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "draftcli", "train"],
+    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "draftcli", "train"],
+    "draftp": ["draftcli", "train", "--processes", "2"],
+}
+
+
+@pytest.mark.slow  # three launchers, each starting processes that import torch anew
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_the_launchers_start_a_run(tiny_sdxl, launcher):
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, trainer=BATCH)
+    assert draftp("train", "--preset", preset, "--output", "one").code == 0
+    command = [sys.executable, "-m", *LAUNCHERS[launcher], "--preset", str(preset), "--output", "two"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert_alike("one", "two")
