@@ -9,7 +9,7 @@ from tests.command import draftp
 
 
 @pytest.mark.slow  # minutes: the whole training of the toy preset
-def test_the_toy_preset_raises_the_learned_reward_and_leaves_the_truth_alone():
+def test_the_toy_preset_raises_the_learned_reward_and_the_truth_with_it():
     result = draftp("train", "--preset", "toy")
     assert result.code == 0, result.err
     last = json.loads(Path("runs/toy/validation.jsonl").read_text().splitlines()[-1])
@@ -17,4 +17,4 @@ def test_the_toy_preset_raises_the_learned_reward_and_leaves_the_truth_alone():
     learned, oracle = last["rewards"]["toy"], last["rewards"]["toy_oracle"]
     assert learned["n"] == oracle["n"] == last["images"]
     assert learned["low"] > 0, "the interval of tuned minus base excludes 0"
-    assert oracle["difference"] > -0.03  # +0.05 is wanted and not reached yet, see docs/log.md
+    assert oracle["low"] > 0, "and for the oracle too; +0.05 is wanted and not reached yet, see docs/log.md"
