@@ -119,4 +119,4 @@ def test_the_wheel_works_from_any_folder(tmp_path):
     assert run("-c", "import draftcli; print(draftcli.__file__)").startswith(str(site))
     settings = ["--set", "trainer.max_steps=1", "--set", "trainer.val_check_interval=0", "--set", "held_out_rewards=[]"]
     out = run("-m", "draftcli", "train", "--preset", "toy", *settings)
-    assert "weights  runs/toy/final" in out
+    assert "weights     runs/toy/final" in out

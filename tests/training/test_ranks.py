@@ -155,7 +155,7 @@ def test_a_global_batch_that_cannot_be_shared_out_names_the_nearest(tiny_sdxl):
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "draftcli", "train"],
-    "accelerate": ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "-m", "draftcli", "train"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "-m", "draftcli", "train"],
     "draftp": ["draftcli", "train", "--processes", "2"],
 }
 
