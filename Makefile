@@ -2,11 +2,12 @@
 # make test   the test suite, without the tests marked slow
 # make demo-eval  the demo, then its report: what the tuning bought and what it cost
 # make browser    the report in a headless Chromium (apt-get install chromium)
+# make extras     the tests of the optional packages: Weights & Biases, datasets
 # make check  ruff, basedpyright
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-eval test browser slow check docs clean
+.PHONY: demo demo-eval test browser extras slow check docs clean
 
 demo: .venv/.installed
 	$(BIN)/draftp train --preset toy
@@ -16,6 +17,9 @@ demo-eval: demo
 
 browser: .venv/.installed-browser
 	$(BIN)/python -m pytest -m browser
+
+extras: .venv/.installed-extras
+	$(BIN)/python -m pytest tests/test_prompts.py tests/training/test_ema_and_best.py -k "dataset or wandb"
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
@@ -43,6 +47,10 @@ docs: .venv/.installed
 
 .venv/.installed-browser: .venv/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[browser]"
+	touch $@
+
+.venv/.installed-extras: .venv/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[wandb,datasets]"
 	touch $@
 
 .venv/.installed-lint: .venv/.installed
