@@ -123,7 +123,7 @@ class Trainer:
         """Put the gradient of the whole batch into the weights: this process's part, averaged with the others'.
 
         Returns:
-            the metrics of the whole batch, and every reward's raw scores (B,).
+            the metrics of the whole batch, and every reward's raw scores: (B,), with DRaFT-LV of all its samples.
         """
         mine = self.ranks.share(len(batch))
         part = batch.split(len(mine))[self.ranks.rank]
@@ -136,8 +136,9 @@ class Trainer:
             raise
         scores = {}
         for name, own in self.rewards.pop_scores().items():
-            scores[name] = torch.zeros(len(batch))
-            scores[name][mine.start : mine.stop] = own
+            each = len(own) // len(mine)
+            scores[name] = torch.zeros(len(batch) * each)
+            scores[name][mine.start * each : mine.stop * each] = own
         names = [name for name, value in metrics.items() if value is not None]
         values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
         self.ranks.sum_(list(scores.values()))

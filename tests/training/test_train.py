@@ -166,6 +166,16 @@ def test_micro_batches_add_up_to_the_global_batch(tiny_sdxl):
     assert first[0]["grad_norm"] == pytest.approx(first[1]["grad_norm"], rel=1e-4)
 
 
+def test_the_samples_of_draft_lv_count_in_the_reward_that_is_logged(tiny_sdxl):
+    """Two rewards, so that each is logged by itself; their running statistics see every sample too."""
+    preset = recipe(tiny_sdxl, rewards={"tests.example_rewards:red": {"weight": 1.0, "normalise": "std"},
+                                        "tests.example_rewards:green": 0.0})  # fmt: skip
+    train(preset, "run", "--set", "draftp.low_variance_samples=2", "--set", "trainer.max_steps=2")
+    for line in lines(Path("run/metrics.jsonl")):
+        assert -1 < line["reward/tests.example_rewards:red"] < 1
+    assert Path("run/final").is_dir()
+
+
 def test_several_sizes_train_one_size_a_batch(tiny_sdxl):
     preset = recipe(tiny_sdxl, sampling={"sizes": [[64, 64], [64, 96], [96, 64]]})
     seen, plain = set(), Red.__call__
