@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import signal
 import sys
@@ -315,9 +316,11 @@ def _written(run: Run) -> dict[str, list[Path]]:
 
 
 def _in_words(result: dict[str, Any]) -> str:
-    parts = [
-        f"{name} {figures['base']:.3f} -> {figures['tuned']:.3f} "
-        f"({figures['difference']:+.3f}, 95 % {figures['low']:+.3f} to {figures['high']:+.3f})"
-        for name, figures in {**result["rewards"], "diversity": result["diversity"]}.items()
-    ]
+    parts = [_change(name, f) for name, f in {**result["rewards"], "diversity": result["diversity"]}.items()]
     return f"validation after step {result['step']}, {result['images']} pictures, base -> tuned: " + "; ".join(parts)
+
+
+def _change(name: str, figures: dict[str, float]) -> str:
+    interval = f", 95 % {figures['low']:+.3f} to {figures['high']:+.3f}"
+    known = "" if math.isnan(figures["low"]) else interval  # one group of pictures has no interval
+    return f"{name} {figures['base']:.3f} -> {figures['tuned']:.3f} ({figures['difference']:+.3f}{known})"
