@@ -90,6 +90,7 @@ def train_sdxl(folder: Path, seed: int, steps: int, batch: int = 64, pool: int =
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     vae = AutoencoderKL.from_pretrained(folder / "vae").float().requires_grad_(False).to(device())
+    vae.register_to_config(_name_or_path="")  # else where it was loaded from is saved with it
     pipe = new_pipeline(vae, folder).to(device())
     scenes = [training_scenes()[i] for i in rng.integers(len(training_scenes()), size=pool)]
     latents = encode(vae, paint(scenes, rng, WEAR))

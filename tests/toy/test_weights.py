@@ -39,6 +39,8 @@ def test_weights_are_small_fp16_safetensors_and_nothing_else() -> None:
     assert sum(path.stat().st_size for path in files) < 16e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
     assert not any("fp16" in path.name for path in files)
+    settings = [json.loads(path.read_text()) for path in files if path.name == "config.json"]
+    assert not any(config.get("_name_or_path") for config in settings), "where it was made is nobody's business"
 
 
 def test_diffusers_opens_the_model_and_draws() -> None:
