@@ -4,7 +4,7 @@
     python benchmarks/growth.py growth.png --preset sdxl --device cuda --set model.precision=bf16
                                                               SDXL's real size, random weights
 
-Writes the picture and, beside it, growth.json. Needs matplotlib (pip install matplotlib). Memory is what tensors hold
+Writes the picture and, beside it, growth.json. Needs the extra `plots`. Memory is what tensors hold
 at once, weights included; `kept` keeps the graph of all K steps, `again` is sharding.recompute_steps.
 """
 

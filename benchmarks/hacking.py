@@ -1,7 +1,7 @@
 """Reward hacking made visible: a long run without KL beside one with, learned reward and oracle over steps.
 
 python benchmarks/hacking.py train runs/hacking     # two runs that validate as they go
-python benchmarks/hacking.py plot runs/hacking      # runs/hacking/reward-hacking.png; needs matplotlib
+python benchmarks/hacking.py plot runs/hacking      # runs/hacking/reward-hacking.png; needs the extra `plots`
 """
 
 from __future__ import annotations

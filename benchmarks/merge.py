@@ -23,8 +23,9 @@ import torch
 from safetensors.torch import save_file
 
 from draftcli.core.adapters import DEFAULT_TARGETS
+from draftcli.core.meta import PARTS, modules_on_meta
 from draftcli.core.sdxl import SDXL_CONFIG
-from draftcli.export.base import PARTS, WEIGHT_NAMES, modules_on_meta
+from draftcli.export.base import WEIGHT_NAMES
 from draftcli.export.tensors import Entry, write_safetensors
 
 RANK = 32

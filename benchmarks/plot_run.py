@@ -1,4 +1,4 @@
-"""Draw a run's curves: python benchmarks/plot_run.py runs/toy curve.png (needs matplotlib: pip install matplotlib).
+"""Draw a run's curves: python benchmarks/plot_run.py runs/toy curve.png (needs the extra `plots`).
 
 Above: every reward's validation means, tuned and base, with the paired 95 % interval. Below: the trained reward and the
 KL penalty of every step.

@@ -95,6 +95,11 @@ class DraftpConfig(Section):
     low_variance_samples: Annotated[int, Field(ge=0)] = 0
     """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean."""
 
+    @property
+    def needs_base(self) -> bool:
+        """Whether training asks the base at all: for the penalty, or to log it."""
+        return self.kl_coeff > 0 or self.log_kl
+
 
 class PeftConfig(Section):
     """What is trained."""

@@ -427,11 +427,6 @@ class SDXLDRaFTPModel:
 
     # -------------------------------------------------------------------------------------------------- the objective
 
-    @property
-    def needs_base(self) -> bool:
-        """Whether training asks the base at all: for the penalty, or to log it."""
-        return self.cfg.draftp.kl_coeff > 0 or self.cfg.draftp.log_kl
-
     def get_forward_output_and_loss_func(
         self, validation_step: bool = False
     ) -> Callable[[Iterator[Batch | Sequence[str]], Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]]:
@@ -442,7 +437,7 @@ class SDXLDRaFTPModel:
             loss_func(image) -> scalar loss, metrics "loss", "reward" and "kl_penalty" (None where it was not
             measured), in validation also "images_and_captions".
         """
-        needs_base = validation_step or self.needs_base
+        needs_base = validation_step or self.cfg.draftp.needs_base
 
         def forward(
             data_iterator: Iterator[Batch | Sequence[str]], model: SDXLDRaFTPModel

@@ -142,7 +142,7 @@ def _reward_gradient(model: SDXLDRaFTPModel, x_0: Tensor, prompts: list[str], sh
 def _backward_of_kept_steps(model: SDXLDRaFTPModel, path: Path, share: float) -> tuple[Tensor, Tensor | None]:
     """Both stages of one micro-batch; the K steps' graph is kept from their one forward pass. Mean reward and KL."""
     with model.phase("gradient steps"):
-        x_0, eps_tuned, eps_base = model.tail(path.x[0], path.cond, path.noise, with_base=model.needs_base)
+        x_0, eps_tuned, eps_base = model.tail(path.x[0], path.cond, path.noise, with_base=model.cfg.draftp.needs_base)
     reward, gradient = _reward_gradient(model, x_0, list(path.batch.prompts), share)
     with model.phase("backward of gradient steps"):
         surrogate, kl = (gradient * x_0).sum(), None
@@ -165,7 +165,7 @@ def _backward_of_recomputed_steps(model: SDXLDRaFTPModel, path: Path, share: flo
         with model.phase("gradient steps"):
             eps = tuned(x, level)
             surrogate = (gradient * euler_step(x, eps, level)).sum()
-        if model.needs_base:
+        if model.cfg.draftp.needs_base:
             kl = kl_penalty(eps, base(x, level)) / len(path.x)
             surrogate = surrogate + _penalty(model, kl, share)
             penalties.append(kl.detach())

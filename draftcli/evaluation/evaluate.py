@@ -6,17 +6,16 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftcli import __version__
+from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.runtime import Ranks, choose_runtime, open_ranks
 from draftcli.errors import InputError
@@ -27,10 +26,12 @@ from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_index
 from draftcli.evaluation.report import write_outputs
 from draftcli.prompts import read_prompts
-from draftcli.rewards import Reward, check_names, load_reward
+from draftcli.rewards import check_names
+from draftcli.rewards.registry import load_from
 from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, plan
 from draftcli.sampling.files import write_pictures
+from draftcli.sampling.job import progress_bar
 from draftcli.sampling.source import Source, find_source
 
 DEFAULT_WEIGHTS = ("linear",)
@@ -155,14 +156,14 @@ def _find(request: Request) -> tuple[list[Source], list[Path]]:
     return sources, folders
 
 
-def _rewards(request: Request, sources: Sequence[Source]) -> tuple[dict[str, str | None], list[str]]:
-    """Every judge with the folder of its weights, and the names of those that were trained on."""
-    rewards: dict[str, str | None] = {}
+def _rewards(request: Request, sources: Sequence[Source]) -> tuple[dict[str, RewardSource], list[str]]:
+    """Every judge with its settings, and the names of those that were trained on."""
+    rewards: dict[str, RewardSource] = {}
     for source in sources:
-        rewards |= {name: setting.pretrained for name, setting in source.cfg.rewards.items()}
+        rewards |= source.cfg.rewards
     trained = list(rewards)
-    held_out = [*(name for source in sources for name in source.cfg.held_out_rewards), *request.rewards]
-    rewards |= {name: None for name in held_out if name not in rewards}
+    for held_out in (*(source.cfg.held_out_rewards for source in sources), dict.fromkeys(request.rewards)):
+        rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
     if not rewards:
         raise InputError("nobody judges: folders of pictures know no reward, so name one, such as --reward pickscore")
     check_names(list(rewards))
@@ -175,13 +176,16 @@ def _default_features(sources: Sequence[Source]) -> str:
     return "toy" if sources and sources[0].cfg.model.pretrained == "toy" else "clip"
 
 
-def _load_judges(rewards: dict[str, str | None], features: str, sources: Sequence[Source]) -> Judges:
+def _load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[Source]) -> Judges:
     device = choose_runtime(sources[0].cfg.model.device if sources else "auto", "fp32").device
-    loaded: dict[str, Reward] = {name: load_reward(name, pretrained) for name, pretrained in rewards.items()}
+    loaded = {name: load_from(name, setting) for name, setting in rewards.items()}
     for reward in loaded.values():
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
-    return Judges(loaded, load_features(features).to(device), device)
+    settings = [
+        f"{name} {setting.model_dump(include=set(RewardSource.model_fields))}" for name, setting in rewards.items()
+    ]
+    return Judges(loaded, load_features(features).to(device), device, tuple(settings))
 
 
 def _plan(request: Request, sources: Sequence[Source]) -> list[Picture]:
@@ -227,7 +231,8 @@ def _draw(
     columns = list({column.name: column for column in columns}.values())
     target = folder / label.replace("/", "-")
     galleries = []
-    with _progress(console, f"drawing {label}", len(columns) * len(pictures), ranks) as advance:
+    share = -(-len(columns) * len(pictures) // ranks.size)
+    with progress_bar(console, f"drawing {label}", share) as advance:
         for column in columns:
             seconds, files = _draw_column(request, model, column, pictures, target, ranks, advance)
             name = column.name if is_first else f"{label} {column.name}"
@@ -268,7 +273,8 @@ def _measure(
     ranks: Ranks,
     console: Console,
 ) -> dict[str, Measured]:
-    with _progress(console, "measuring", len(galleries) * len(items), ranks) as advance, ranks.together():
+    share = -(-len(galleries) * len(items) // ranks.size)
+    with progress_bar(console, "measuring", share) as advance, ranks.together():
         measure(galleries, items, judges, cache, (ranks.rank, ranks.size), advance)
     if not ranks.is_main:
         return {}
@@ -320,12 +326,3 @@ def _pictures(
             for gallery in galleries
         },
     }
-
-
-@contextmanager
-def _progress(console: Console, what: str, total: int, ranks: Ranks) -> Iterator[Callable[[int], None]]:
-    """A bar with the time that is left, in a terminal."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(what, total=-(-total // ranks.size))
-        yield lambda count: progress.advance(bar, count)

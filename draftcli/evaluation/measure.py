@@ -38,16 +38,18 @@ class Judges:
         rewards: by name.
         features: of diversity.
         device: where pictures are put.
+        settings: of the rewards, as text: what neither their code nor their weights tell.
     """
 
     rewards: Mapping[str, Reward]
     features: Features
     device: torch.device
+    settings: tuple[str, ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes where a judge's code or weights do."""
-        digest = hashlib.sha256(VERSION.encode())
+        """Changes where a judge's code, weights or settings do."""
+        digest = hashlib.sha256("\n".join((VERSION, *self.settings)).encode())
         for name, judge in [*self.rewards.items(), (self.features.name, self.features.network)]:
             source = inspect.getsourcefile(type(judge))
             digest.update(f"{name} {type(judge).__qualname__}".encode())

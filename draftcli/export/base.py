@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-import torch
+from typing import Literal
 
 from draftcli.core.lora_files import with_text_model
+from draftcli.core.meta import PARTS, modules_on_meta, read_json
 from draftcli.core.sdxl import (
     SDXL_CONFIG,
     check_folder,
@@ -24,7 +21,6 @@ from draftcli.errors import InputError
 from draftcli.export.layout import Original, original_layout, original_shape
 from draftcli.export.tensors import Stored, stored_tensors
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 WEIGHT_NAMES = {part: "model" if part.startswith("text") else "diffusion_pytorch_model" for part in PARTS}
 
 
@@ -101,7 +97,7 @@ def open_base(pretrained: str, config: str | None = None, variant: str | None = 
 def _scheduled(folder: Path) -> tuple[str, bool]:
     """Prediction and zero terminal SNR, as a folder's scheduler has them."""
     file = folder / "scheduler" / "scheduler_config.json"
-    scheduler = _json(file) if file.is_file() else {}
+    scheduler = read_json(file) if file.is_file() else {}
     return scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
 
 
@@ -167,7 +163,7 @@ def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
             return [file]
         for index in (folder / part / f"{name}.safetensors.index.json", folder / part / _index_of_variant(name)):
             if index.is_file():
-                shards = sorted(set(_json(index).get("weight_map", {}).values()))
+                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
                 if any(Path(shard).name != shard for shard in shards):
                     raise InputError(f"{index} names files outside its folder")
                 return [folder / part / shard for shard in shards]
@@ -201,42 +197,9 @@ def clean_key(part: str, key: str) -> str:
     return with_text_model(key) if part.startswith("text") else key
 
 
-def modules_on_meta(config: Path) -> dict[str, Any]:
-    """The four networks without weights, from a folder's configuration.
-
-    Raises:
-        InputError: a configuration is missing or not readable.
-    """
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    read: dict[str, dict[str, Any]] = {part: _json(config / part / "config.json") for part in PARTS}
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notes on settings that a newer release wrote
-            return {
-                "unet": UNet2DConditionModel.from_config(read["unet"]),
-                "vae": AutoencoderKL.from_config(read["vae"]),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**read["text_encoder"])),
-                "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**read["text_encoder_2"])),
-            }
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{config}: its configuration is not that of an SDXL ({first_line(error)})") from error
-
-
 def _expected(config: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     """Every tensor that the configuration wants, with its shape."""
     return {
         part: {clean_key(part, key): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
         for part, module in modules_on_meta(config).items()
     }
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error})") from error
-    if not isinstance(data, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return data

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from draftcli.errors import InputError
 from draftcli.export.base import Base
 from draftcli.export.tensors import Stored, stored_tensors
 from draftcli.runs import Run, find_run
+from draftcli.sampling.source import split_scale
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,7 @@ def find_sources(inputs: Sequence[str]) -> list[Source]:
 
 
 def _source(text: str) -> Source:
-    name, scale = text, 1.0
-    if "=" in text and not _is_there(text):
-        name, _, number = text.rpartition("=")
-        try:
-            scale = float(number)
-        except ValueError:
-            scale = math.nan
-        if not math.isfinite(scale):
-            raise InputError(f"{text}: expected PATH or PATH=SCALE with a number, such as style.safetensors=0.7")
+    name, scale = split_scale(text, _is_there, text)
     if not _is_there(name):
         raise InputError(f"{name}: there is no such run, folder or file")
     path = Path(name)

@@ -16,11 +16,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from draftcli import __version__
 from draftcli.core.lora_files import Lora
+from draftcli.core.meta import PARTS, modules_on_meta
 from draftcli.core.runtime import DTYPES
 from draftcli.core.sdxl import SDXL_CONFIG
 from draftcli.errors import DraftpError, InputError
 from draftcli.export import verify
-from draftcli.export.base import PARTS, Base, clean_key, modules_on_meta, open_base
+from draftcli.export.base import Base, clean_key, open_base
 from draftcli.export.card import merge_card, push_to_hub
 from draftcli.export.compress import Loss, combine, compress, extract
 from draftcli.export.inputs import Changes, Source, base_of, find_sources, read_changes

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -21,7 +20,7 @@ from draftcli.sampling.draw import Column, plan
 from draftcli.sampling.embedded import FORMATS
 from draftcli.sampling.files import File, Written, write_pictures
 from draftcli.sampling.page import write_page
-from draftcli.sampling.sheet import Cell, Heading, Row, write_sheet, write_table
+from draftcli.sampling.sheet import Cell, Heading, Row, spread, write_sheet, write_table
 from draftcli.sampling.source import Source
 
 SHEET_CELLS, SHEET_ROWS, SHEET_ACROSS = 24, 12, 6
@@ -106,7 +105,7 @@ def run(job: Job, console: Console) -> Outcome:
         pictures = plan(prompts, job.images, _seed(job), _size(job, model))
         share = -(-len(pictures) * len(columns) // ranks.size)
         try:
-            with _progress(console, share) as advance:
+            with progress_bar(console, "drawing", share) as advance:
                 written = write_pictures(
                     model,
                     columns,
@@ -153,18 +152,11 @@ def _size(job: Job, model: SDXLDRaFTPModel) -> tuple[int, int]:
 
 
 @contextmanager
-def _progress(console: Console, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time that is left, in a terminal."""
-    columns = (
-        TextColumn("drawing"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("drawing", total=total)
+def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, in a terminal; yields what to call with how many more are done."""
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=total)
         yield lambda count: progress.advance(bar, count)
 
 
@@ -194,7 +186,7 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
     small = all(max(row[0].picture.size) <= 192 for row in rows)
     edge = 192 if small else 320
     if len(counts) > 2:
-        shown = _spread(rows, SHEET_ROWS)
+        shown = [rows[i] for i in spread(len(rows), SHEET_ROWS)]
         headings = [Heading(name, f"{count} evaluations") for name, count in counts.items()]
         lines = [
             Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [_open(file) for file in row])
@@ -209,7 +201,7 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         ]
     else:
         cells = rows
-    shown = [files[: 2 * SHEET_ACROSS] for files in _spread(cells, SHEET_CELLS)]
+    shown = [files[: 2 * SHEET_ACROSS] for files in (cells[i] for i in spread(len(cells), SHEET_CELLS))]
     across = max(1, SHEET_ACROSS // max(map(len, shown)))
     said = ", ".join(f"{name} {count}" for name, count in counts.items())
     write_sheet(
@@ -231,12 +223,6 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
 
 def _with_count(note: str, shown: int, there: int) -> str:
     return note if shown == there else f"{note} {shown} of {there} are shown."
-
-
-def _spread(items: list[list[File]], count: int) -> list[list[File]]:
-    """At most `count` of them, from the first to the last."""
-    chosen = np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int)
-    return [items[i] for i in chosen]
 
 
 def _open(file: File) -> Image.Image:

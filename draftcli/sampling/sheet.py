@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -46,6 +47,11 @@ class Row:
     caption: str
     note: str
     images: Sequence[Image.Image]
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of `count` numbers from 0, from the first to the last: a sheet of them stands for all."""
+    return np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
 
 
 def to_pil(image: Tensor) -> Image.Image:

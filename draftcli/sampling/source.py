@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,18 +116,33 @@ def parse_lora(text: str) -> tuple[Path, float]:
     Raises:
         InputError: nothing is there, or the scale is no number.
     """
-    path, scale = Path(text), 1.0
-    if not path.exists() and "=" in text:
-        name, _, number = text.rpartition("=")
-        try:
-            path, scale = Path(name), float(number)
-        except ValueError:
-            scale = math.nan
-        if not math.isfinite(scale):
-            raise InputError(f"--lora {text}: expected PATH or PATH=SCALE with a number, such as style.safetensors=0.7")
-    if not path.exists():
-        raise InputError(f"--lora {path}: there is no such file or folder")
-    return path, scale
+    name, scale = split_scale(text, lambda name: Path(name).exists(), f"--lora {text}")
+    if not Path(name).exists():
+        raise InputError(f"--lora {name}: there is no such file or folder")
+    return Path(name), scale
+
+
+def split_scale(text: str, is_there: Callable[[str], bool], given: str) -> tuple[str, float]:
+    """NAME or NAME=SCALE; what is there under its whole name may have a = in it.
+
+    Args:
+        text: to be split.
+        is_there: whether something has this name.
+        given: how messages call it.
+
+    Raises:
+        InputError: the scale is no finite number.
+    """
+    if "=" not in text or is_there(text):
+        return text, 1.0
+    name, _, number = text.rpartition("=")
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise InputError(f"{given}: expected PATH or PATH=SCALE with a number, such as style.safetensors=0.7")
+    return name, scale
 
 
 def _without_effect(cfg: Config) -> tuple[str, ...]:

@@ -5,18 +5,19 @@ A model that is not a local folder is planned with SDXL's own configuration, whi
 
 from __future__ import annotations
 
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from draftcli.config import Config
 from draftcli.core import adapters
 from draftcli.core.gradient import check_sampler
-from draftcli.core.sdxl import SDXL_CONFIG, model_path
+from draftcli.core.meta import PARTS, modules_on_meta
+from draftcli.core.sdxl import SDXL_CONFIG, drop_vae_encoder, model_path
+
+LABELS = {"unet": "unet", "vae": "vae decoder", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ def make_plan(cfg: Config) -> Plan:
     """
     check_sampler(cfg.sampling.sampler)
     folder = Path(model_path(cfg.model.pretrained))
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    if not all((folder / part / "config.json").is_file() for part in parts):
+    if not all((folder / part / "config.json").is_file() for part in PARTS):
         folder = SDXL_CONFIG
-    modules = _modules_on_meta(folder)
-    frozen = {name: _count(module) for name, module in modules.items()}
+    modules = modules_on_meta(folder)
+    drop_vae_encoder(modules["vae"])
+    frozen = {LABELS[part]: _count(module) for part, module in modules.items()}
     if cfg.peft.peft_scheme == "lora":
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft says that meta weights are not initialised, which is the point
@@ -65,7 +66,6 @@ def make_plan(cfg: Config) -> Plan:
         trainable = frozen.pop("unet")
         frozen["frozen copy of the unet"] = trainable
     guidance, k = 2, cfg.draftp.truncation_steps
-    needs_base = cfg.draftp.kl_coeff > 0 or cfg.draftp.log_kl
     return Plan(
         source="SDXL's configuration" if folder == SDXL_CONFIG else str(folder),
         trainable=trainable,
@@ -73,29 +73,8 @@ def make_plan(cfg: Config) -> Plan:
         images=cfg.trainer.global_batch_size,
         forward=cfg.sampling.steps * guidance,
         with_gradient=k * guidance,
-        base=k * guidance if needs_base else 0,
+        base=k * guidance if cfg.draftp.needs_base else 0,
     )
-
-
-def _modules_on_meta(folder: Path) -> dict[str, Any]:
-    """The four networks without weights; of the VAE the half that decodes."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    from draftcli.core.sdxl import drop_vae_encoder
-
-    def read(part: str) -> dict[str, Any]:
-        return json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(read("vae"))
-        drop_vae_encoder(vae)
-        return {
-            "unet": UNet2DConditionModel.from_config(read("unet")),
-            "vae decoder": vae,
-            "text encoder": CLIPTextModel(CLIPTextConfig(**read("text_encoder"))),
-            "text encoder 2": CLIPTextModelWithProjection(CLIPTextConfig(**read("text_encoder_2"))),
-        }
 
 
 def _count(module: torch.nn.Module) -> int:

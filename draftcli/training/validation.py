@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -24,7 +23,7 @@ from draftcli.rewards import Reward
 from draftcli.runs import Run, disk_errors, write_aside
 from draftcli.sampling.diversity import EDGE, pairwise_distance, thumbnail
 from draftcli.sampling.draw import draw, plan
-from draftcli.sampling.sheet import Cell, write_sheet
+from draftcli.sampling.sheet import Cell, spread, write_sheet
 from draftcli.statistics import paired
 
 SHEET_CELLS = 12
@@ -65,9 +64,8 @@ class Validation:
         self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()
         size = (cfg.sampling.height, cfg.sampling.width)
         self.pictures = plan(prompts, cfg.data.validation_images, cfg.trainer.seed, size)
-        # Prompts spread over the whole set rather than its first ones, so that the sheet stands for all of it.
         count = len(self.pictures)
-        self._chosen = np.linspace(0, count - 1, min(SHEET_CELLS, count)).round().astype(int).tolist()
+        self._chosen = spread(count, SHEET_CELLS)
         images = cfg.data.validation_images
         # Pictures of one prompt where there are several of each, else all of them.
         self._groups = [i // images if images > 1 else 0 for i in range(count)]

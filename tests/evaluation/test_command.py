@@ -87,6 +87,22 @@ def test_scales_checkpoints_and_copies_are_what_they_should_be(lora_run):
         assert got[name][key] == got["tuned"][key], name
 
 
+def test_a_reward_judges_with_the_settings_of_its_run(lora_run):
+    """Relative to control words it is another judge, and what the plain one said is not taken for its word."""
+    from draftcli.config import RewardSource
+    from draftcli.evaluation.evaluate import _load_judges
+    from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
+
+    words = {"positive": "a red circle", "negative": "a blue square"}
+    plain, relative, other = (
+        _load_judges({"toy": RewardSource.model_validate(settings)}, "toy", [])
+        for settings in ({}, {"relative": words}, {"relative": words | {"negative": "a dog"}, "micro_batch_size": 2})
+    )
+    assert isinstance(relative.rewards["toy"], PromptRelative)
+    assert isinstance(other.rewards["toy"], InMicroBatches)
+    assert len({judges.fingerprint for judges in (plain, relative, other)}) == 3
+
+
 def test_folders_of_pictures_from_elsewhere():
     make_folder("one")
     shutil.copytree("one", "same")

@@ -13,10 +13,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from draftcli.core.lora_files import read_lora, weight_shapes
+from draftcli.core.meta import modules_on_meta
 from draftcli.core.sdxl import SDXL_CONFIG, load_parts
 from draftcli.errors import InputError
 from draftcli.export import write
-from draftcli.export.base import modules_on_meta, open_base
+from draftcli.export.base import open_base
 from draftcli.export.layout import original_layout
 from draftcli.export.merge import _check_options
 from tests.command import draftp
