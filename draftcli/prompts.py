@@ -62,7 +62,8 @@ def read_prompts(source: str | Sequence[str], setting: str = "data.prompts") -> 
     """Read prompts from a file, a built-in set, a dataset of the Hugging Face hub or a list.
 
     Args:
-        source: path, name of a built-in set, dataset id (`owner/name` or `owner/name:column`), or the texts themselves.
+        source: path, name of a built-in set, dataset id (`owner/name`, `owner/name:column`, either with
+            `@split` behind it, `train` otherwise: `owner/name:caption@test[:500]`), or the texts themselves.
         setting: what the source is called in error messages.
 
     Raises:
@@ -77,7 +78,7 @@ def read_prompts(source: str | Sequence[str], setting: str = "data.prompts") -> 
             prompts: Sequence[Prompt] = PromptFile(path, where)
         except OSError as error:
             raise InputError(f"{where}: cannot be read ({error.strerror})") from None
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?", source) and not path.is_file():
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?(@[\w.:%\[\]-]+)?", source) and not path.is_file():
         prompts = _dataset(source, where)
     else:
         raise InputError(
@@ -257,7 +258,7 @@ class _Column(Sequence[Prompt]):
 
 
 def _dataset(source: str, where: str) -> Sequence[Prompt]:
-    """The split `train` of a dataset; its code is never run (datasets 4 knows no such thing any more)."""
+    """A split of a dataset; its code is never run (datasets 4 knows no such thing any more)."""
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -265,9 +266,10 @@ def _dataset(source: str, where: str) -> Sequence[Prompt]:
             f"{where}: a dataset of the Hugging Face hub needs one more package: pip install 'draftp[datasets]'; "
             "for a file, give its whole name (.txt, .jsonl, .tar)"
         ) from None
-    name, _, column = source.partition(":")
+    place, _, split = source.partition("@")
+    name, _, column = place.partition(":")
     try:
-        rows = datasets.load_dataset(name, split="train")
+        rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub, its mirror, its formats and its network have an exception each
         reason = str(error).partition("\n")[0]
         raise InputError(f"{where}: no such dataset at hand ({reason}); or give a .txt, .jsonl or .tar file") from None

@@ -120,11 +120,14 @@ def test_a_dataset_is_read_by_its_column():
     )
     assert list(read_prompts("owner/name")) == [Prompt("a fox"), Prompt("an owl")]
     assert read_prompts("owner/name:other")[1] == Prompt("c")
+    assert list(read_prompts("owner/name:other@train[1:]")) == [Prompt("c")]
     for wrong in ("owner/name:n", "owner/name:nothing"):
         with pytest.raises(InputError, match="name its column of prompts"):
             read_prompts(wrong)
     with pytest.raises(InputError, match="no such dataset at hand"):
         read_prompts("nobody/nothing")
+    with pytest.raises(InputError, match="no such dataset at hand"):
+        read_prompts("owner/name@nowhere")
 
 
 def test_a_list_may_hold_an_empty_prompt():
@@ -132,7 +135,7 @@ def test_a_list_may_hold_an_empty_prompt():
 
 
 def test_built_in_sets_are_found_by_name_and_are_not_empty():
-    assert {"animals", "toy-train", "toy-validation"} <= built_in_sets().keys()
+    assert {"animals", "scenes", "toy-train", "toy-validation"} <= built_in_sets().keys()
     for name in built_in_sets():
         texts = [p.text for p in read_prompts(name)]
         assert len(set(texts)) == len(texts) >= 40
