@@ -234,7 +234,14 @@ class EmaConfig(Section):
 class ShardingConfig(Section):
     """Memory, speed and processes: nothing here changes the gradient beyond rounding."""
 
-    strategy: Literal["none"] = "none"
+    strategy: Literal["none", "ddp", "fsdp"] = "none"
+    """How several processes share the work. none, ddp: each has a whole copy, gradients are averaged (one process needs
+    neither). fsdp: weights, gradients, optimizer and the frozen base of full fine-tuning are split over them."""
+    shard_size: Count | None = None
+    """With fsdp: so many neighbouring processes split one copy, and copies work side by side, for several nodes: the
+    GPUs of one node. Default: all processes split one copy."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=10080)] = 120
+    """How long one process waits for another before all give up; longer than the longest validation or saving."""
     activation_checkpointing: bool = False
     """Recompute the activations of UNet and VAE in backward: less memory, about a third more time in gradient steps."""
     two_stage: bool = True
@@ -304,6 +311,10 @@ class Config(Section):
             raise ValueError(f"sampling.guidance_interval is [{low:g}, {high:g}]: the first number is the smaller one")
         if self.draftp.low_variance_samples and not self.sharding.two_stage:
             raise ValueError("draftp.low_variance_samples needs sharding.two_stage true")
+        if self.sharding.strategy == "fsdp" and self.ema.decay is not None and self.ema.device == "cpu":
+            raise ValueError(
+                "ema.device cpu does not go with sharding.strategy fsdp, which splits the average: leave it"
+            )
         return self
 
     def warnings(self) -> list[str]:
@@ -358,6 +369,14 @@ class Config(Section):
             (
                 self.peft.peft_scheme == "none" and bool(sharding.model_fields_set & {"fold_lora", "fold_tolerance"}),
                 "sharding.fold_lora and fold_tolerance have no effect: peft_scheme none has no LoRA",
+            ),
+            (
+                sharding.strategy == "fsdp" and "fold_lora" in sharding.model_fields_set and sharding.fold_lora,
+                "sharding.fold_lora has no effect: fsdp never folds, the weights lie on several processes",
+            ),
+            (
+                sharding.strategy != "fsdp" and sharding.shard_size is not None,
+                f"sharding.shard_size has no effect with sharding.strategy {sharding.strategy}; it is for fsdp",
             ),
             (
                 not sharding.two_stage

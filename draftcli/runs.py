@@ -169,12 +169,17 @@ def _holds_weights(folder: Path) -> bool:
     return (folder / "pytorch_lora_weights.safetensors").is_file() or (folder / "unet").is_dir()
 
 
+def beside(path: Path) -> Path:
+    """Where `path` is made before it is renamed."""
+    return path.with_name(f".{path.name}.partial")
+
+
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file or folder beside `path`, then rename it: `path` is never half written.
 
     What was at `path` is replaced.
     """
-    aside = path.with_name(f".{path.name}.partial")
+    aside = beside(path)
     write(aside)
     if aside.is_file():
         with aside.open("rb") as file:

@@ -50,7 +50,7 @@ def in_child(work: Callable[[], object]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def recipe(model: Path, path: Path = Path("tiny.yaml"), **sections: dict[str, Any]) -> Path:
+def recipe(model: Path, path: Path = Path("tiny.yaml"), /, **sections: dict[str, Any]) -> Path:
     """A recipe for a few quick steps of the tiny model; `sections` are laid over it."""
     data: dict[str, Any] = {
         "model": {"pretrained": str(model), "device": "cpu"},

@@ -127,15 +127,20 @@ def load_lora_state_dict(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(unet, dict(state), adapter_name=ADAPTER)
 
 
-def save_lora(unet: nn.Module, folder: Path) -> Path:
+def save_lora(unet: nn.Module, folder: Path, layers: Mapping[str, Tensor] | None = None) -> Path:
     """Write `pytorch_lora_weights.safetensors` as `pipe.load_lora_weights(folder)` of diffusers reads it.
 
     The scale alpha / rank travels in the file's metadata, as diffusers writes it.
+
+    Args:
+        unet: with a LoRA.
+        folder: where to.
+        layers: its tensors by `lora_state_dict`'s names, where those in `unet` are split over processes.
     """
     from diffusers import StableDiffusionXLPipeline
 
     config: LoraConfig = unet.peft_config[ADAPTER]  # type: ignore[index]
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
-    layers: dict[str, Any] = dict(lora_state_dict(unet))
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    tensors: dict[str, Any] = dict(layers or lora_state_dict(unet))
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata)
     return folder / "pytorch_lora_weights.safetensors"

@@ -114,7 +114,8 @@ class SDXLDRaFTPModel:
         self.parts = parts or load_parts(cfg.model, trained_in_full=in_full)
         device = self.runtime.device
         self.vae = self.parts.vae.to(device)
-        self.unet = self.parts.unet.to(device)
+        # A network that will be split stays on the CPU until then: no device need ever hold all of it.
+        self.unet = self.parts.unet if sharding.is_wanted(cfg.sharding) else self.parts.unet.to(device)
         self._base_unet = copy.deepcopy(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
@@ -172,13 +173,16 @@ class SDXLDRaFTPModel:
             self.unet = tuned
 
     def configure_sharded_model(self) -> None:
-        """FSDP2 on the UNet (and on the frozen base of full fine-tuning); VAE and text encoders stay whole.
+        """FSDP2 on the UNet (and on the frozen base of full fine-tuning); VAE, text encoders and rewards stay whole.
+
+        Collective, and so is every use of the UNet from here on. Make the optimizer afterwards.
 
         Raises:
-            InputError: no process group is initialised.
+            InputError: no process group is initialised, or sharding.shard_size does not divide the processes.
         """
+        mesh = sharding.make_mesh(self.cfg.sharding, self.runtime.device)
         for unet in filter(None, [self.unet, self._base_unet]):
-            sharding.shard(unet)
+            sharding.shard(unet, mesh, self.runtime.dtype)
 
     @contextmanager
     def without_gradient(self) -> Iterator[None]:

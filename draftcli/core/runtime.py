@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,8 @@ from draftcli.errors import DraftpError, InputError
 
 # Longer than any validation or checkpoint that other processes wait for.
 PATIENCE = timedelta(hours=2)
+NOTICE = 5.0  # seconds that a process which misses another gives the rest to miss it too
+NOTICED = "missed another"
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -87,35 +91,39 @@ def _of_this_process(device: torch.device) -> torch.device:
 class Ranks:
     """The processes that train together, as torchrun or accelerate launch started them.
 
-    Every method is collective: all processes call it, in the same order. In a process that is alone they do nothing.
+    Every method but `share`, `at` and `blame` is collective: all processes call it, in the same order. In a process
+    that is alone they do nothing.
 
     Attributes:
         rank: which one this is, from 0.
         size: how many there are.
+        lockstep: whether using the networks is collective as well (FSDP): then a process that fails cannot wait for
+            the others to notice, for they wait inside a network for its part of the weights; it leaves at once.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int = 0, size: int = 1, board: dist.Store | None = None) -> None:
+        self.rank, self.size, self.lockstep = rank, size, False
+        self._board, self._at = board, "start"
 
     @property
     def is_main(self) -> bool:
         """Whether this is the process that writes files and talks."""
         return self.rank == 0
 
-    def share(self, count: int) -> range:
-        """Which of `count` things are this process's: neighbours, and as many as the others' or one more or less."""
-        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+    def share(self, count: int, rank: int | None = None) -> range:
+        """Which of `count` things are this process's, or those of `rank`: neighbours, and as many as the others' or
+        one more or less.
+        """
+        rank = self.rank if rank is None else rank
+        return range(count * rank // self.size, count * (rank + 1) // self.size)
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Add up each tensor over the processes, in place."""
         if self.size == 1:
             return
-        try:
-            works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
-            for work in works:
-                work.wait()  # type: ignore[union-attr]
-        except RuntimeError as error:  # gloo and NCCL notice that the other end of a connection is gone
-            raise DraftpError("another process of this run is gone; see above what it said") from error
+        works = [dist.all_reduce(tensor, async_op=True) for tensor in tensors]
+        for work in works:
+            work.wait()  # type: ignore[union-attr]
 
     def mean_(self, tensors: Sequence[Tensor]) -> None:
         """Average each tensor over the processes, in place."""
@@ -126,9 +134,21 @@ class Ranks:
 
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
-        flag = torch.tensor([float(here)])
-        self.sum_([flag])
-        return bool(flag > 0)
+        return bool(self.where(here))
+
+    def where(self, here: bool) -> list[int]:
+        """The processes in which it is so."""
+        flags = torch.zeros(self.size)
+        flags[self.rank] = float(here)
+        self.sum_([flags])
+        return [rank for rank, flag in enumerate(flags.tolist()) if flag > 0]
+
+    def told(self, what: Any) -> Any:
+        """What the main process says, in every process."""
+        said = [what]
+        if self.size > 1:
+            dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
+        return said[0]
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -140,20 +160,75 @@ class Ranks:
         try:
             yield
         except Exception as error:
+            if self.lockstep or is_lost_connection(error):
+                raise
             failure = error
-        failed_somewhere = self.any(failure is not None)
+        failed = self.where(failure is not None)
         if failure is not None:
             raise failure
-        if failed_somewhere:
-            raise DraftpError("another process of this run failed; see above what it said")
+        if failed:
+            raise DraftpError(f"{_processes(failed)} of this run failed; see above what it said")
+
+    def at(self, what: str) -> None:
+        """Note what this process is doing, for the others to read should they wait for it in vain."""
+        self._at = what
+        if self._board is not None and self.size > 1:
+            self._board.set(f"at {self.rank}", what)
+
+    def leave(self, why: str) -> None:
+        """Note why this process goes, or that it has noticed that another is missing."""
+        if self._board is not None and self.size > 1:
+            self._board.set(f"left {self.rank}", why)
+
+    def blame(self, error: BaseException) -> str:
+        """Who is missing, in words, after `error` of a connection.
+
+        Whoever notices says so, and gives the others a little time to say it too: who says nothing is the one.
+        """
+        slow = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        here = f"process {self.rank} waited at: {self._at}"
+        if self._board is None:
+            return f"another process of this run is gone; {here}"
+        try:
+            self.leave(NOTICED)
+            until = time.monotonic() + NOTICE
+            while (silent := [r for r in range(self.size) if not self._board.check([f"left {r}"])]) and (
+                time.monotonic() < until
+            ):
+                time.sleep(0.05)
+            left = {r: self._board.get(f"left {r}").decode() for r in range(self.size) if r not in silent}
+            last = {r: self._board.get(f"at {r}").decode() for r in silent if self._board.check([f"at {r}"])}
+        except RuntimeError:  # torch's store was kept by the process that is gone
+            return f"process 0 of this run is gone, and with it what the others could say; {here}"
+        if failed := [f"process {r} of this run failed: {why}" for r, why in left.items() if why != NOTICED]:
+            return f"{'; '.join(failed)}"
+        where = "; ".join(f"process {r} was last at: {last.get(r, 'start')}" for r in silent)
+        if silent:
+            verb = "did not come in time (sharding.timeout_minutes)" if slow else "of this run is gone"
+            return f"{_processes(silent)} {verb}; {where}; {here}"
+        return f"the processes of this run have lost each other; {here}"
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether gloo, NCCL or torch's store noticed that another process is gone or does not come."""
+    # gloo raises plain RuntimeErrors that name its source file.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error).lower())
+
+
+def _processes(ranks: Sequence[int]) -> str:
+    return f"process{'es' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
 
 
 @contextmanager
-def open_ranks() -> Iterator[Ranks]:
+def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
     """The processes of this run; a process group is made where there are several and none is there yet.
+
+    Args:
+        timeout: how long one waits for another.
 
     Raises:
         InputError: WORLD_SIZE promises several processes, and nothing says where they are.
+        DraftpError: another process went away or did not come in time; the message names it.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -165,14 +240,23 @@ def open_ranks() -> Iterator[Ranks]:
             f"WORLD_SIZE is {size}, and {', '.join(missing)} is not set: start with torchrun or accelerate launch, "
             "or unset WORLD_SIZE"
         )
-    ours = not dist.is_initialized()
+    ours, board = not dist.is_initialized(), None
     if ours:
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(backend, timeout=PATIENCE)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        board = dist.PrefixStore("draftp", store)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), board)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size())
+        yield ranks
+    except BaseException as error:
+        if is_lost_connection(error):
+            raise DraftpError(ranks.blame(error)) from error
+        with suppress(RuntimeError):
+            ranks.leave(str(error) or type(error).__name__)
+        raise
     finally:
         if ours:
             dist.destroy_process_group()

@@ -1,4 +1,7 @@
-"""Activation checkpointing and FSDP2, applied from outside to plain models, in this order.
+"""Activation checkpointing, compile and FSDP2, applied from outside to plain models, in this order.
+
+`speed_up` does what one process can do for itself, when the model is built; `shard` comes last, when the processes are
+there (SDXLDRaFTPModel.configure_sharded_model).
 
 The models know nothing of devices or processes (the separation of torchtitan's parallelize step).
 """
@@ -10,11 +13,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from draftcli.config import ShardingConfig
 from draftcli.errors import InputError
+
+BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered, computed and let go of by itself
 
 
 def speed_up(settings: ShardingConfig, unet: Any, base_unet: Any | None, vae: Any) -> None:
@@ -47,20 +55,76 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def shard(unet: nn.Module) -> None:
-    """FSDP2, in place: every transformer and residual block a group of its own, then the rest as the root.
+def is_wanted(settings: ShardingConfig) -> bool:
+    """Whether the networks are to be split over the processes: fsdp, and there are several."""
+    return settings.strategy == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1
 
-    Parameters become DTensors split over the default process group; each block is gathered when it runs. Call it after
-    the adapter is attached and before the optimizer is made.
+
+def make_mesh(settings: ShardingConfig, device: torch.device) -> DeviceMesh:
+    """The processes as FSDP2 wants them: (ranks,), or (copies, shard_size) where shard_size of them share a copy.
+
+    Neighbours share a copy, so that on several nodes of shard_size GPUs each the weights never leave a node.
 
     Raises:
-        InputError: no process group is initialised.
+        InputError: no process group is initialised, or shard_size does not divide the processes.
     """
-    from torch.distributed.fsdp import fully_shard
-
     if not dist.is_initialized():
         raise InputError("sharding needs several processes: start with torchrun")
+    ranks = dist.get_world_size()
+    size = settings.shard_size or ranks
+    if ranks % size:
+        good = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise InputError(f"sharding.shard_size {size} does not divide the {ranks} processes; those that do: {good}")
+    if size == ranks:
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(unet: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """FSDP2, in place: every transformer and residual block a group of its own, then the rest as the root.
+
+    Parameters become DTensors split over `mesh`, and each block is gathered when it runs; what is on the CPU moves to
+    the mesh's device block by block. Call it after the adapter is attached, activations are checkpointed and blocks
+    compiled, and before the optimizer is made.
+
+    Args:
+        unet: a plain network.
+        mesh: from `make_mesh`.
+        dtype: of the matrix products. Where it is a half precision, weights travel in it, which halves what float32
+            master weights send; autocast would have rounded them all the same (the norms' few excepted). Gradients
+            travel in float32.
+    """
+    half = dtype in (torch.bfloat16, torch.float16)
+    # Inputs are autocast's: rounding a timestep of 999 to bfloat16 would make it 1000.
+    policy = MixedPrecisionPolicy(dtype if half else None, torch.float32 if half else None, cast_forward_inputs=False)
     for block in unet.modules():
-        if type(block).__name__ in ("BasicTransformerBlock", "ResnetBlock2D"):
-            fully_shard(block)
-    fully_shard(unet)
+        if type(block).__name__ in BLOCKS:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(unet, mesh=mesh, mp_policy=policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a split tensor, in every process: collective. Any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a split tensor, the same memory. Any other as it is."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def split_like(tensor: Tensor, pattern: Tensor) -> Tensor:
+    """A whole tensor that every process has, split as `pattern` is; each takes its part, nothing is sent."""
+    if not isinstance(pattern, DTensor):
+        return tensor
+    tensor = tensor.to(pattern.device_mesh.device_type)
+    return distribute_tensor(tensor, pattern.device_mesh, pattern.placements, src_data_rank=None)
+
+
+def as_part_of(part: Tensor, pattern: Tensor) -> Tensor:
+    """This process's part of something that is split as `pattern` is, as the tensor it is a part of."""
+    if not isinstance(pattern, DTensor):
+        return part
+    return DTensor.from_local(
+        part, pattern.device_mesh, pattern.placements, run_check=False, shape=pattern.shape, stride=pattern.stride()
+    )

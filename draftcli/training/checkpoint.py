@@ -1,8 +1,16 @@
 """Checkpoints: written aside, checksummed, renamed when whole; read back exactly.
 
-A checkpoint holds the trained weights in diffusers' format (a LoRA file, or the UNet's folder) and `state.pt`: step,
-optimizer, schedule, loss scale, moving average and running statistics of the rewards, read with weights_only=True.
-There is no random state to keep: noise and prompts are functions of the seed and the image's number.
+A checkpoint holds
+
+    pytorch_lora_weights.safetensors, or unet/    the trained weights, as diffusers reads them
+    training/*.safetensors                        the optimizer's moments and the moving average
+    state.pt                                      step, schedule, loss scale, running statistics of the rewards: small
+    manifest.json                                 a checksum of every file
+
+whatever the number of processes that wrote it, and any number of them reads it, bit for bit. training/ is written by
+torch.distributed.checkpoint, every process its own part of split weights, in the safetensors form of its Hugging Face
+storage: its other form keeps an index that is a pickle. state.pt is read with weights_only=True. There is no random
+state to keep: noise and prompts are functions of the seed and the image's number.
 """
 
 from __future__ import annotations
@@ -10,84 +18,184 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import warnings
+from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
-from draftcli.core.adapters import load_lora_state_dict, save_lora
+from draftcli.core.adapters import load_lora_state_dict, lora_state_dict, save_lora
 from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.runtime import Ranks, is_lost_connection
+from draftcli.core.sharding import split_like, whole
 from draftcli.errors import DraftpError
-from draftcli.runs import Run, disk_errors, write_aside
+from draftcli.runs import Run, beside, disk_errors, write_aside
+from draftcli.training.step import Trainer
 
 MANIFEST = "manifest.json"
+FILE = 2**30  # bytes that one process writes to one file of training/, about
 
 
-def save_weights(model: SDXLDRaFTPModel, folder: Path) -> None:
-    """Write what was trained as diffusers reads it: pytorch_lora_weights.safetensors, or unet/."""
-    if model.cfg.peft.peft_scheme == "lora":
-        save_lora(model.unet, folder)
-    else:
-        model.unet.save_pretrained(folder / "unet")
+def save_weights(model: SDXLDRaFTPModel, folder: Path, write: bool = True) -> None:
+    """Write what was trained as diffusers reads it: pytorch_lora_weights.safetensors, or unet/.
+
+    Args:
+        model: collective where its network is split over processes: each gives its parts.
+        folder: where to.
+        write: False in those processes that only give.
+    """
+    is_lora = model.cfg.peft.peft_scheme == "lora"
+    weights: dict[str, Tensor] = {}
+    for name, tensor in (lora_state_dict(model.unet) if is_lora else model.unet.state_dict()).items():
+        gathered = whole(tensor)
+        if write:
+            weights[name] = gathered if gathered is tensor else gathered.cpu()
+    if write and is_lora:
+        save_lora(model.unet, folder, weights)
+    elif write:
+        with torch.device("meta"):
+            unet = UNet2DConditionModel.from_config(dict(model.unet.config))
+        unet.load_state_dict(weights, assign=True)
+        unet.save_pretrained(folder / "unet")
 
 
 def load_weights(model: SDXLDRaFTPModel, folder: Path) -> None:
     """Read what `save_weights` wrote, in place and exactly."""
     if model.cfg.peft.peft_scheme == "lora":
-        state = load_file(folder / "pytorch_lora_weights.safetensors")
-        load_lora_state_dict(model.unet, {name.removeprefix("unet."): tensor for name, tensor in state.items()})
-    else:
-        shards = sorted((folder / "unet").glob("*.safetensors"))
-        model.unet.load_state_dict({name: tensor for shard in shards for name, tensor in load_file(shard).items()})
+        own, state = lora_state_dict(model.unet), load_file(folder / "pytorch_lora_weights.safetensors")
+        named = {name.removeprefix("unet."): tensor for name, tensor in state.items()}
+        split = {name: split_like(tensor, own[name]) if name in own else tensor for name, tensor in named.items()}
+        load_lora_state_dict(model.unet, split)
+        return
+    own = model.unet.state_dict()
+    for shard in sorted((folder / "unet").glob("*.safetensors")):
+        state = {name: split_like(tensor, own[name]) for name, tensor in load_file(shard).items()}
+        model.unet.load_state_dict(state, strict=False)
+        own = {name: tensor for name, tensor in own.items() if name not in state}
+    assert not own, f"{folder} lacks {next(iter(own))}"
+
+
+def save_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
+    """Write large tensors, split ones by all processes together.
+
+    Raises:
+        DraftpError: the disk refuses, in any of the processes.
+    """
+    if not tensors:
+        return
+    sizes = accumulate(tensor.nbytes for tensor in tensors.values())
+    # A file is put together in memory before it is written.
+    files = {name: 1 + size // (FILE * ranks.size) for name, size in zip(tensors, sizes, strict=True)}
+    files = {name: 1 + sorted(set(files.values())).index(i) for name, i in files.items()}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), files, save_distributed=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone: just so
+            dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        who = f" by process {rank}" if ranks.size > 1 else ""
+        raise DraftpError(f"{folder.parent}: cannot be written{who} ({cause})") from error
+
+
+def load_tensors(folder: Path, pattern: Callable[[str], Tensor]) -> dict[str, Tensor]:
+    """Read what `save_tensors` wrote; each process reads what it needs.
+
+    Args:
+        folder: need not exist, when there was nothing to write.
+        pattern: by name, a tensor that has the shape, is split and lies as the one that was written will.
+    """
+    if not folder.is_dir():
+        return {}
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    known = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.zeros_like(pattern(name), dtype=m.properties.dtype) for name, m in known.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def save_checkpoint(
-    run: Run, step: int, model: SDXLDRaFTPModel, state: dict[str, Any], keep: int, best: int | None = None
+    run: Run, step: int, trainer: Trainer, facts: dict[str, Any], keep: int, best: int | None = None
 ) -> Path:
     """Write the checkpoint of `step` and remove all but the newest `keep`, and that of step `best`.
+
+    Where the network is split over processes all of them call it, else the main one alone.
+
+    Args:
+        run: where to.
+        step: the last finished one.
+        trainer: what is saved.
+        facts: what else is to be known on resuming.
+        keep: how many stay.
+        best: which stays whatever its age.
 
     Raises:
         DraftpError: the disk refuses; earlier checkpoints stay as they were.
     """
+    target = run.step_folder(step)
+    ranks = trainer.ranks if trainer.ranks.lockstep else Ranks()
+    aside = beside(target)
 
-    def write(folder: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)  # left by a process that was killed
-        folder.mkdir()
-        save_weights(model, folder)
-        torch.save({"step": step, **state}, folder / "state.pt")
+    def finish(folder: Path) -> None:
+        torch.save({"step": step, **trainer.state(), **facts}, folder / "state.pt")
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sums = {path.relative_to(folder).as_posix(): _checksum(path) for path in files}
         (folder / MANIFEST).write_text(json.dumps(sums, indent=1), encoding="utf-8")
 
-    target = run.step_folder(step)
     with disk_errors(target):
         try:
-            write_aside(target, write)
-        except (SafetensorError, RuntimeError) as error:  # how safetensors and torch.save report a full disk
+            with ranks.together():
+                if ranks.is_main:
+                    shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
+                    aside.mkdir()
+            save_weights(trainer.model, aside, write=ranks.is_main)
+            save_tensors(trainer.tensors(), aside / "training", ranks)
+            with ranks.together():
+                if ranks.is_main:
+                    write_aside(target, finish)
+                    for old in run.checkpoints()[keep:]:
+                        if best is None or old != run.step_folder(best):
+                            shutil.rmtree(old)
+        except SafetensorError as error:  # how safetensors reports a full disk
             raise DraftpError(f"{target}: cannot be written ({error})") from error
-        for old in run.checkpoints()[keep:]:
-            if best is None or old != run.step_folder(best):
-                shutil.rmtree(old)
+        except RuntimeError as error:  # and torch.save
+            if is_lost_connection(error):
+                raise
+            raise DraftpError(f"{target}: cannot be written ({error})") from error
     return target
 
 
-def load_newest(run: Run, model: SDXLDRaFTPModel) -> tuple[dict[str, Any] | None, list[str]]:
-    """Put the newest whole checkpoint's weights into `model`.
+def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list[str]]:
+    """Put the newest whole checkpoint into `trainer`, in every process the same.
 
     Returns:
-        its state (None where there is no checkpoint), and a line for each damaged one that was passed over.
+        the rest of its state (None where there is no checkpoint), and a line for each damaged one that was passed over.
     """
-    damaged = []
-    for folder in run.checkpoints():
-        problem = _problem(folder)
-        if problem is None:
-            state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
-            load_weights(model, folder)
-            return state, damaged
-        damaged.append(f"{folder} is damaged ({problem}) and is passed over")
-    return None, damaged
+    damaged: list[str] = []
+    newest = None
+    with trainer.ranks.together():
+        for folder in run.checkpoints() if trainer.ranks.is_main else []:
+            problem = _problem(folder)
+            if problem is None:
+                newest = folder
+                break
+            damaged.append(f"{folder} is damaged ({problem}) and is passed over")
+    newest, damaged = trainer.ranks.told((newest, damaged))
+    if newest is None:
+        return None, damaged
+    state = torch.load(newest / "state.pt", weights_only=True, map_location="cpu")
+    load_weights(trainer.model, newest)
+    trainer.load_state(state, load_tensors(newest / "training", trainer.weight_of))
+    return state, damaged
 
 
 def _problem(folder: Path) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from draftcli.core.sharding import as_part_of, local
 
 
 class Ema:
@@ -16,7 +17,7 @@ class Ema:
     Early on d is (1 + n) / (10 + n) after n updates, as in diffusers' EMAModel: the start is forgotten soon.
 
     Args:
-        parameters: the weights that are trained.
+        parameters: the weights that are trained. Of those that are split over processes, each averages its part.
         decay: d once enough steps were taken, 0 < d < 1.
         device: where the average is kept; None: beside each weight.
     """
@@ -25,14 +26,14 @@ class Ema:
         self.parameters = list(parameters)
         self.decay = decay
         self.updates = 0
-        self.averages = [p.detach().to(device or p.device, copy=True) for p in self.parameters]
+        self.averages = [local(p).detach().to(device or p.device, copy=True) for p in self.parameters]
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights as they are now into the average."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         for average, parameter in zip(self.averages, self.parameters, strict=True):
-            average.lerp_(parameter.to(average.device), 1 - decay)
+            average.lerp_(local(parameter).to(average.device), 1 - decay)
         self.updates += 1
 
     @contextmanager
@@ -47,16 +48,18 @@ class Ema:
     @torch.no_grad()
     def _swap(self) -> None:
         for average, parameter in zip(self.averages, self.parameters, strict=True):
-            kept = parameter.clone()
-            parameter.copy_(average)
+            weight = local(parameter)
+            kept = weight.clone()
+            weight.copy_(average)
             average.copy_(kept)
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds."""
-        return {"updates": self.updates, "averages": self.averages}
+    def tensors(self) -> list[Tensor]:
+        """The averages, split as their weights are."""
+        return [as_part_of(average, p) for average, p in zip(self.averages, self.parameters, strict=True)]
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        self.updates = state["updates"]
-        for average, kept in zip(self.averages, state["averages"], strict=True):
-            average.copy_(kept)
+    @torch.no_grad()
+    def load(self, updates: int, tensors: Sequence[Tensor]) -> None:
+        """Put back what `updates` and `tensors` were."""
+        self.updates = updates
+        for average, kept in zip(self.averages, tensors, strict=True):
+            average.copy_(local(kept))

@@ -10,12 +10,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from draftcli.config import Config
+from draftcli.core import sharding
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.gradient import check_sampler
 from draftcli.core.runtime import Ranks, open_ranks
@@ -64,7 +66,8 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
         DraftpError: the disk refuses, or something was not finite three times in a row.
     """
     began = time.monotonic()
-    with open_ranks() as ranks, ExitStack() as held:
+    timeout = timedelta(minutes=cfg.sharding.timeout_minutes)
+    with open_ranks(timeout) as ranks, ExitStack() as held:
         if not ranks.is_main:
             console = Console(quiet=True)
         check_sampler(cfg.sampling.sampler)
@@ -80,6 +83,7 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
         with ranks.together():
             session = _Session(cfg, run, prompts, held_out_prompts, ranks, console)
+        session.start()
         with session, stop_on_signal(ranks) as asked_to_stop:
             outcome = session.go(asked_to_stop)
         outcome.seconds = time.monotonic() - began
@@ -112,20 +116,31 @@ class _Session:
         held_out = load_held_out(cfg)
         self.model = model = SDXLDRaFTPModel(cfg)
         processes = f", {ranks.size} processes" if ranks.size > 1 else ""
-        console.print(f"running on {model.runtime.reason}{processes}", highlight=False)
-        model.reward_model = rewards
-        self.trainer = Trainer(model, rewards, prompts, ranks)
+        split = ", weights split over them" if sharding.is_wanted(cfg.sharding) else ""
+        console.print(f"running on {model.runtime.reason}{processes}{split}", highlight=False)
+        model.reward_model = self.rewards = rewards
+        self.prompts = prompts
         self.validation = None
         if cfg.trainer.val_check_interval and held_out_prompts:
             judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
             self.validation = Validation(model, judges, held_out_prompts, ranks)
         self._data = {"sha256": fingerprint(prompts), "count": len(prompts)}
         self._report_long(prompts)
+
+    def start(self) -> None:
+        """Split the network, where it is to be, and resume. From here on the processes work together."""
+        if self.ranks.size == 1 and self.cfg.sharding.strategy == "fsdp":
+            self._warn("sharding.strategy fsdp has no effect with one process")
+        if sharding.is_wanted(self.cfg.sharding):
+            self.ranks.lockstep = True
+            self.ranks.at("splitting the weights")
+            self.model.configure_sharded_model()
+        self.trainer = Trainer(self.model, self.rewards, self.prompts, self.ranks)
         self.first = self._resume()
         self._saved = self.first
-        self.log = RunLog(run, cfg.logging, self.first)
-        past = [line["reward"] for line in run.steps() if line["reward"] is not None]
-        self.live = LiveView(console, run.folder.name, self.first, cfg.trainer.max_steps, past)
+        self.log = RunLog(self.run, self.cfg.logging, self.first)
+        past = [line["reward"] for line in self.run.steps() if line["reward"] is not None]
+        self.live = LiveView(self.console, self.run.folder.name, self.first, self.cfg.trainer.max_steps, past)
 
     def __enter__(self) -> _Session:
         with ExitStack() as stack, self.ranks.together():
@@ -162,8 +177,9 @@ class _Session:
         outcome.finished = outcome.step == last
         outcome.interrupted = not outcome.finished
         outcome.skipped = self.trainer.skipped
+        self.ranks.at("writing final/")
         with self.ranks.together():
-            if outcome.finished and self.ranks.is_main:
+            if outcome.finished and (self.ranks.is_main or self.ranks.lockstep):
                 self._write_final(outcome)
         outcome.written = _written(self.run)
         return outcome
@@ -172,8 +188,10 @@ class _Session:
         try:
             line = self.trainer.step(step)
         except Exception:
-            # Whatever went wrong, the weights after the last finished step are good: nothing of them is lost.
-            if self.trainer.consistent and step - 1 > self._saved and self.ranks.is_main:
+            # Whatever went wrong, the weights after the last finished step are good: nothing of them is lost, unless
+            # they lie on processes of which one is going.
+            can_save = self.trainer.gave_up if self.ranks.lockstep else self.ranks.is_main
+            if self.trainer.consistent and step - 1 > self._saved and can_save:
                 self._write_checkpoint(step - 1)
                 self.live.say(f"saved after step {step - 1}")
             raise
@@ -187,6 +205,7 @@ class _Session:
     def _validate(self, step: int) -> tuple[dict[str, Any], bool]:
         assert self.validation is not None
         ema = self.trainer.ema
+        self.ranks.at(f"validation after step {step}")
         averaged = ema is not None and self.cfg.ema.in_validation
         with ema.in_place() if ema is not None and averaged else nullcontext():
             result, sheet = self.validation(self.run, step, self.live.note)
@@ -210,25 +229,26 @@ class _Session:
 
     def _save(self, step: int) -> None:
         self.live.note(f"saving step {step}")
+        self.ranks.at(f"saving step {step}")
         with self.ranks.together():
-            if self.ranks.is_main:
+            if self.ranks.is_main or self.ranks.lockstep:
                 self._write_checkpoint(step)
         self._saved = step
         self.live.note("")
 
     def _write_checkpoint(self, step: int) -> None:
-        state = {**self.trainer.state(), "prompts": self._data}
-        save_checkpoint(self.run, step, self.model, state, self.cfg.trainer.keep_checkpoints, self.run.best())
+        facts, keep = {"prompts": self._data}, self.cfg.trainer.keep_checkpoints
+        save_checkpoint(self.run, step, self.trainer, facts, keep, self.run.best())
         self.live.saved(step)
 
     def _resume(self) -> int:
         """Put back the newest whole checkpoint; the step it is of, 0 where there is none."""
-        state, damaged = load_newest(self.run, self.model)
+        self.ranks.at("resuming")
+        state, damaged = load_newest(self.run, self.trainer)
         for line in damaged:
             self._warn(line)
         first = 0
         if state is not None:
-            self.trainer.load_state(state)
             first = state["step"]
             self.console.print(f"resuming {self.run.folder} after step {first}", highlight=False)
             if state["prompts"]["sha256"] != self._data["sha256"]:
@@ -263,13 +283,19 @@ class _Session:
         def write(folder: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            with ema.in_place() if ema is not None and averaged else nullcontext():
-                save_weights(self.model, folder)
+            gather(folder)
             card = model_card(self.cfg, outcome.validation, self._data)
             (folder / "README.md").write_text(card, encoding="utf-8")
 
+        def gather(folder: Path) -> None:
+            with ema.in_place() if ema is not None and averaged else nullcontext():
+                save_weights(self.model, folder, write=self.ranks.is_main)
+
         with disk_errors(self.run.final):
-            write_aside(self.run.final, write)
+            if self.ranks.is_main:
+                write_aside(self.run.final, write)
+            else:
+                gather(self.run.final)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.runtime import Ranks, derived_seed
+from draftcli.core.sharding import whole
 from draftcli.errors import DraftpError, InputError
 from draftcli.prompts import Batches, Prompt, Shuffled
 from draftcli.rewards import WeightedSum
@@ -46,6 +47,8 @@ class Trainer:
         self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()
         check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, self.ranks.size)
         self.weights = model.trainable_parameters
+        self.names = [name for name, p in model.unet.named_parameters() if p.requires_grad]
+        self._index = {name: i for i, name in enumerate(self.names)}
         self.optimizer = torch.optim.AdamW(
             self.weights, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
         )
@@ -62,7 +65,7 @@ class Trainer:
         self.batches = Batches(prompts, cfg.trainer.global_batch_size, cfg.trainer.seed)
         sizes = [*cfg.sampling.sizes] or [(cfg.sampling.height, cfg.sampling.width)]
         self.sizes = Shuffled(sizes, cfg.trainer.seed)
-        self.skipped = self._skipped_in_a_row = 0
+        self.skipped = self._skipped_in_a_row = self._step = 0
         self.consistent = True
 
     def batch(self, step: int) -> Batch:
@@ -79,12 +82,13 @@ class Trainer:
         Raises:
             DraftpError: the third step in a row whose reward, loss or gradient is not finite.
         """
-        began = time.perf_counter()
+        began, self._step = time.perf_counter(), step
+        self.ranks.at(f"step {step}, drawing its pictures")
         batch, scaler = self.batch(step), self.model.grad_scaler
         metrics, scores = self._gradient(batch)
         scaler.unscale_(self.optimizer)
         limit = self.cfg.trainer.gradient_clip_val
-        norm = float(nn.utils.clip_grad_norm_(self.weights, limit or math.inf))
+        norm = float(whole(nn.utils.clip_grad_norm_(self.weights, limit or math.inf)))
         rate = self.schedule.get_last_lr()[0]
         broken = [n for n, x in (("reward", metrics["reward"]), ("loss", metrics["loss"])) if not math.isfinite(x)]
         searching = not broken and scaler.get_scale() > 1  # fp16 is still looking for a scale that fits
@@ -141,8 +145,11 @@ class Trainer:
             scores[name][mine.start * each : mine.stop * each] = own
         names = [name for name, value in metrics.items() if value is not None]
         values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
+        self.ranks.at(f"step {self._step}, waiting for the others' gradients")
         self.ranks.sum_(list(scores.values()))
-        self.ranks.mean_([values, *(w.grad for w in self.weights if w.grad is not None)])
+        # FSDP has averaged the gradients of a split network already.
+        gradients = [] if self.ranks.lockstep else [w.grad for w in self.weights if w.grad is not None]
+        self.ranks.mean_([values, *gradients])
         metrics |= dict(zip(names, values.tolist(), strict=True))
         return metrics, scores
 
@@ -153,26 +160,60 @@ class Trainer:
         elif not searching:
             self._skipped_in_a_row += 1
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether `step` raised because too many steps in a row were not finite, in every process alike."""
+        return self._skipped_in_a_row >= SKIPS_ALLOWED
+
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds beside the weights."""
+        """What a checkpoint holds beside the weights and `tensors`: small, the same in every process."""
+        optimizer = self.optimizer.state_dict()
+        small = {i: {k: v for k, v in own.items() if not self._is_large(i, v)} for i, own in optimizer["state"].items()}
         return {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": {**optimizer, "state": small},
             "schedule": self.schedule.state_dict(),
             "grad_scaler": self.model.grad_scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.ema is None else self.ema.updates,
             "rewards": self.rewards.state_dict(),
             "skipped": [self.skipped, self._skipped_in_a_row],
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Put back what `state` gave."""
-        self.optimizer.load_state_dict(state["optimizer"])
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds that is as large as the weights, by `WEIGHT/what`: the optimizer's moments and the
+        moving average; split over the processes where the weights are.
+        """
+        large: dict[str, Tensor] = {}
+        for i, own in self.optimizer.state_dict()["state"].items():
+            large |= {f"{self.names[i]}/{k}": v for k, v in own.items() if self._is_large(i, v)}
+        if self.ema is not None:
+            large |= {f"{name}/average": t for name, t in zip(self.names, self.ema.tensors(), strict=True)}
+        return large
+
+    def weight_of(self, name: str) -> Tensor:
+        """The weight that a tensor of `tensors` belongs to; it has its shape, and is split alike.
+
+        Raises:
+            KeyError: this model trains no such weight.
+        """
+        return self.weights[self._index[name.rpartition("/")[0]]]
+
+    def load_state(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Put back what `state` and `tensors` gave."""
+        optimizer = state["optimizer"]
+        for key, tensor in tensors.items():
+            name, _, what = key.rpartition("/")
+            if what != "average":
+                optimizer["state"].setdefault(self._index[name], {})[what] = tensor
+        self.optimizer.load_state_dict(optimizer)
         self.schedule.load_state_dict(state["schedule"])
         self.model.grad_scaler.load_state_dict(state["grad_scaler"])
         if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+            self.ema.load(state["ema"], [tensors[f"{name}/average"] for name in self.names])
         self.rewards.load_state_dict(state["rewards"])
         self.skipped, self._skipped_in_a_row = state["skipped"]
+
+    def _is_large(self, index: int, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.dim() > 0 and value.shape == self.weights[index].shape
 
 
 def check_batch_size(micro: int, total: int, processes: int) -> None:

@@ -22,7 +22,7 @@ from draftcli.prompts import Prompt, fingerprint
 from draftcli.rewards import Reward
 from draftcli.runs import Run, disk_errors, write_aside
 from draftcli.sampling.diversity import EDGE, pairwise_distance, thumbnail
-from draftcli.sampling.draw import draw, plan
+from draftcli.sampling.draw import batches, draw, plan
 from draftcli.sampling.sheet import Cell, spread, write_sheet
 from draftcli.statistics import paired
 
@@ -116,12 +116,23 @@ class Validation:
                     judged.shown[i] = (images[i - done].clamp(0, 1) * 255).round().byte().cpu().contiguous()
                 done = rows.stop
                 progress(f"validating: {kind} {done - mine.start}/{len(mine)}")
+            if self.ranks.lockstep:
+                self._keep_step(kind)
         self.ranks.sum_([judged.scores, judged.thumbnails])
         for i in self._chosen:
             picture = judged.shown.get(i, torch.zeros(3, *self.pictures[i].size, dtype=torch.uint8))
             self.ranks.sum_([picture])
             judged.shown[i] = picture
         return judged
+
+    def _keep_step(self, kind: str) -> None:
+        """Where the network is split every process uses it as often as the one with the most batches: draw along."""
+        size = self.model.cfg.trainer.micro_batch_size
+        shares = [self.ranks.share(len(self.pictures), rank) for rank in range(self.ranks.size)]
+        counts = [len(list(batches(self.pictures[share.start : share.stop], size))) for share in shares]
+        for _ in range(max(counts) - counts[self.ranks.rank]):
+            for _ in draw(self.model, self.pictures[:1], kind, 1):
+                pass
 
     def _keep(self, path: Path, base: Judged) -> None:
         tensors = {"scores": base.scores, "thumbnails": base.thumbnails}

@@ -3,10 +3,8 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -16,36 +14,10 @@ from safetensors.torch import load_file
 
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.example_rewards import Red
+from tests.ranks import train_in_ranks
 
 BATCH = {"micro_batch_size": 2, "global_batch_size": 4, "max_steps": 2, "val_check_interval": 2}
 ROOT = Path(__file__).parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def two_processes(preset: Path, output: str, before=lambda rank: None) -> list[tuple[int, str]]:
-    """`draftp train` in two forked processes: the exit code and the errors of each."""
-    port, children = str(free_port()), []
-    for rank in range(2):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: fork in a process that has threads
-            child = os.fork()
-        if child == 0:
-            os.environ.update(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            )
-            signal.alarm(300)  # a deadlock is a failure
-            before(rank)
-            result = draftp("train", "--preset", preset, "--output", output)
-            Path(f"{output}-rank{rank}.txt").write_text(result.err + result.out)
-            os._exit(result.code)
-        children.append(child)
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    return [(code, Path(f"{output}-rank{rank}.txt").read_text()) for rank, code in enumerate(codes)]
 
 
 def lora(run: str) -> dict[str, torch.Tensor]:
@@ -76,7 +48,7 @@ def assert_alike(one: str, two: str) -> None:
 def test_two_processes_equal_one_on_the_same_global_batch(tiny_sdxl):
     preset = recipe(tiny_sdxl, data=WITH_VALIDATION, trainer=BATCH)
     assert draftp("train", "--preset", preset, "--output", "one").code == 0
-    ranks = two_processes(preset, "two")
+    ranks = train_in_ranks(2, preset, "two")
     assert [code for code, _ in ranks] == [0, 0], ranks
     assert_alike("one", "two")
     assert "2 processes" in ranks[0][1]
@@ -99,10 +71,10 @@ def test_when_a_process_fails_none_waits_and_no_step_is_lost(tiny_sdxl):
 
         Red.__call__ = call
 
-    ranks = two_processes(preset, "run", before)
+    ranks = train_in_ranks(2, preset, "run", before=before)
     assert [code for code, _ in ranks] == [1, 1]
     assert "the reward's server is gone" in ranks[1][1]
-    assert "another process of this run failed" in ranks[0][1]
+    assert "process 1 of this run failed" in ranks[0][1]
     assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
 
 
@@ -110,7 +82,6 @@ def test_when_a_process_is_killed_the_other_leaves(tiny_sdxl):
     preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 5, "save_interval": 100})
 
     def before(rank):
-        Path(f"run-rank{rank}.txt").write_text("")
         calls, plain = [], Red.__call__
 
         def call(self, images, prompts):
@@ -121,9 +92,11 @@ def test_when_a_process_is_killed_the_other_leaves(tiny_sdxl):
 
         Red.__call__ = call
 
-    ranks = two_processes(preset, "run", before)
+    ranks = train_in_ranks(2, preset, "run", before=before)
     assert [code for code, _ in ranks] == [1, -signal.SIGKILL]
-    assert "another process of this run is gone" in ranks[0][1]
+    assert "process 1 of this run is gone" in ranks[0][1]
+    assert "process 1 was last at: step 3, drawing its pictures" in ranks[0][1]
+    assert "process 0 waited at: step 3, waiting for the others' gradients" in ranks[0][1]
     assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
 
 
@@ -142,13 +115,13 @@ def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tiny_sdxl
 
         Red.__call__ = call
 
-    ranks = two_processes(preset, "run", before)
+    ranks = train_in_ranks(2, preset, "run", before=before)
     assert [code for code, _ in ranks] == [130, 130]
     assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
 
 
 def test_a_global_batch_that_cannot_be_shared_out_names_the_nearest(tiny_sdxl):
-    ranks = two_processes(recipe(tiny_sdxl, trainer={**BATCH, "global_batch_size": 6}), "run")
+    ranks = train_in_ranks(2, recipe(tiny_sdxl, trainer={**BATCH, "global_batch_size": 6}), "run")
     assert [code for code, _ in ranks] == [2, 2]
     assert "micro_batch_size 2 times 2 processes; the nearest that work: 4, 8" in ranks[0][1]
 
