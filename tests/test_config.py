@@ -97,6 +97,14 @@ def test_settings_given_in_vain_are_warned_about():
     assert check_config({}).warnings() == []
 
 
+def test_what_does_not_go_with_split_weights_is_said():
+    split = {"strategy": "fsdp", "fold_lora": True}
+    assert "fsdp never folds" in "\n".join(check_config({"sharding": split}).warnings())
+    assert "it is for fsdp" in "\n".join(check_config({"sharding": {"strategy": "ddp", "shard_size": 2}}).warnings())
+    with pytest.raises(InputError, match=r"ema\.device cpu does not go with sharding\.strategy fsdp"):
+        check_config({"sharding": {"strategy": "fsdp"}, "ema": {"decay": 0.9, "device": "cpu"}})
+
+
 def test_a_recipe_that_is_no_file_and_no_preset_names_the_presets():
     with pytest.raises(InputError, match="toy-full"):
         load_config("nothing")

@@ -91,7 +91,7 @@ def _of_this_process(device: torch.device) -> torch.device:
 class Ranks:
     """The processes that train together, as torchrun or accelerate launch started them.
 
-    Every method but `share`, `at` and `blame` is collective: all processes call it, in the same order. In a process
+    Every method that asks or tells the others is collective: all processes call it, in the same order. In a process
     that is alone they do nothing.
 
     Attributes:
@@ -191,17 +191,16 @@ class Ranks:
             return f"another process of this run is gone; {here}"
         try:
             self.leave(NOTICED)
-            until = time.monotonic() + NOTICE
-            while (silent := [r for r in range(self.size) if not self._board.check([f"left {r}"])]) and (
-                time.monotonic() < until
-            ):
+            until, silent = time.monotonic() + NOTICE, list(range(self.size))
+            while silent and time.monotonic() < until:
+                silent = [r for r in silent if not self._board.check([f"left {r}"])]
                 time.sleep(0.05)
             left = {r: self._board.get(f"left {r}").decode() for r in range(self.size) if r not in silent}
             last = {r: self._board.get(f"at {r}").decode() for r in silent if self._board.check([f"at {r}"])}
-        except RuntimeError:  # torch's store was kept by the process that is gone
-            return f"process 0 of this run is gone, and with it what the others could say; {here}"
+        except RuntimeError:  # without torchrun it is process 0 that keeps torch's store
+            return f"process 0 of this run is gone, see what it said; {here}"
         if failed := [f"process {r} of this run failed: {why}" for r, why in left.items() if why != NOTICED]:
-            return f"{'; '.join(failed)}"
+            return "; ".join(failed)
         where = "; ".join(f"process {r} was last at: {last.get(r, 'start')}" for r in silent)
         if silent:
             verb = "did not come in time (sharding.timeout_minutes)" if slow else "of this run is gone"

@@ -134,6 +134,7 @@ class Trainer:
         try:
             with self.ranks.together():
                 _, metrics = self.model.get_loss_and_metrics(part)
+                self.ranks.at(f"step {self._step}, waiting for the others' gradients")
         except BaseException:  # the step did not happen
             self.optimizer.zero_grad(set_to_none=True)
             self.rewards.pop_scores()
@@ -145,7 +146,6 @@ class Trainer:
             scores[name][mine.start * each : mine.stop * each] = own
         names = [name for name, value in metrics.items() if value is not None]
         values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
-        self.ranks.at(f"step {self._step}, waiting for the others' gradients")
         self.ranks.sum_(list(scores.values()))
         # FSDP has averaged the gradients of a split network already.
         gradients = [] if self.ranks.lockstep else [w.grad for w in self.weights if w.grad is not None]

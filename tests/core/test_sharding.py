@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.multiprocessing import start_processes
 
+from draftcli.config import ShardingConfig
+from draftcli.core.sharding import make_mesh
 from draftcli.errors import InputError
 from tests.tiny import batch, tiny_model
 
@@ -26,12 +29,15 @@ CASES = {
     "lora after a base pass": {},
     "full": {"peft": {"peft_scheme": "none"}},
     "recomputed": {"sharding": {"activation_checkpointing": True}},
+    "steps again, a smaller prefix": {"sharding": {"recompute_steps": True, "prefix_batch_size": 1}},
+    "two copies": {"sharding": {"strategy": "fsdp", "shard_size": 1}, "peft": {"peft_scheme": "none"}},
     "bf16": {"model": {"precision": "bf16"}},
+    "bf16 in full": {"model": {"precision": "bf16"}, "peft": {"peft_scheme": "none"}},
 }
 
 
 def model_of(case, folder):
-    return tiny_model(folder, 0.05, **CASES[case], trainer={"micro_batch_size": 4})
+    return tiny_model(folder, 0.05, **CASES[case], trainer={"micro_batch_size": 1 if "again" in case else 4})
 
 
 def trained_names(model):
@@ -85,7 +91,7 @@ def test_two_sharded_processes_equal_one(sharded, tiny_sdxl, case):
     _, metrics = model.get_loss_and_metrics(batch(4))
     loss, reward, kl = json.loads((sharded / f"{case}.json").read_text())
     # bf16 rounds by batch size, to 8 bits
-    tolerance = 2e-2 if case == "bf16" else 1e-9
+    tolerance = 2e-2 if "bf16" in case else 1e-9
     assert [loss, reward, kl] == pytest.approx([metrics[k] for k in ("loss", "reward", "kl_penalty")], abs=tolerance)
     gradient = load_file(sharded / f"{case}.safetensors")
     parameters = {name: p for name, p in model.unet.named_parameters() if p.requires_grad}
@@ -93,8 +99,18 @@ def test_two_sharded_processes_equal_one(sharded, tiny_sdxl, case):
     found = torch.cat([gradient[name].flatten() for name in parameters])
     expected = torch.cat([p.grad.flatten() for p in parameters.values()])
     assert expected.norm() > 1e-4
-    assert (found - expected).norm() <= (0.1 if case == "bf16" else 1e-9) * expected.norm()
-    assert found.dtype == (torch.float32 if case == "bf16" else torch.float64)
+    assert (found - expected).norm() <= (0.1 if "bf16" in case else 1e-9) * expected.norm()
+    assert found.dtype == (torch.float32 if "bf16" in case else torch.float64)
+
+
+def test_a_share_that_does_not_divide_the_processes_names_those_that_do():
+    settings = ShardingConfig(strategy="fsdp", shard_size=4)
+    with (
+        mock.patch.object(dist, "is_initialized", return_value=True),
+        mock.patch.object(dist, "get_world_size", return_value=6),
+        pytest.raises(InputError, match="shard_size 4 does not divide the 6 processes; those that do: 1, 2, 3, 6"),
+    ):
+        make_mesh(settings, torch.device("cpu"))
 
 
 def test_sharding_needs_several_processes(tiny_sdxl):

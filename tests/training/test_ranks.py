@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
+from draftcli.errors import DraftpError
+from draftcli.training import checkpoint
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.example_rewards import Red
 from tests.ranks import train_in_ranks
@@ -55,23 +58,27 @@ def test_two_processes_equal_one_on_the_same_global_batch(tiny_sdxl):
     assert ranks[1][1] == "", "one process talks for all"
 
 
+def fail():
+    raise DraftpError("the reward's server is gone")
+
+
+def in_call(here: bool, number: int | None, act) -> None:
+    """In this process, `act` in the reward's call `number`, counted from 1; None: in every one."""
+    calls, plain = [], Red.__call__
+
+    def call(self, images, prompts):
+        calls.append(1)
+        if here and number in (None, len(calls)):
+            act()
+        return plain(self, images, prompts)
+
+    Red.__call__ = call
+
+
 def test_when_a_process_fails_none_waits_and_no_step_is_lost(tiny_sdxl):
     preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 5, "save_interval": 100})
 
-    def before(rank):
-        calls, plain = [], Red.__call__
-
-        def call(self, images, prompts):
-            calls.append(1)
-            if rank == 1 and len(calls) == 3:
-                from draftcli.errors import DraftpError
-
-                raise DraftpError("the reward's server is gone")
-            return plain(self, images, prompts)
-
-        Red.__call__ = call
-
-    ranks = train_in_ranks(2, preset, "run", before=before)
+    ranks = train_in_ranks(2, preset, "run", before=lambda rank: in_call(rank == 1, 3, fail))
     assert [code for code, _ in ranks] == [1, 1]
     assert "the reward's server is gone" in ranks[1][1]
     assert "process 1 of this run failed" in ranks[0][1]
@@ -81,18 +88,9 @@ def test_when_a_process_fails_none_waits_and_no_step_is_lost(tiny_sdxl):
 def test_when_a_process_is_killed_the_other_leaves(tiny_sdxl):
     preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 5, "save_interval": 100})
 
-    def before(rank):
-        calls, plain = [], Red.__call__
-
-        def call(self, images, prompts):
-            calls.append(1)
-            if rank == 1 and len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return plain(self, images, prompts)
-
-        Red.__call__ = call
-
-    ranks = train_in_ranks(2, preset, "run", before=before)
+    ranks = train_in_ranks(
+        2, preset, "run", before=lambda rank: in_call(rank == 1, 3, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    )
     assert [code for code, _ in ranks] == [1, -signal.SIGKILL]
     assert "process 1 of this run is gone" in ranks[0][1]
     assert "process 1 was last at: step 3, drawing its pictures" in ranks[0][1]
@@ -100,22 +98,55 @@ def test_when_a_process_is_killed_the_other_leaves(tiny_sdxl):
     assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
 
 
+@pytest.mark.parametrize("who", [0, 1])
+def test_when_a_process_with_a_part_of_the_weights_fails_the_other_says_why(tiny_sdxl, who):
+    """It cannot wait for the other, which waits for its part inside the network."""
+    preset = recipe(tiny_sdxl, trainer={**BATCH, "save_interval": 1}, sharding={"strategy": "fsdp"})
+    ranks = train_in_ranks(2, preset, "run", before=lambda rank: in_call(rank == who, 2, fail))
+    assert [code for code, _ in ranks] == [1, 1], ranks
+    assert "the reward's server is gone" in ranks[who][1]
+    # Process 0 keeps what the others would read of it, where torchrun does not.
+    why = "process 1 of this run failed: the reward's server is gone" if who else "process 0 of this run is gone"
+    assert why in ranks[1 - who][1]
+    assert [path.name for path in Path("run").glob("step-*")] == ["step-000001"]
+
+
+def test_nothing_hangs_on_a_slow_process(tiny_sdxl):
+    """One that comes late to every part of a run: the other waits, in training, validation and saving."""
+
+    def before(rank):
+        in_call(rank == 1, None, lambda: time.sleep(0.5))
+        if rank == 1:
+            plain = checkpoint.save_tensors
+            checkpoint.save_tensors = lambda *args: (time.sleep(1), plain(*args))
+
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, trainer=BATCH, sharding={"strategy": "fsdp"})
+    ranks = train_in_ranks(2, preset, "run", before=before)
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    assert lora("run")
+
+
+def test_who_waits_too_long_says_for_whom_and_for_what(tiny_sdxl):
+    def stuck():
+        time.sleep(18)  # beyond the time-out, and the time that others are given to say they wait too
+        os._exit(9)
+
+    preset = recipe(tiny_sdxl, trainer=BATCH, sharding={"timeout_minutes": 0.15})
+    ranks = train_in_ranks(2, preset, "run", before=lambda rank: in_call(rank == 1, 2, stuck))
+    assert [code for code, _ in ranks] == [1, 9], ranks
+    assert "process 1 did not come in time (sharding.timeout_minutes)" in ranks[0][1]
+    assert "process 1 was last at: step 2, drawing its pictures" in ranks[0][1]
+    assert "process 0 waited at: step 2, waiting for the others' gradients" in ranks[0][1]
+
+
 def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tiny_sdxl):
     preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 50, "save_interval": 100})
 
-    def before(rank):
-        calls, plain = [], Red.__call__
+    def twice():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what the terminal has sent already
 
-        def call(self, images, prompts):
-            calls.append(1)
-            if rank == 1 and len(calls) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-                os.kill(os.getpid(), signal.SIGTERM)  # torchrun passes on what the terminal has sent already
-            return plain(self, images, prompts)
-
-        Red.__call__ = call
-
-    ranks = train_in_ranks(2, preset, "run", before=before)
+    ranks = train_in_ranks(2, preset, "run", before=lambda rank: in_call(rank == 1, 2, twice))
     assert [code for code, _ in ranks] == [130, 130]
     assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
 
@@ -144,3 +175,52 @@ def test_the_launchers_start_a_run(tiny_sdxl, launcher):
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert_alike("one", "two")
+
+
+KILLED_ONCE = """
+import os, signal
+from tests.example_rewards import Red
+
+class Once(Red):
+    calls = 0
+    def __call__(self, images, prompts):
+        Once.calls += 1
+        if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and Once.calls == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__call__(images, prompts)
+"""
+
+
+@pytest.mark.slow  # torchrun starts two processes twice, each importing torch anew
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_torchrun_restarts_from_the_last_checkpoint_when_a_process_dies(tiny_sdxl, strategy):
+    Path("once.py").write_text(KILLED_ONCE)
+    preset = recipe(
+        tiny_sdxl,
+        rewards={"tests.example_rewards:red": 0.0, "once:Once": 1.0},
+        trainer={**BATCH, "max_steps": 4, "save_interval": 1},
+        sharding={"strategy": strategy},
+    )
+    command = [
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "--max-restarts",
+        "1",
+        "-m",
+        "draftcli",
+    ]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "train", "--preset", str(preset), "--output", "run"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of this run is gone" in done.stderr
+    assert "resuming run after step 2" in done.stdout
+    assert [line["step"] for line in lines("run/metrics.jsonl")] == [1, 2, 3, 4]

@@ -136,9 +136,8 @@ def test_several_processes_equal_one(alone, tiny_sdxl, tmp_path, case, way, proc
         assert_close(moments(several, step), moments(one, step))
     if way != "ddp":
         assert "weights split over them" in ranks[0][1]
-        parts = sorted(f.name[:11] for f in (several / "step-000002/training").iterdir())
-        assert parts[0] == "shard-00001", "every process wrote its part"
-        assert len(set(parts)) == min(processes, WAYS[way].get("shard_size", processes)) or way == "hybrid"
+        parts = {file.name[: len("shard-00001")] for file in (several / "step-000002/training").iterdir()}
+        assert len(parts) >= (processes if way == "fsdp" else 2), "every process wrote its part"
 
 
 def resave(jobs: list[tuple[Path, Path]], preset: Path) -> None:
