@@ -247,17 +247,19 @@ def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         board = dist.PrefixStore("draftp", store)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), board)
+    ranks, failed = Ranks(dist.get_rank(), dist.get_world_size(), board), False
     try:
         yield ranks
     except BaseException as error:
+        failed = True
         if is_lost_connection(error):
             raise DraftpError(ranks.blame(error)) from error
         with suppress(RuntimeError):
             ranks.leave(str(error) or type(error).__name__)
         raise
     finally:
-        if ours:
+        # NCCL would wait here for processes that wait for this one; it goes with this process.
+        if ours and not (failed and torch.cuda.is_available()):
             dist.destroy_process_group()
 
 

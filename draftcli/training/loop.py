@@ -83,7 +83,8 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
         with ranks.together():
             session = _Session(cfg, run, prompts, held_out_prompts, ranks, console)
-        session.start()
+        with ranks.together():
+            session.start()
         with session, stop_on_signal(ranks) as asked_to_stop:
             outcome = session.go(asked_to_stop)
         outcome.seconds = time.monotonic() - began

@@ -117,7 +117,7 @@ class Validation:
                 done = rows.stop
                 progress(f"validating: {kind} {done - mine.start}/{len(mine)}")
             if self.ranks.lockstep:
-                self._keep_step(kind)
+                self._draw_along(kind)
         self.ranks.sum_([judged.scores, judged.thumbnails])
         for i in self._chosen:
             picture = judged.shown.get(i, torch.zeros(3, *self.pictures[i].size, dtype=torch.uint8))
@@ -125,7 +125,7 @@ class Validation:
             judged.shown[i] = picture
         return judged
 
-    def _keep_step(self, kind: str) -> None:
+    def _draw_along(self, kind: str) -> None:
         """Where the network is split every process uses it as often as the one with the most batches: draw along."""
         size = self.model.cfg.trainer.micro_batch_size
         shares = [self.ranks.share(len(self.pictures), rank) for rank in range(self.ranks.size)]
