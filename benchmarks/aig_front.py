@@ -3,7 +3,7 @@
     python benchmarks/aig_front.py train runs/front      # a run a KL coefficient
     python benchmarks/aig_front.py eval runs/front       # draws, measures, writes runs/front/eval and two plots
 
-Method. One run per KL coefficient, everything else as in the preset `toy` with K = 5. The run without KL is shown at
+Method. One run per KL coefficient, everything else as in the preset `toy`. The run without KL is shown at
 every annealing weight and LoRA scale below, the others as they are. Prompts are held-out scenes of which only shape
 and colour are named, so that size, place and background are free: in whole captions diversity would be mistakes.
 Diversity is measured on the oracle's own reading of the pictures (draftcli/toy/features.py); `--features toy` takes the
@@ -18,7 +18,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-KL = (0, 0.3, 1, 3, 10)
+KL = (0, 3, 6, 12, 30)
 WEIGHTS = "linear,power_2,power_4,step_0.3,step_0.6,cosine"
 SCALES = "0.25,0.5,0.75"
 
@@ -30,8 +30,7 @@ def name(kl: float) -> str:
 def train(folder: Path, steps: int) -> None:
     for kl in KL:
         settings = [
-            f"draftp.kl_coeff={kl}", "draftp.truncation_steps=5", f"trainer.max_steps={steps}",
-            "trainer.val_check_interval=0", "trainer.global_batch_size=16",
+            f"draftp.kl_coeff={kl}", f"trainer.max_steps={steps}", "trainer.val_check_interval=0",
         ]  # fmt: skip
         options = [part for setting in settings for part in ("--set", setting)]
         _draftp("train", "--preset", "toy", *options, "--output", folder / name(kl))

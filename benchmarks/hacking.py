@@ -12,13 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-KL = {"without KL": 0, "KL 1": 1}
+KL = {"without KL": 0, "with the recipe's KL, 12": 12}
 
 
 def train(folder: Path, steps: int) -> None:
     for kl in KL.values():
         settings = [
-            f"draftp.kl_coeff={kl}", "draftp.truncation_steps=5", f"trainer.max_steps={steps}",
+            f"draftp.kl_coeff={kl}", f"trainer.max_steps={steps}",
             f"trainer.val_check_interval={max(1, steps // 8)}", "data.validation_images=1",
         ]  # fmt: skip
         options = [part for setting in settings for part in ("--set", setting)]

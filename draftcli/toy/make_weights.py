@@ -27,7 +27,7 @@ from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw, open_pipeline
 from draftcli.toy.train_vae import train_vae
 from draftcli.toy.world import caption, held_out_scenes
 
-VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 690, 800
+VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 690, 1000
 
 
 def main(arguments: list[str] | None = None) -> None:

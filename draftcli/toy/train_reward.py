@@ -23,18 +23,30 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from draftcli.toy import oracle
 from draftcli.toy.tokenizer import MAX_TOKENS, save_tokenizer
-from draftcli.toy.train_sdxl import draw, open_pipeline, text_config
+from draftcli.toy.train_sdxl import GUIDANCE, draw, open_pipeline, text_config
 from draftcli.toy.training import device, fit, paint, to_float
-from draftcli.toy.world import ATTRIBUTES, Scene, caption, change, held_out_scenes, is_held_out, training_scenes
+from draftcli.toy.world import (
+    ATTRIBUTES,
+    BACKGROUNDS,
+    COLOURS,
+    Scene,
+    caption,
+    change,
+    held_out_scenes,
+    is_held_out,
+    training_scenes,
+)
 
 PRETRAIN_STEPS = 600
-DOUBT = 0.05  # in training the better of two is named with probability sigmoid(lead / DOUBT), as in Bradley and Terry
+DOUBT = 0.05  # the better of two is preferred by a share of sigmoid(lead / DOUBT), as in Bradley and Terry
 TIES = (0.02, 0.05, 0.1)  # agreement is measured on pairs whose oracle scores are further apart than this
 FAMILY = 4  # scenes: one, and three that each differ from it in one attribute
-BASE_SAMPLES = 4  # of each scene; a render and a spoilt sample are beside them
+SCALES = (2.0, 4.0, 5.0, 7.0)  # guidance of a scene's base samples; a render and a spoilt sample are beside them
 COMPARED = 4  # of a scene's six pictures, what a step takes; all captions of a family are asked about all its pictures
+RETOUCHED = 4  # copies of every base sample, of which a step compares two with it
+OWN, FINE = 2.0, 4.0  # weights of a caption's own pictures among its family's, and of samples beside retouched ones
 DESCRIPTION, MATCHING = 2.0, 0.25  # weights of the two losses that keep it seeing while it learns to prefer
-PIXEL_NOISE = 0.03
+PIXEL_NOISE = 0.015
 SHIFT = 1  # pixels: pictures are moved about, so that the reward's gradient does not hang on exact positions
 MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 PREPROCESSOR = {
@@ -62,12 +74,16 @@ class Gallery:
         pictures: (families, FAMILY * P, 3, 64, 64) uint8, P of each scene.
         truth: (families, FAMILY, FAMILY * P) oracle scores of a family's captions by its pictures.
         description: (families, FAMILY * P, 16) what the oracle reads in each picture, standardised.
+        retouched: (S, len(SCALES), 1 + RETOUCHED, 3, 64, 64) uint8, every base sample and its retouched copies.
+        retouched_truth: (S, len(SCALES), 1 + RETOUCHED) oracle scores of them for their scene's caption.
     """
 
     scenes: list[Scene]
     pictures: Tensor
     truth: Tensor
     description: Tensor
+    retouched: Tensor
+    retouched_truth: Tensor
 
 
 def train_reward(
@@ -91,10 +107,15 @@ def train_reward(
         pictures, described = gallery.pictures[chosen[:, None], rows], gallery.description[chosen[:, None], rows]
         truth = gallery.truth[chosen].gather(2, rows[:, None].expand(-1, FAMILY, -1)).to(device())
         features, seen = look(clip, augment(to_float(pictures.flatten(0, 1))))
-        told = read(clip, tokenizer, [gallery.scenes[i] for i in groups(chosen, FAMILY).flatten()])
+        rows_of_scenes = groups(chosen, FAMILY).flatten()
+        told = read(clip, tokenizer, [gallery.scenes[i] for i in rows_of_scenes])
         cosines = torch.einsum("fce,fpe->fcp", told.unflatten(0, (batch, -1)), seen.unflatten(0, (batch, -1)))
         logits = scale(clip) * cosines
-        preference = preference_loss(logits, truth) + 2 * preference_loss(own(logits), own(truth))
+        preference = preference_loss(logits, truth) + OWN * preference_loss(own(logits), own(truth))
+        pictures, truth = some_retouched(gallery, rows_of_scenes, rng)
+        _, seen = look(clip, augment(to_float(pictures.flatten(0, 1))))
+        cosines = torch.einsum("se,spe->sp", told, seen.unflatten(0, pictures.shape[:2]))
+        preference = preference + FINE * preference_loss(scale(clip) * cosines, truth.to(device()))
         description = F.mse_loss(describe(features), described.flatten(0, 1).to(device()))
         return preference + DESCRIPTION * description + MATCHING * match(4)
 
@@ -107,7 +128,7 @@ def train_reward(
         "pretraining_seconds": pretrained,
         "steps": steps,
         "seconds": seconds,
-        "base_samples": families * FAMILY * BASE_SAMPLES,
+        "base_samples": families * FAMILY * len(SCALES),
         "doubt": DOUBT,
         **agreement(clip.float(), tokenizer, pipe, seed, check),
     }
@@ -204,11 +225,16 @@ def groups(which: Tensor, size: int) -> Tensor:
 
 
 def hang(pipe: Any, families: int, seed: int, rng: np.random.Generator) -> Gallery:
-    """Base samples of each scene, a render, and a spoilt base sample, read and judged by the oracle."""
+    """Base samples of each scene, a render, and a spoilt base sample, read and judged by the oracle.
+
+    The samples differ in guidance, as people's did in Pick-a-Pic: with it come other purity and crispness.
+    """
     scenes = new_families(families, rng)
-    base = (draw(pipe, [caption(scene) for scene in scenes] * BASE_SAMPLES, seed + 7777) * 255).round().to(torch.uint8)
-    kinds = [*base.split(len(scenes)), paint(scenes, rng, wear=1.0), spoil(base[: len(scenes)], rng)]
-    pictures = torch.stack(kinds, dim=1).view(families, FAMILY * len(kinds), *base.shape[1:])
+    prompts = [caption(scene) for scene in scenes]
+    drawn = [draw(pipe, prompts, seed + 7777 * i, scale=s) for i, s in enumerate(SCALES, start=1)]
+    base = [(pictures * 255).round().to(torch.uint8) for pictures in drawn]
+    kinds = [*base, paint(scenes, rng, wear=1.0), spoil(base[SCALES.index(GUIDANCE)], rng)]
+    pictures = torch.stack(kinds, dim=1).view(families, FAMILY * len(kinds), *base[0].shape[1:])
     truth, description = [], []
     for family, shown in enumerate(pictures):
         reading = oracle.read(shown.float() / 255)
@@ -219,7 +245,52 @@ def hang(pipe: Any, families: int, seed: int, rng: np.random.Generator) -> Galle
         description.append(torch.cat([reading.overlap, reading.centre, reading.paint, reading.paper, single], dim=1))
     described = torch.stack(description)
     mean, deviation = described.mean((0, 1)), described.std((0, 1)).clamp(min=1e-3)
-    return Gallery(scenes, pictures, torch.stack(truth), (described - mean) / deviation)
+    copies = [torch.stack([b, *(retouch(b, scenes, rng) for _ in range(RETOUCHED))], dim=1) for b in base]
+    scores = [[_score(p, scenes) for p in group.unbind(1)] for group in copies]
+    return Gallery(
+        scenes,
+        pictures,
+        torch.stack(truth),
+        (described - mean) / deviation,
+        torch.stack(copies, dim=1),
+        torch.stack([torch.stack(group, dim=1) for group in scores], dim=1),
+    )
+
+
+def _score(pictures: Tensor, scenes: list[Scene]) -> Tensor:
+    return oracle.weigh(oracle.judge(oracle.read(pictures.float() / 255), scenes))
+
+
+def retouch(pictures: Tensor, scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
+    """Copies of other purity, sharpness and stray colour, better or worse; uint8 in, uint8 out.
+
+    These are what late steps of sampling can change, while shape, size and place stay as they are. Two samples of one
+    caption differ in all of it at once and mostly in structure: the fine things would be lost beside it.
+    """
+    seen = oracle.read(pictures.float() / 255)
+    cover, paper = seen.cover[:, None], seen.paper.clone()
+    for i, scene in enumerate(scenes):
+        if scene.background is not None:
+            paper[i] = torch.tensor(BACKGROUNDS[scene.background])
+    paint = torch.tensor([COLOURS[scene.colour] for scene in scenes])
+
+    def by(low: float, high: float, *shape: int) -> Tensor:
+        """How far to go, nowhere for three pictures in ten."""
+        drawn = rng.uniform(low, high, (len(scenes), *shape)) * (rng.random((len(scenes), *shape)) < 0.7)
+        return torch.from_numpy(drawn).float()
+
+    far = by(-1, 1, 1, 1, 1)
+    soft = F.avg_pool2d(F.pad(cover, (1,) * 4, mode="replicate"), 3, stride=1)
+    edges = cover.lerp(torch.where(far > 0, torch.sigmoid(8 * (cover - 0.5)), soft), far.abs())
+    before = _blend(cover, seen.paint, seen.paper)
+    after = _blend(edges, seen.paint.lerp(paint, by(-0.7, 1, 1)), seen.paper.lerp(paper, by(-0.7, 1, 1)))
+    stray = (1 + by(-1, 0.5, 1, 1, 1)) * (seen.pixels - before)
+    return ((after + stray).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _blend(cover: Tensor, paint: Tensor, paper: Tensor) -> Tensor:
+    """Pictures (B, 3, 64, 64) of two colours (B, 3) each, by the share (B, 1, 64, 64) of the first in each pixel."""
+    return paper[..., None, None] + cover * (paint - paper)[..., None, None]
 
 
 def spoil(pictures: Tensor, rng: np.random.Generator) -> Tensor:
@@ -246,15 +317,27 @@ def some_of_each(pictures: int, batch: int, rng: np.random.Generator) -> Tensor:
     return torch.tensor(chosen)
 
 
+def some_retouched(gallery: Gallery, scenes: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Three versions (S, 3, 3, 64, 64) of one base sample of each scene, and their oracle scores (S, 3)."""
+    sample = torch.from_numpy(rng.integers(0, len(SCALES), len(scenes)))[:, None]
+    version = torch.stack([torch.from_numpy(rng.permutation(1 + RETOUCHED)[:3]) for _ in scenes])
+    rows = scenes[:, None]
+    return gallery.retouched[rows, sample, version], gallery.retouched_truth[rows, sample, version]
+
+
 def own(scores: Tensor) -> Tensor:
     """Of each family's captions by pictures (F, C, C * P), what each caption has of its own pictures: (F, C, P)."""
     return scores.unflatten(2, (scores.shape[1], -1)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
 
 
 def preference_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy over all pairs of a caption's pictures, logits and truth (..., P); labels drawn with `DOUBT`."""
+    """Cross-entropy over all pairs of a caption's pictures, logits and truth (..., P).
+
+    A label is the share of people who would prefer the first, each erring with `DOUBT`: what one of them says costs
+    steps and teaches the same.
+    """
     i, j = torch.triu_indices(logits.shape[-1], logits.shape[-1], offset=1, device=logits.device)
-    better = torch.bernoulli(torch.sigmoid((truth[..., i] - truth[..., j]) / DOUBT))
+    better = torch.sigmoid((truth[..., i] - truth[..., j]) / DOUBT)
     return F.binary_cross_entropy_with_logits(logits[..., i] - logits[..., j], better)
 
 

@@ -24,7 +24,7 @@ WEAR = 0.4  # how worn the training pictures are
 TERSE = 0.15  # share of captions that leave something out
 UNCONDITIONAL = 0.10  # share of captions dropped for classifier-free guidance
 OTHER_SIZE = 0.05  # share of pictures whose size keys say something else than (64, 64), uncropped
-SAMPLER_STEPS, GUIDANCE = 10, 3.0  # how the base is sampled wherever it is measured
+SAMPLER_STEPS, GUIDANCE = 10, 5.0  # how the base is sampled wherever it is measured
 STRUCTURE = 4.0  # how much more high noise may weigh in the loss: there a picture's structure is settled
 SCHEDULER = {  # SDXL's own
     "num_train_timesteps": 1000,
