@@ -54,6 +54,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("train", "plot"))
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--steps", type=int, default=120)
     given = parser.parse_args()
     train(given.folder, given.steps) if given.step == "train" else plot(given.folder)
