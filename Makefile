@@ -3,11 +3,12 @@
 # make demo-eval  the demo, then its report: what the tuning bought and what it cost
 # make browser    the report in a headless Chromium (apt-get install chromium)
 # make extras     the tests of the optional packages: Weights & Biases, datasets
+# make faults     a training killed 200 times: nothing may be lost
 # make check  ruff, basedpyright
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-eval test browser extras slow check docs clean
+.PHONY: demo demo-eval test browser extras slow faults check docs clean
 
 demo: .venv/.installed
 	$(BIN)/draftp train --preset toy
@@ -26,6 +27,9 @@ test: .venv/.installed-test
 
 slow: .venv/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+faults: .venv/.installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kill --kills 200
 
 check: .venv/.installed-lint
 	$(BIN)/ruff check

@@ -16,12 +16,14 @@ from typing import Annotated, Any, Literal, TypeGuard
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from draftcli.errors import InputError
+from draftcli.errors import InputError, brief
 
 Precision = Literal["fp64", "fp32", "bf16", "fp16"]
 Size = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountFromZero = Annotated[int, Field(ge=0, le=10**9)]
 Share = Annotated[float, Field(ge=0, le=1)]
+LONGEST_KEY = 120  # letters of a setting's name that a message repeats
 
 
 class Section(BaseModel):
@@ -92,7 +94,7 @@ class DraftpConfig(Section):
     """eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
     log_kl: bool = True
     """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
-    low_variance_samples: Annotated[int, Field(ge=0)] = 0
+    low_variance_samples: CountFromZero = 0
     """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean."""
 
     @property
@@ -165,7 +167,7 @@ def _by_name(value: Any) -> Any:
         source = dict(item) if isinstance(item, dict) else {"name": item}
         name = source.pop("name", None)
         if not isinstance(name, str):
-            raise ValueError(f"expected a name or {{name: NAME, pretrained: ...}}, found {item!r}")
+            raise ValueError(f"expected a name or {{name: NAME, pretrained: ...}}, found {brief(item)}")
         named[name] = source
     return named
 
@@ -185,7 +187,7 @@ class SchedConfig(Section):
     """Learning rate over time, by diffusers.optimization.get_scheduler."""
 
     name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    warmup_steps: CountFromZero = 0
 
 
 class OptimConfig(Section):
@@ -208,7 +210,7 @@ class TrainerConfig(Section):
     """Images per optimizer step."""
     gradient_clip_val: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest gradient norm; null: no clipping."""
-    val_check_interval: Annotated[int, Field(ge=0)] = 50
+    val_check_interval: CountFromZero = 50
     """Steps between validations (also at the start and the end); 0: never."""
     save_interval: Count = 50
     """Steps between checkpoints (also at the end)."""
@@ -422,8 +424,8 @@ def load_config(
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise InputError(f"--set {override}: expected KEY=VALUE, such as --set trainer.max_steps=300")
-        _set(data, _split(key.strip()), _parse(text, f"--set {override}"))
+            raise InputError(f"--set {override[:LONGEST_KEY]}: expected KEY=VALUE, such as --set trainer.max_steps=300")
+        _set(data, _split(key.strip()), _parse(text, f"--set {override[:LONGEST_KEY]}"))
     return check_config(data)
 
 
@@ -470,7 +472,7 @@ def _find(preset: str) -> Path:
     if preset in names:
         return presets_folder() / f"{preset}.yaml"
     raise InputError(
-        f"unknown preset {preset!r}{_nearest(preset, names)}; there are: {', '.join(names)}, or give a .yaml file"
+        f"unknown preset {brief(preset)}{_nearest(preset, names)}; there are: {', '.join(names)}, or give a .yaml file"
     )
 
 
@@ -511,7 +513,10 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
     for key in keys[:-1]:
         child = node.get(key)
         if isinstance(child, list) and key == "held_out_rewards":
-            node[key] = child = _by_name(child)
+            try:
+                node[key] = child = _by_name(child)
+            except ValueError as error:
+                raise InputError(f"{key} = {brief(child)}: {error}") from None
         if not isinstance(child, dict):
             # `rewards: {toy: 1.0}` and --set rewards.toy.target=2: the short form becomes the long one.
             child = {} if child is None else {"weight": child}
@@ -530,7 +535,7 @@ def _split(key: str) -> list[str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word[:LONGEST_KEY], known, n=1, cutoff=0.5)
     return f", did you mean {close[0]}?" if close else ""
 
 
@@ -552,18 +557,18 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 def _explain(error: Any) -> str:
     location = tuple(part for part in error["loc"] if not str(part).startswith("function-"))
-    key = ".".join(str(part) for part in location)
+    key = ".".join(str(part) for part in location)[:LONGEST_KEY]
     if error["type"] == "extra_forbidden":
         known = _known_keys(location[:-1])
         sections = {name: field.annotation for name, field in Config.model_fields.items()}
         elsewhere = [f"{name}.{k}" for name, s in sections.items() if _is_section(s) for k in s.model_fields]
         near = _nearest(str(location[-1]), known) or _nearest(key, elsewhere)
-        where = ".".join(map(str, location[:-1])) or "the settings"
+        where = ".".join(map(str, location[:-1]))[:LONGEST_KEY] or "the settings"
         return f"unknown setting {key}{near or f'; {where} knows: ' + ', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return message
-    return f"{key} = {error['input']!r}: {message[:1].lower()}{message[1:]}"
+    return f"{key} = {brief(error['input'])}: {message[:1].lower()}{message[1:]}"
 
 
 def _is_section(annotation: Any) -> TypeGuard[type[Section]]:

@@ -1,5 +1,21 @@
 """The kinds of errors a user can meet; the command line turns them into one line on stderr and an exit code."""
 
+from __future__ import annotations
+
+import reprlib
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 4, 4, 4
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def brief(value: object) -> str:
+    """`repr`, short enough for a message and soon done: YAML's references make a small file a huge value."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python writes no numbers of more than 4,300 digits
+        return "a number of thousands of digits"
+
 
 class DraftpError(Exception):
     """The work failed for a reason of its own: disk full, divergence, no memory. Exit code 1."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -24,12 +25,13 @@ from typing import Any
 import yaml
 
 from draftcli.config import Config, check_config, dump_config
-from draftcli.errors import DraftpError, InputError
+from draftcli.errors import DraftpError, InputError, brief
 
 # What may differ between the sessions of one run; anything else would make it another run.
 MAY_CHANGE = ("trainer.max_steps", "trainer.val_check_interval", "trainer.save_interval", "trainer.keep_checkpoints")
 MAY_CHANGE_SECTIONS = ("logging", "sharding")
 LOCK = ".lock"
+FINAL_STEP = "step.txt"  # in final/: the step that it is of, as a run can be taken further and killed again
 
 
 class Run:
@@ -53,28 +55,38 @@ class Run:
         return self.folder / f"step-{step:06d}"
 
     def checkpoints(self) -> list[Path]:
-        """Whole checkpoints, the newest first. Checkpoints in the making have another name."""
-        return sorted(self.folder.glob("step-[0-9]*"), reverse=True)
+        """Whole checkpoints, the newest first. Checkpoints in the making, and on their way out, have another name."""
+        named = ((re.fullmatch(r"step-([0-9]{1,18})", path.name), path) for path in self.folder.glob("step-*"))
+        return [path for _, path in sorted(((int(name[1]), path) for name, path in named if name), reverse=True)]
 
-    def open(self, cfg: Config) -> None:
+    def open(self, cfg: Config) -> list[str]:
         """Make the folder's files, or see that it is this very run. Call it inside `locked`.
+
+        What a killed process left half done is removed.
+
+        Returns:
+            the settings that differ from those of the session before, and may.
 
         Raises:
             InputError: the run was started with other settings.
             DraftpError: it cannot be written.
         """
+        changed: list[tuple[str, Any, Any]] = []
         if self.config.is_file():
             changed = _differences(_resolved(_load(self.config)), yaml.safe_load(dump_config(cfg)))
             refused = [c for c in changed if not _may_change(c[0])]
             if refused and self.checkpoints():  # before the first checkpoint there is nothing to keep
-                listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, old, new in refused[:3])
+                listed = "; ".join(f"{key} was {brief(old)}, is {brief(new)}" for key, old, new in refused[:3])
                 raise InputError(
                     f"{self.folder} was started with other settings ({listed}); "
                     "keep them to resume, or take another --output"
                 )
         with disk_errors(self.folder):
+            for left in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.removed")]:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
             self.samples.mkdir(parents=True, exist_ok=True)
             write_aside(self.config, lambda path: path.write_text(dump_config(cfg), encoding="utf-8"))
+        return [f"{key} was {brief(old)}, is {brief(new)}" for key, old, new in changed]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -89,22 +101,24 @@ class Run:
             raise InputError(f"{self.folder} exists and is no run (it has no config.yaml); choose another --output")
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = (self.folder / LOCK).open("a+", encoding="utf-8")
+            file = (self.folder / LOCK).open("a+b", buffering=0)
         with file:
             if not _lock(file.fileno()):
                 file.seek(0)
+                who = file.read().decode(errors="replace").strip() or "unknown"
                 raise InputError(
-                    f"{self.folder} is being written by another process ({file.read().strip() or 'unknown'}); wait for "
-                    "it, or take another --output"
+                    f"{self.folder} is being written by another process ({who}); wait for it, or take another --output"
                 )
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with disk_errors(self.folder):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             yield
 
     def finished(self, step: int) -> bool:
-        """Whether `step` was the last, and everything is written."""
-        return self.final.is_dir() and self.step_folder(step).is_dir()
+        """Whether `step` was the last, and everything is written: final/ says of which step it is."""
+        marker = self.final / FINAL_STEP
+        is_final = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").strip() == str(step)
+        return is_final and self.step_folder(step).is_dir()
 
     def validations(self) -> list[dict[str, Any]]:
         """The lines of validation.jsonl."""
@@ -116,16 +130,18 @@ class Run:
 
     def best(self) -> int | None:
         """The step with the highest score in validation, the first of equals; the untrained network does not count."""
-        scored = [line for line in self.validations() if line["step"] > 0 and line.get("score") is not None]
+        tuned = [line for line in self.validations() if line["step"] > 0]
+        scored = [line for line in tuned if isinstance(line.get("score"), int | float)]
         return max(scored, key=lambda line: line["score"])["step"] if scored else None
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps after `step`, which a resumed run will take again: no step is counted twice."""
         for path in (self.metrics, self.validation):
             if path.is_file():
-                lines = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+                lines = [line for line in _lines(path) if _step_of(line) <= step]
                 text = "".join(line + "\n" for line in lines)
-                write_aside(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
+                with disk_errors(path):
+                    write_aside(path, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
 
 
 def find_run(name: str | None) -> tuple[Run, Path]:
@@ -177,16 +193,34 @@ def beside(path: Path) -> Path:
 def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     """Let `write` make a file or folder beside `path`, then rename it: `path` is never half written.
 
-    What was at `path` is replaced.
+    What was at `path` is replaced. The content is on the disk before it has its name, so that a computer that loses
+    its power leaves the old or the new one. Where `write` fails nothing is left.
     """
     aside = beside(path)
-    write(aside)
-    if aside.is_file():
-        with aside.open("rb") as file:
-            os.fsync(file.fileno())
-    if path.is_dir():
-        shutil.rmtree(path)
+    try:
+        write(aside)
+        for made in [aside] if aside.is_file() else [*aside.rglob("*")]:
+            if made.is_file():
+                with made.open("rb") as file:
+                    os.fsync(file.fileno())
+    except BaseException:
+        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)  # a full disk gets its room back
+        raise
+    old = _renamed_away(path) if path.is_dir() else None
     aside.replace(path)
+    if old is not None:
+        shutil.rmtree(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that nobody, whenever this is killed, sees half of it under its name."""
+    shutil.rmtree(_renamed_away(path))
+
+
+def _renamed_away(path: Path) -> Path:
+    old = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(old, ignore_errors=True)
+    return path.replace(old)
 
 
 @contextmanager
@@ -219,22 +253,26 @@ def _lock(handle: int) -> bool:
     return True
 
 
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+
+
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines if math.isfinite(_step_of(line))]
+    return [json.loads(line) for line in _lines(path) if math.isfinite(_step_of(line))]
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a kill
+        step = json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        step = None  # a line cut short by a kill
+    return step if type(step) is int else math.inf
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
         raise InputError(f"{path} is damaged: not the settings of a run; choose another --output")

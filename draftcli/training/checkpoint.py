@@ -19,7 +19,8 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -34,9 +35,10 @@ from torch import Tensor
 from draftcli.core.adapters import load_lora_state_dict, lora_state_dict, save_lora
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.runtime import Ranks, is_lost_connection
+from draftcli.core.sdxl import first_line
 from draftcli.core.sharding import split_like, whole
 from draftcli.errors import DraftpError
-from draftcli.runs import Run, beside, disk_errors, write_aside
+from draftcli.runs import Run, beside, disk_errors, remove_folder, write_aside
 from draftcli.training.step import Trainer
 
 MANIFEST = "manifest.json"
@@ -164,13 +166,16 @@ def save_checkpoint(
                     write_aside(target, finish)
                     for old in run.checkpoints()[keep:]:
                         if best is None or old != run.step_folder(best):
-                            shutil.rmtree(old)
+                            remove_folder(old)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise DraftpError(f"{target}: cannot be written ({error})") from error
         except RuntimeError as error:  # and torch.save
             if is_lost_connection(error):
                 raise
             raise DraftpError(f"{target}: cannot be written ({error})") from error
+        finally:
+            if ranks.is_main:
+                shutil.rmtree(aside, ignore_errors=True)  # where it failed: a full disk gets its room back
     return target
 
 
@@ -179,6 +184,9 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
 
     Returns:
         the rest of its state (None where there is no checkpoint), and a line for each damaged one that was passed over.
+
+    Raises:
+        DraftpError: there are checkpoints, and none is whole.
     """
     damaged: list[str] = []
     newest = None
@@ -190,12 +198,33 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
                 break
             damaged.append(f"{folder} is damaged ({problem}) and is passed over")
     newest, damaged = trainer.ranks.told((newest, damaged))
+    if newest is None and damaged:
+        raise DraftpError(
+            f"every checkpoint of {run.folder} is damaged, the newest: {damaged[0]}; put one back from a copy, remove "
+            "them all to begin again, or take another --output"
+        )
     if newest is None:
         return None, damaged
     state = torch.load(newest / "state.pt", weights_only=True, map_location="cpu")
+    if type(state["step"]) is not int or not {"sha256", "count"} <= state["prompts"].keys():
+        raise ValueError("state.pt lacks its step or its prompts")
     load_weights(trainer.model, newest)
     trainer.load_state(state, load_tensors(newest / "training", trainer.weight_of))
     return state, damaged
+
+
+@contextmanager
+def foreign_state(run: Run) -> Iterator[None]:
+    """What a checkpoint of something else breaks, although its checksums fit, becomes one line."""
+    try:
+        yield
+    except DraftpError:
+        raise
+    except Exception as error:
+        raise DraftpError(
+            f"{run.folder}: its newest checkpoint is whole and yet not one of this run, or of another version "
+            f"({type(error).__name__}: {first_line(error)}); remove it to take the one before, or take another --output"
+        ) from error
 
 
 def _problem(folder: Path) -> str | None:
@@ -205,9 +234,9 @@ def _problem(folder: Path) -> str | None:
         for name, expected in sums.items():
             if _checksum(folder / name) != expected:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         return str(error)
-    return None
+    return None if "state.pt" in sums else f"{MANIFEST} does not name state.pt"
 
 
 def _checksum(path: Path) -> str:

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -24,13 +24,15 @@ from draftcli.core.runtime import Ranks, open_ranks
 from draftcli.errors import InputError
 from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
-from draftcli.runs import Run, disk_errors, write_aside
+from draftcli.runs import FINAL_STEP, Run, disk_errors, write_aside
 from draftcli.training.card import model_card
-from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weights
+from draftcli.training.checkpoint import foreign_state, load_newest, save_checkpoint, save_weights
 from draftcli.training.live import LiveView
 from draftcli.training.log import RunLog
 from draftcli.training.step import Trainer, check_batch_size
 from draftcli.training.validation import Validation, hacking, score
+
+PATIENCE = 10.0  # seconds after SIGTERM in which a step may still end; what is left of the usual 30 is for saving
 
 
 @dataclass
@@ -78,7 +80,8 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
         with ranks.together():
             if ranks.is_main:
                 held.enter_context(run.locked())
-                run.open(cfg)
+                for change in run.open(cfg):
+                    console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
         if run.finished(cfg.trainer.max_steps):
             return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
         with ranks.together():
@@ -140,7 +143,7 @@ class _Session:
         self.first = self._resume()
         self._saved = self.first
         self.log = RunLog(self.run, self.cfg.logging, self.first)
-        past = [line["reward"] for line in self.run.steps() if line["reward"] is not None]
+        past = [line["reward"] for line in self.run.steps() if isinstance(line.get("reward"), float)]
         self.live = LiveView(self.console, self.run.folder.name, self.first, self.cfg.trainer.max_steps, past)
 
     def __enter__(self) -> _Session:
@@ -154,10 +157,12 @@ class _Session:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
-    def go(self, asked_to_stop: list[int]) -> Outcome:
+    def go(self, asked_to_stop: Stop) -> Outcome:
         """The loop: one round more than there are steps, so that the end is handled by the lines of the middle."""
         cfg, outcome = self.cfg.trainer, Outcome(self.first, validation=next(reversed(self.run.validations()), None))
         last = cfg.max_steps
+        self._limit_patience(asked_to_stop)
+        validated = {line["step"] for line in self.run.validations()} if self.ranks.is_main else set()
         for step in range(self.first, last + 1):
             outcome.step = step
             stopping = self.ranks.any(bool(asked_to_stop))
@@ -166,16 +171,22 @@ class _Session:
             if (
                 self.validation is not None
                 and due
-                and (step > self.first or step == 0)
+                and self.ranks.any(self.ranks.is_main and step not in validated)
                 and (step == last or not stopping)
             ):
-                outcome.validation, is_best = self._validate(step)
+                try:
+                    outcome.validation, is_best = self._validate(step)
+                except _OutOfPatience:
+                    break
             if step > self.first and (step % cfg.save_interval == 0 or step == last or stopping or is_best):
                 self._save(step)
             if step == last or stopping:
+                outcome.finished = step == last
                 break
-            self._step(step + 1)
-        outcome.finished = outcome.step == last
+            try:
+                self._step(step + 1)
+            except _OutOfPatience:
+                break
         outcome.interrupted = not outcome.finished
         outcome.skipped = self.trainer.skipped
         self.ranks.at("writing final/")
@@ -185,17 +196,45 @@ class _Session:
         outcome.written = _written(self.run)
         return outcome
 
-    def _step(self, step: int) -> None:
+    def _limit_patience(self, asked_to_stop: Stop) -> None:
+        """Whoever sends SIGTERM kills soon: what takes longer than PATIENCE from then on is given up between two of
+        its phases, and the step before it saved. Several processes finish the step: they must stop at the same place.
+        """
+        if self.ranks.size > 1:
+            return
+        label, note = self.model.phase, self.live.note
+
+        def check() -> None:
+            if asked_to_stop.is_late():
+                raise _OutOfPatience
+
+        def phase(name: str) -> AbstractContextManager[Any]:
+            check()
+            return label(name)
+
+        def noted(text: str) -> None:
+            if text.startswith("validating"):
+                check()
+            note(text)
+
+        self.model.phase, self.live.note = phase, noted
+
+    @contextmanager
+    def _keeping(self, step: int) -> Iterator[None]:
+        """Whatever goes wrong inside, the weights after `step` are good: nothing of them is lost."""
         try:
-            line = self.trainer.step(step)
+            yield
         except Exception:
-            # Whatever went wrong, the weights after the last finished step are good: nothing of them is lost, unless
-            # they lie on processes of which one is going.
+            # Unless they lie on processes of which one is going.
             can_save = self.trainer.gave_up if self.ranks.lockstep else self.ranks.is_main
-            if self.trainer.consistent and step - 1 > self._saved and can_save:
-                self._write_checkpoint(step - 1)
-                self.live.say(f"saved after step {step - 1}")
+            if self.trainer.consistent and step > self._saved and can_save:
+                self._write_checkpoint(step)
+                self.live.say(f"saved after step {step}")
             raise
+
+    def _step(self, step: int) -> None:
+        with self._keeping(step - 1):
+            line = self.trainer.step(step)
         with self.ranks.together():
             if self.ranks.is_main:
                 self.log.step(line)
@@ -208,7 +247,7 @@ class _Session:
         ema = self.trainer.ema
         self.ranks.at(f"validation after step {step}")
         averaged = ema is not None and self.cfg.ema.in_validation
-        with ema.in_place() if ema is not None and averaged else nullcontext():
+        with self._keeping(step), ema.in_place() if ema is not None and averaged else nullcontext():
             result, sheet = self.validation(self.run, step, self.live.note)
         with self.ranks.together():
             if self.ranks.is_main:
@@ -224,8 +263,8 @@ class _Session:
     def _recent_reward(self, step: int) -> float | None:
         """The mean reward in training since the validation before."""
         since = max((line["step"] for line in self.run.validations()), default=0)
-        recent = [line["reward"] for line in self.run.steps() if since < line["step"] <= step]
-        recent = [reward for reward in recent if reward is not None]
+        recent = [line.get("reward") for line in self.run.steps() if since < line["step"] <= step]
+        recent = [reward for reward in recent if isinstance(reward, float)]
         return sum(recent) / len(recent) if recent else None
 
     def _save(self, step: int) -> None:
@@ -238,14 +277,17 @@ class _Session:
         self.live.note("")
 
     def _write_checkpoint(self, step: int) -> None:
-        facts, keep = {"prompts": self._data}, self.cfg.trainer.keep_checkpoints
+        facts = {"prompts": self._data}
+        # While steps are skipped nobody knows whether the weights are good: those from before stay.
+        keep = sys.maxsize if self.trainer.is_skipping else self.cfg.trainer.keep_checkpoints
         save_checkpoint(self.run, step, self.trainer, facts, keep, self.run.best())
         self.live.saved(step)
 
     def _resume(self) -> int:
         """Put back the newest whole checkpoint; the step it is of, 0 where there is none."""
         self.ranks.at("resuming")
-        state, damaged = load_newest(self.run, self.trainer)
+        with foreign_state(self.run):
+            state, damaged = load_newest(self.run, self.trainer)
         for line in damaged:
             self._warn(line)
         first = 0
@@ -287,6 +329,7 @@ class _Session:
             gather(folder)
             card = model_card(self.cfg, outcome.validation, self._data)
             (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / FINAL_STEP).write_text(f"{outcome.step}\n", encoding="utf-8")
 
         def gather(folder: Path) -> None:
             with ema.in_place() if ema is not None and averaged else nullcontext():
@@ -299,28 +342,50 @@ class _Session:
                 gather(self.run.final)
 
 
+class _OutOfPatience(Exception):
+    """What is being done takes too long for somebody who will kill this process."""
+
+
+class Stop:
+    """Whether somebody has asked to stop, and since when.
+
+    Attributes:
+        deadline: of time.monotonic, from when on nothing long is waited for; None: there is no hurry.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.deadline: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def is_late(self) -> bool:
+        """Whether the deadline is over."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
 @contextmanager
-def stop_on_signal(ranks: Ranks) -> Iterator[list[int]]:
+def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
     """Ctrl-C and SIGTERM ask to stop after the step at hand; a second one stops at once.
 
     Under torchrun a second one is the launcher passing on the first: there the launcher alone decides when it has
-    waited long enough.
-
-    Yields:
-        a list that is empty until a signal has come.
+    waited long enough. After SIGTERM there is a hurry: schedulers kill after 30 seconds.
     """
-    received: list[int] = []
+    stop = Stop()
 
     def on_signal(number: int, frame: Any) -> None:
-        if received and ranks.size == 1:
+        if stop and ranks.size == 1:
             raise KeyboardInterrupt
-        if not received and ranks.is_main:
+        if not stop and ranks.is_main:
             print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-        received.append(number)
+        stop.asked = True
+        if number == signal.SIGTERM:
+            stop.deadline = time.monotonic() + PATIENCE
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield received
+        yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -68,6 +68,11 @@ class Trainer:
         self.skipped = self._skipped_in_a_row = self._step = 0
         self.consistent = True
 
+    @property
+    def is_skipping(self) -> bool:
+        """Whether the last step changed nothing."""
+        return self._skipped_in_a_row > 0
+
     def batch(self, step: int) -> Batch:
         """The pictures of `step`, counted from 1: prompts and seeds by image number, one size for all."""
         prompts = self.batches[step - 1]
