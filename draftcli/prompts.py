@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Generic, TypeVar, overload
 import numpy as np
 
 from draftcli.config import presets_folder
-from draftcli.errors import DraftpError, InputError
+from draftcli.errors import DraftpError, InputError, brief
 
 T = TypeVar("T")
 Size = tuple[int, int]
@@ -52,6 +52,18 @@ class Prompt:
     seed: int | None = None
     size: Size | None = None
 
+    def __post_init__(self) -> None:
+        for text in (self.text, self.negative or ""):
+            if not text.isprintable():  # quick; a lone half of a surrogate pair is not printable
+                _check_encodable(text)
+
+
+def _check_encodable(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"prompt {brief(text)}: it holds half a character (a lone surrogate); save it again") from None
+
 
 def built_in_sets() -> dict[str, Path]:
     """The prompt sets that ship with draftp, by name."""
@@ -74,10 +86,14 @@ def read_prompts(source: str | Sequence[str], setting: str = "data.prompts") -> 
     path = built_in_sets().get(source, Path(source))
     where = f"{setting} {source}"
     if path.suffix in _INDEXERS:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{where}: not a file")
         try:
             prompts: Sequence[Prompt] = PromptFile(path, where)
         except OSError as error:
             raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+        except ValueError:
+            raise InputError(f"{setting} {source!r}: no file can have such a name") from None
     elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?(@[\w.:%\[\]-]+)?", source) and not path.is_file():
         prompts = _dataset(source, where)
     else:
@@ -116,7 +132,7 @@ class PromptFile(Sequence[Prompt]):
             for start, raw, place in _INDEXERS[path.suffix](file, where):
                 try:
                     size = self._from_bytes(raw).size
-                except ValueError as error:
+                except (ValueError, InputError) as error:
                     raise InputError(f"{where} {_called(place)}: {error}") from None
                 starts.append(start)
                 lengths.append(len(raw))

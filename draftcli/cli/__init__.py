@@ -5,6 +5,7 @@ Torch is imported inside commands only, so that `draftp --help` is instant.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -43,26 +44,27 @@ def main() -> None:
     debug = "--debug" in sys.argv[1:]
     try:
         app()
-    except DraftpError as error:
-        if debug:
-            raise
-        print(f"draftp: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except RuntimeError as error:
-        if debug or type(error).__name__ != "OutOfMemoryError":  # torch's; torch is not imported here
-            raise
-        print(
-            "draftp: the GPU is out of memory; try a smaller trainer.micro_batch_size (--batch-size in sample and "
-            "anneal), sampling.height and width, or sharding.activation_checkpointing true",
-            file=sys.stderr,
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("draftp: interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         # `draftp ... | head`: nobody reads any more, so there is nobody to tell.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except (Exception, KeyboardInterrupt) as error:
+        told = None if debug else explain(error)
+        if told is None:
+            raise
+        print(f"draftp: {told[0]}", file=sys.stderr)
+        sys.exit(told[1])
+
+
+def explain(error: BaseException) -> tuple[str, int] | None:
+    """The line for people and the exit code of an error that they can do something about; None for our mistakes."""
+    if isinstance(error, DraftpError):
+        return " ".join(str(error).split()), error.exit_code
+    if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is not imported here
+        return (
+            "the GPU is out of memory; try a smaller trainer.micro_batch_size (--batch-size in sample and "
+            "anneal), sampling.height and width, or sharding.activation_checkpointing true"
+        ), 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return f"{str(error.filename)[:80]}...: no file can have so long a name", 2
+    return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else None

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from draftcli.core.adapters import lora_layers
 from draftcli.core.original_names import original_unet_names
-from draftcli.errors import InputError
+from draftcli.errors import InputError, brief
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -52,6 +52,7 @@ _OTHER_METHODS = {
     ".diff": "a weight difference",
 }
 _OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+_LARGEST = 1e30  # beyond any alpha that somebody could mean
 _FAMILY_BY_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 _TRANSFORMERS = ("double_blocks", "single_blocks", "single_transformer_blocks", "joint_blocks", "transformer.")
 
@@ -244,7 +245,7 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+    except Exception as error:  # safetensors refuses in its own way, torch what it has no numbers for in others
         raise InputError(f"{file}: cannot be read, it may be damaged ({error})") from error
 
 
@@ -255,9 +256,11 @@ def _sort(
     matrices: dict[str, dict[str, tuple[str, Tensor]]] = {}
     alphas, unknown = {}, []
     for key, tensor in tensors.items():
-        if match := _MATRIX.fullmatch(key):
+        if tensor.is_complex():
+            unknown.append(key)
+        elif match := _MATRIX.fullmatch(key):
             side = {"A": "down", "B": "up"}.get(match[2], match[2])
-            matrices.setdefault(match[1], {})[side] = (key, tensor)
+            matrices.setdefault(match[1], {})[side] = (key, tensor if tensor.itemsize > 1 else tensor.float())
         elif (match := _ALPHA.fullmatch(key)) and tensor.numel() == 1:
             alphas[match[1]] = float(tensor)
         else:
@@ -307,7 +310,8 @@ def _fitted(file: Path, key: str, down: Tensor, up: Tensor, shape: tuple[int, ..
     """Both matrices in the form of the weight: 1 x 1 convolutions and linear layers are the same thing."""
     if not torch.isfinite(down).all() or not torch.isfinite(up).all():
         raise InputError(f"{file}: {key} or its partner holds values that are not finite (NaN or infinite)")
-    if down.ndim not in (2, 4) or up.ndim not in (2, 4) or down.shape[0] != up.shape[1]:
+    dimensions = down.ndim in (2, 4) and up.ndim in (2, 4) and tuple(up.shape[2:]) in ((), (1, 1))
+    if not dimensions or down.shape[0] != up.shape[1] or down.shape[0] == 0:
         raise InputError(
             f"{file}: rank mismatch at {key}: down is {tuple(down.shape)} and up {tuple(up.shape)}; "
             "the first size of down and the second of up must be the same rank"
@@ -328,25 +332,29 @@ class _Scales:
     """alpha / rank of each module: from the file's own alphas, its metadata or adapter_config.json, else 1."""
 
     def __init__(self, file: Path, metadata: Mapping[str, str]) -> None:
+        self.file = file
         self.settings: dict[str, Any] = {}
         try:
-            self.settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+            self.settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
             config = file.with_name("adapter_config.json")
             if config.is_file() and file.name == FILE_NAMES[1]:
                 self.settings |= {f"unet.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise InputError(f"{file}: the settings beside its weights cannot be read ({error})") from error
         if any(self.settings.get(f"{part}.use_dora") for part in PARTS):
             raise InputError(f"{file} is DoRA, which draftp does not read; only plain LoRAs can be merged and applied")
 
     def __call__(self, part: str, module: str, rank: int, alpha: float | None) -> float:
-        if alpha is not None:
-            return alpha / rank
-        default = self.settings.get(f"{part}.lora_alpha")
-        alpha = (self.settings.get(f"{part}.alpha_pattern") or {}).get(module, default)
+        over = rank
+        if alpha is None:
+            default, pattern = (self.settings.get(f"{part}.{name}") for name in ("lora_alpha", "alpha_pattern"))
+            alpha = pattern.get(module, default) if isinstance(pattern, dict) else default
+            over = rank**0.5 if self.settings.get(f"{part}.use_rslora") else rank
         if alpha is None:
             return 1.0
-        return float(alpha) / (rank**0.5 if self.settings.get(f"{part}.use_rslora") else rank)
+        if not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST:
+            raise InputError(f"{self.file}: the alpha of {part}.{module} is {brief(alpha)}; expected a number")
+        return alpha / over
 
 
 def _refuse_other_methods(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -362,7 +370,7 @@ def _refuse_other_families(file: Path, matrices: Mapping[str, Any], shapes: Shap
         raise InputError(f"{file} is a LoRA for a transformer such as Flux or SD3 (key {mark}), this model is an SDXL")
     own = {shape[1] for name, shape in shapes.get("unet", {}).items() if name.endswith("attn2.to_k")}
     for module, pair in matrices.items():
-        if re.search(r"attn2[._](processor\.)?to_k$", module) and "down" in pair:
+        if re.search(r"attn2[._](processor\.)?to_k$", module) and "down" in pair and pair["down"][1].ndim > 1:
             width = pair["down"][1].shape[1]
             if own and width not in own:
                 family = _FAMILY_BY_WIDTH.get(width, "another model")

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from draftcli.core.sdxl import first_line
-from draftcli.errors import InputError
+from draftcli.errors import InputError, brief
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
+DEEPEST = 100  # SDXL has 32 layers at most; a wrong number here would build networks for ever
 
 
 def modules_on_meta(config: Path) -> dict[str, Any]:
@@ -25,6 +27,10 @@ def modules_on_meta(config: Path) -> dict[str, Any]:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     read: dict[str, dict[str, Any]] = {part: read_json(config / part / "config.json") for part in PARTS}
+    for part, settings in read.items():
+        for key in DEPTHS:
+            if any(depth > DEEPEST for depth in _numbers(settings.get(key))):
+                raise InputError(f"{config / part}: {key} is {brief(settings[key])}; an SDXL has {DEEPEST} at most")
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on settings that a newer release wrote
@@ -34,8 +40,15 @@ def modules_on_meta(config: Path) -> dict[str, Any]:
                 "text_encoder": CLIPTextModel(CLIPTextConfig(**read["text_encoder"])),
                 "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**read["text_encoder_2"])),
             }
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # what a wrong configuration breaks in diffusers and transformers is as varied as it is
         raise InputError(f"{config}: its configuration is not that of an SDXL ({first_line(error)})") from error
+
+
+def _numbers(value: Any) -> list[int | float]:
+    """Those in a number, or in lists of lists of numbers."""
+    if isinstance(value, list):
+        return [number for item in value for number in _numbers(item)]
+    return [value] if isinstance(value, int | float) else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read ({error})") from error
     if not isinstance(data, dict):
         raise InputError(f"{path}: expected a JSON object")

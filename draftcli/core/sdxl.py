@@ -322,10 +322,10 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         raise InputError(f"{setting} {folder}: no model_index.json in it, so it is not a diffusers folder")
     try:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except ValueError:
+    except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{index} is not valid JSON: download the model again") from None
     if kind != PIPELINE:
-        raise InputError(f"{setting} {folder} is a {kind}, not Stable Diffusion XL ({PIPELINE})")
+        raise InputError(f"{setting} {folder} is a {str(kind)[:80]}, not Stable Diffusion XL ({PIPELINE})")
 
 
 def first_line(error: Exception) -> str:

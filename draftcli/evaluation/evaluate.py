@@ -257,12 +257,21 @@ def _draw_column(
     )
     elapsed = time.perf_counter() - began
     path, key = folder / "seconds.json", written.files[0].key
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = _seconds(path)
     if written.drawn and ranks.is_main:
         known[key] = elapsed / written.drawn
         with disk_errors(path):
             write_aside(path, lambda aside: aside.write_text(json.dumps(known), encoding="utf-8"))
     return known.get(key), tuple(file.path for file in written.files)
+
+
+def _seconds(path: Path) -> dict[str, float]:
+    """Seconds a picture, by its hash; what is no number is forgotten."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: value for key, value in known.items() if type(value) is float} if isinstance(known, dict) else {}
 
 
 def _measure(

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from draftcli.errors import InputError
+from draftcli.errors import DraftpError, InputError
 from draftcli.evaluation.features import Features
 from draftcli.evaluation.pictures import Gallery, Item, read_picture
 from draftcli.evaluation.signs import SIGNS
@@ -106,7 +106,7 @@ def measure(
     work = [(column, part) for column in columns for part in _parts(items)]
     for column, part in work[rank::processes]:
         path = cache / f"{_key(who, column, items, part)}.npz"
-        if not path.is_file():
+        if _kept(path) is None:
             arrays = _look([read_picture(file) for file in column.files[part]], items[part], judges)
             aside = path.with_suffix(f".{rank}.partial")
             with disk_errors(path), aside.open("wb") as file:
@@ -120,8 +120,11 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
     who = judges.fingerprint
     parts = []
     for part in _parts(items):
-        with np.load(cache / f"{_key(who, column, items, part)}.npz", allow_pickle=False) as file:
-            parts.append(dict(file))
+        path = cache / f"{_key(who, column, items, part)}.npz"
+        kept = _kept(path)
+        if kept is None:
+            raise DraftpError(f"{path} is damaged or gone; the same command again measures it anew")
+        parts.append(kept)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Measured(
         scores={name: whole[f"score/{name}"] for name in judges.rewards},
@@ -129,6 +132,15 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
         features=whole["features"],
         thumbnails=whole["thumbnails"],
     )
+
+
+def _kept(path: Path) -> dict[str, np.ndarray] | None:
+    """A chunk's arrays; None where they are not there, or not whole."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception:  # zip, zlib and numpy report damage each in its own way
+        return None
 
 
 def _parts(items: Sequence[Item]) -> list[slice]:

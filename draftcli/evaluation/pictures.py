@@ -65,14 +65,22 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             raise InputError(f"{path} line {number}: not valid JSON") from None
-        if not isinstance(entry, dict) or not all(
-            isinstance(entry.get(key), kind) for key, kind in (("file", str), ("prompt", str), ("seed", int))
-        ):
+        kinds = (("file", str), ("prompt", str), ("seed", int))
+        whole = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds)
+        if not whole or not _is_text(entry["file"] + entry["prompt"]):
             raise InputError(f"{path} line {number}: expected an object with file (text), prompt (text), seed (number)")
         entries.append(entry)
     if not entries:
         raise InputError(f"{path}: there is no picture in it")
     return entries
+
+
+def _is_text(text: str) -> bool:
+    """Not so where half a character, or the end of a C string, is in it: no file has such a name."""
+    try:
+        return "\0" not in text.encode().decode()
+    except UnicodeEncodeError:
+        return False
 
 
 def items_of(entries: Sequence[dict[str, Any]]) -> list[Item]:
@@ -118,5 +126,5 @@ def read_picture(path: Path) -> np.ndarray:
             else:
                 picture = file.convert("RGB")
             return np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow reports damage in as many ways as there are formats
         raise InputError(f"{path}: cannot be read as a picture ({error})") from None

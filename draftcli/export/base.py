@@ -17,7 +17,7 @@ from draftcli.core.sdxl import (
     model_path,
     single_file_prediction,
 )
-from draftcli.errors import InputError
+from draftcli.errors import InputError, brief
 from draftcli.export.layout import Original, original_layout, original_shape
 from draftcli.export.tensors import Stored, stored_tensors
 
@@ -98,7 +98,10 @@ def _scheduled(folder: Path) -> tuple[str, bool]:
     """Prediction and zero terminal SNR, as a folder's scheduler has them."""
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.is_file() else {}
-    return scheduler.get("prediction_type", "epsilon"), bool(scheduler.get("rescale_betas_zero_snr"))
+    prediction = scheduler.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction"):
+        raise InputError(f"{file}: predicts {brief(prediction)}; draftp knows epsilon and v_prediction")
+    return prediction, bool(scheduler.get("rescale_betas_zero_snr"))
 
 
 def _open_single_file(name: str, file: Path, config: str | None) -> Base:
@@ -163,8 +166,12 @@ def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
             return [file]
         for index in (folder / part / f"{name}.safetensors.index.json", folder / part / _index_of_variant(name)):
             if index.is_file():
-                shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-                if any(Path(shard).name != shard for shard in shards):
+                try:
+                    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
+                    inside = all(Path(shard).name == shard for shard in shards)
+                except (AttributeError, TypeError):
+                    raise InputError(f"{index}: weight_map must be files by tensor") from None
+                if not inside:
                     raise InputError(f"{index} names files outside its folder")
                 return [folder / part / shard for shard in shards]
     hint = "; it may have only a variant, say which with --variant" if not variant else ""

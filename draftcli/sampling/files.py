@@ -31,6 +31,7 @@ INDEX = "index.jsonl"
 SAMPLERS = {"euler": "Euler", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}  # as viewers know them
 PIXELS_TOGETHER = 1024**2  # of one batch: a picture of SDXL's size on a 24 GB card
 PICTURES_TOGETHER = 16
+LONGEST_NAME = 256  # bytes that no file's name has
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,16 @@ def read_index(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of an index.jsonl by file name; lines that are none are left out."""
     found: dict[str, dict[str, Any]] = {}
     try:
-        for line in path.read_text(encoding="utf-8").strip().split("\n"):  # prompts may hold other line breaks
-            item = json.loads(line)
-            found[Path(item["file"]).name] = item
-    except (OSError, ValueError, KeyError, TypeError):
+        lines = path.read_bytes().split(b"\n")  # prompts may hold other line breaks
+    except OSError:
         return found
+    for line in lines:
+        try:
+            item = json.loads(line)
+            json.dumps(item, ensure_ascii=False).encode()
+            name = Path(item["file"]).name
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if len(name.encode()) < LONGEST_NAME:
+            found[name] = item
     return found
