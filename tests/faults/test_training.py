@@ -78,6 +78,14 @@ def test_killed_before_its_new_final_is_whole_a_run_is_not_finished(tiny_sdxl, m
     assert "is finished" in train(preset, "run").out
 
 
+def test_killed_before_it_has_settings_a_run_can_be_begun(tiny_sdxl):
+    Path("run").mkdir()
+    for name in (".lock", ".config.yaml.partial"):
+        Path("run", name).write_text("proc")
+    train(recipe(tiny_sdxl), "run", "--set", "trainer.max_steps=1")
+    assert {path.name for path in Path("run").glob(".*")} == {".lock"}
+
+
 def train_whole(preset, *options):
     train(preset, "whole", *options)
     return Path("whole")
