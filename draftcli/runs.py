@@ -97,7 +97,7 @@ class Run:
             DraftpError: the folder cannot be written.
         """
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {self.folder.name}
-        begun = {LOCK, _beside(self.config).name}  # by a process that was killed before it had written its settings
+        begun = {LOCK, beside(self.config).name}  # by a process that was killed before it had written its settings
         if self.folder.exists() and self.config.name not in names and names - begun:
             raise InputError(f"{self.folder} exists and is no run (it has no config.yaml); choose another --output")
         with disk_errors(self.folder):
@@ -197,7 +197,7 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     What was at `path` is replaced. The content is on the disk before it has its name, so that a computer that loses
     its power leaves the old or the new one. Where `write` fails nothing is left.
     """
-    aside = _beside(path)
+    aside = beside(path)
     try:
         write(aside)
         for made in [aside] if aside.is_file() else [*aside.rglob("*")]:
@@ -211,10 +211,6 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     aside.replace(path)
     if old is not None:
         shutil.rmtree(old)
-
-
-def _beside(path: Path) -> Path:
-    return path.with_name(f".{path.name}.partial")
 
 
 def remove_folder(path: Path) -> None:

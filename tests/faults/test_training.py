@@ -211,8 +211,8 @@ def test_which_settings_may_change_between_sessions(tiny_sdxl):
     """All but those of the documented list are refused, each by its name."""
     cfg = draftcli.load_config(recipe(tiny_sdxl))
     run = Run(Path("run"))
+    run.step_folder(1).mkdir(parents=True)
     run.open(cfg)
-    run.step_folder(1).mkdir()
     changed = []
     fields = [
         (key, value)
