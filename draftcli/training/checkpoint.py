@@ -186,7 +186,7 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
         the rest of its state (None where there is no checkpoint), and a line for each damaged one that was passed over.
 
     Raises:
-        DraftpError: there are checkpoints, and none is whole.
+        DraftpError: there are checkpoints, and none is whole; or the newest whole one is of something else.
     """
     damaged: list[str] = []
     newest = None
@@ -205,25 +205,28 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
         )
     if newest is None:
         return None, damaged
-    state = torch.load(newest / "state.pt", weights_only=True, map_location="cpu")
-    if type(state["step"]) is not int or not {"sha256", "count"} <= state["prompts"].keys():
-        raise ValueError("state.pt lacks its step or its prompts")
-    load_weights(trainer.model, newest)
-    trainer.load_state(state, load_tensors(newest / "training", trainer.weight_of))
+    with _as_of_this_run(newest):
+        state = torch.load(newest / "state.pt", weights_only=True, map_location="cpu")
+        if type(state["step"]) is not int or not {"sha256", "count"} <= state["prompts"].keys():
+            raise ValueError("state.pt lacks its step or its prompts")
+        load_weights(trainer.model, newest)
+        trainer.load_state(state, load_tensors(newest / "training", trainer.weight_of))
     return state, damaged
 
 
 @contextmanager
-def foreign_state(run: Run) -> Iterator[None]:
+def _as_of_this_run(folder: Path) -> Iterator[None]:
     """What a checkpoint of something else breaks, although its checksums fit, becomes one line."""
     try:
         yield
     except DraftpError:
         raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and is_lost_connection(error):
+            raise
         raise DraftpError(
-            f"{run.folder}: its newest checkpoint is whole and yet not one of this run, or of another version "
-            f"({type(error).__name__}: {first_line(error)}); remove it to take the one before, or take another --output"
+            f"{folder} is whole and yet no checkpoint of this run, or of another version ({type(error).__name__}: "
+            f"{first_line(error)}); remove it to take the one before, or take another --output"
         ) from error
 
 

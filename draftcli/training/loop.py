@@ -26,7 +26,7 @@ from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
 from draftcli.runs import FINAL_STEP, Run, disk_errors, write_aside
 from draftcli.training.card import model_card
-from draftcli.training.checkpoint import foreign_state, load_newest, save_checkpoint, save_weights
+from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weights
 from draftcli.training.live import LiveView
 from draftcli.training.log import RunLog
 from draftcli.training.step import Trainer, check_batch_size
@@ -286,8 +286,7 @@ class _Session:
     def _resume(self) -> int:
         """Put back the newest whole checkpoint; the step it is of, 0 where there is none."""
         self.ranks.at("resuming")
-        with foreign_state(self.run):
-            state, damaged = load_newest(self.run, self.trainer)
+        state, damaged = load_newest(self.run, self.trainer)
         for line in damaged:
             self._warn(line)
         first = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,7 @@ from PIL import Image
 
 import draftcli
 from draftcli.config import dump_config, presets_folder
+from draftcli.errors import InputError
 from draftcli.evaluation.pictures import folder_gallery, items_of, read_index, read_picture
 from draftcli.prompts import fingerprint, read_prompts
 from draftcli.runs import Run, find_run
@@ -154,6 +156,12 @@ def test_prompt_texts(content):
     path.write_bytes(content)
     with tried(Path()):
         use_prompts(path)
+
+
+def test_a_pipe_is_not_waited_for():
+    os.mkfifo("pipe.txt")
+    with pytest.raises(InputError, match="not a file"):
+        read_prompts("pipe.txt")
 
 
 @st.composite

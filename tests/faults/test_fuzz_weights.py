@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save
 
 from draftcli.core.lora_files import read_lora, weight_shapes
 from draftcli.core.sdxl import load_parts
+from draftcli.evaluation.evaluate import _seconds
+from draftcli.evaluation.measure import _kept
 from draftcli.export.base import open_base
 from draftcli.export.inputs import find_sources
 from draftcli.export.tensors import close_files
@@ -226,27 +229,30 @@ def session(lora_run, folder, tiny_sdxl):
     return held[0]
 
 
-NAMES = ["state.pt", "manifest.json", "pytorch_lora_weights.safetensors"]
+def write_sums(newest: Path) -> None:
+    manifest = newest / checkpoint.MANIFEST
+    files = [path for path in newest.rglob("*") if path.is_file() and path != manifest]
+    sums = {path.relative_to(newest).as_posix(): checkpoint._checksum(path) for path in files}
+    manifest.write_text(json.dumps(sums), encoding="utf-8")
 
 
 @fuzz(100)
-@given(st.sampled_from(NAMES), EDITS, st.booleans())
-def test_checkpoints(session, name, edits, with_new_sums):
+@given(st.integers(0, 3), EDITS, st.booleans())
+def test_checkpoints(session, number, edits, with_new_sums):
     """With the checksums of before, so that it is noticed; and with new ones, as of somebody who means harm."""
     newest = session.run.checkpoints()[0]
-    manifest = newest / checkpoint.MANIFEST
-    kept = {path: path.read_bytes() for path in (newest / name, manifest)}
-    (newest / name).write_bytes(changed(kept[newest / name], edits, 3000))
-    if with_new_sums and name != manifest.name:
-        sums = {path.name: checkpoint._checksum(path) for path in newest.iterdir() if path != manifest}
-        manifest.write_text(json.dumps(sums), encoding="utf-8")
+    kept = {path: path.read_bytes() for path in sorted(newest.rglob("*")) if path.is_file()}
+    path = [*kept][number % len(kept)]
+    path.write_bytes(changed(kept[path], edits, 3000))
+    if with_new_sums and path.name != checkpoint.MANIFEST:
+        write_sums(newest)
     with tried(Path()):
         session._resume()
-    for path, content in kept.items():
-        path.write_bytes(content)
+    for file, content in kept.items():
+        file.write_bytes(content)
 
 
-STATE = ["step", "optimizer", "schedule", "grad_scaler", "ema", "rewards", "skipped", "prompts"]
+STATE = ["step", "schedule", "grad_scaler", "rewards", "skipped", "prompts", "optimizer", "ema"]
 
 
 @fuzz(60)
@@ -255,14 +261,24 @@ def test_states_that_are_no_states(session, values):
     """A checkpoint of something else, whose checksums fit."""
     newest = session.run.checkpoints()[0]
     kept = {path: path.read_bytes() for path in (newest / "state.pt", newest / checkpoint.MANIFEST)}
-    state = torch.load(newest / "state.pt", weights_only=True) | values
-    torch.save(state, newest / "state.pt")
-    sums = {path.name: checkpoint._checksum(path) for path in newest.iterdir() if path.name != checkpoint.MANIFEST}
-    (newest / checkpoint.MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
+    torch.save(torch.load(newest / "state.pt", weights_only=True) | values, newest / "state.pt")
+    write_sums(newest)
     with tried(Path()):
         session._resume()
     for path, content in kept.items():
         path.write_bytes(content)
+
+
+def test_caches_of_eval_that_are_damaged_are_made_anew(folder):
+    for content in (b"", b"[1]", b"[" * 100_000, b'{"a": "x"}', b"\xff"):
+        Path("seconds.json").write_bytes(content)
+        assert _seconds(Path("seconds.json")) == {}
+    np.savez("chunk.npz", features=np.ones((2, 3)))
+    whole = Path("chunk.npz").read_bytes()
+    assert _kept(Path("chunk.npz")) is not None
+    for content in (b"", whole[:-30], whole[:40], b"x" + whole[1:]):
+        Path("chunk.npz").write_bytes(content)
+        assert _kept(Path("chunk.npz")) is None
 
 
 def test_enough_is_tried():
