@@ -137,7 +137,8 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
 def _kept(path: Path) -> dict[str, np.ndarray] | None:
     """A chunk's arrays; None where they are not there, or not whole."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here, as numpy leaves a damaged one open.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return dict(file)
     except Exception:  # zip, zlib and numpy report damage each in its own way
         return None
