@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("train", "sample", "anneal", "eval", "merge-lora", "rewards list", "rewards check")
+COMMANDS = ("train", "sample", "anneal", "eval", "merge-lora", "rewards list", "rewards check", "doctor")
 
 
 def cli_page() -> str:

@@ -34,7 +34,13 @@ def test_there_are_commands_to_check():
     assert len(DRAFTP_LINES) >= 4
 
 
-@pytest.mark.parametrize("line", DRAFTP_LINES)
+def by_size(line: str):
+    """A dry run of SDXL works out its memory: half a minute of processor time."""
+    slow = line.startswith("draftp train") and "sdxl" in line
+    return pytest.param(line, marks=pytest.mark.slow) if slow else line
+
+
+@pytest.mark.parametrize("line", [by_size(line) for line in DRAFTP_LINES])
 def test_documented_commands_are_understood(line):
     """`train` as dry runs: every option, preset and setting exists; the others parsed. CI runs `make demo` itself."""
     Path("my_prompts.txt").write_text("a fox\n")

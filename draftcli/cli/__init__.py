@@ -12,7 +12,7 @@ import sys
 import typer
 
 from draftcli import __version__
-from draftcli.cli import anneal, eval, merge_lora, rewards, sample, train
+from draftcli.cli import anneal, doctor, eval, merge_lora, rewards, sample, train
 from draftcli.errors import DraftpError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("sample")(sample.sample)
 app.command("anneal")(anneal.anneal)
 app.command("eval")(eval.evaluate)
 app.command("merge-lora")(merge_lora.merge_lora)
+app.command("doctor")(doctor.doctor)
 app.add_typer(rewards.app, name="rewards")
 
 

@@ -55,6 +55,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the settings and what they amount to; touch nothing.")
     ] = False,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Choose batches, checkpointing, offloading and tiles that fit a GPU of 12GB, 16GB, 24GB, 40GB, 80GB "
+            "or any other size, and say what each costs. What --set gives stays.",
+        ),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
@@ -69,6 +77,8 @@ def train(
     `draftp train --preset sdxl-lora --reward pickscore=1.0 --set draftp.kl_coeff=0.2`
 
     `draftp train --preset sdxl-full --dry-run`
+
+    `draftp train --preset sdxl-lora --fit 16GB --dry-run`
     """
     from draftcli.config import dump_config, load_config, parse_reward
 
@@ -81,16 +91,20 @@ def train(
     alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
     for warning in cfg.warnings() if alone else []:
         typer.echo(f"warning: {warning}", err=True)
+    ranks = int(os.environ.get("WORLD_SIZE", processes))
+    from draftcli.cli.console import open_console
+
+    console = open_console(quiet or not alone, debug)
+    if fit:
+        given = frozenset(text.partition("=")[0].strip() for text in override or [])
+        cfg = _fitted(cfg, fit, given, ranks, say=alone and not quiet)
     if dry_run:
         typer.echo(dump_config(cfg))
-        _print_plan(cfg)
+        _print_plan(cfg, ranks)
         return
     if processes > 1 and "RANK" not in os.environ:
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         os.execv(sys.executable, [sys.executable, *launcher, "-m", "draftcli", *sys.argv[1:]])
-    from draftcli.cli.console import open_console
-
-    console = open_console(quiet or not alone, debug)
     from draftcli.training.loop import train as run_training
 
     folder = output or Path("runs") / Path(preset).stem
@@ -99,16 +113,37 @@ def train(
     _print_outcome(run_training(cfg, folder, console), folder, console, list(getattr(known, "commands", ())))
 
 
-def _print_plan(cfg: Config) -> None:
+def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, say: bool) -> Config:
+    from draftcli.training.fit import fit, parse_size
+
+    bytes_there = parse_size(size)
+    from draftcli.training.memory import GB, memory_plan
+    from draftcli.training.plan import configuration_folder
+
+    folder = configuration_folder(cfg)
+    found = fit(cfg, bytes_there, lambda some: memory_plan(some, folder, ranks), given, ranks)
+    if say:
+        typer.echo(f"fit {size}: needs {found.plan.needed / GB:.1f} GB")
+        for choice in found.choices:
+            typer.echo(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.price}")
+    return found.cfg
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _print_plan(cfg: Config, ranks: int) -> None:
     from draftcli.prompts import read_prompts
     from draftcli.rewards import check_names
+    from draftcli.training.memory import memory_lines
     from draftcli.training.plan import make_plan
 
     check_names([*cfg.rewards, *cfg.held_out_rewards])
     if cfg.data.validation_prompts:
         read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
     plan = make_plan(cfg)
-    total = plan.images * (plan.forward + plan.base)
+    total = plan.images * (plan.forward + plan.base + plan.again)
     lines = [
         f"model        {cfg.model.pretrained} (counted from {plan.source})",
         f"prompts      {len(read_prompts(cfg.data.prompts))} from {cfg.data.prompts}",
@@ -118,12 +153,15 @@ def _print_plan(cfg: Config) -> None:
         *(f"             {count:>13,} {name}" for name, count in plan.frozen.items()),
         f"a step       {plan.images} images; {total:,} UNet evaluations",
         (
-            f"an image     {plan.forward} UNet evaluations ({cfg.sampling.steps} steps x 2 for guidance), "
+            f"an image     {plan.forward} UNet evaluations in {cfg.sampling.steps} steps (a guided one counts twice), "
             f"{plan.with_gradient} of them with gradient, and {plan.base} of the base"
+            + (f"; {plan.again} again in backward" if plan.again else "")
         ),
         f"the run      {cfg.trainer.max_steps} steps, {cfg.trainer.max_steps * plan.images:,} images",
     ]
     typer.echo("\n".join(lines))
+    typer.echo("memory is worked out now, on tensors without data: for SDXL some seconds", err=True)
+    typer.echo("\n".join(memory_lines(cfg, plan.folder, ranks)))
 
 
 def _print_outcome(outcome: Outcome, folder: Path, console: Console, commands: list[str]) -> None:

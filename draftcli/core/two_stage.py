@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from draftcli.config import Config
 from draftcli.core.denoise import euler_step
 from draftcli.core.penalty import kl_penalty
 from draftcli.core.runtime import ImageNoise, derived_seed
@@ -71,14 +72,13 @@ def loss_and_gradient(model: SDXLDRaFTPModel, batch: Batch) -> dict[str, Any]:
         all of its samples.
     """
     draftp, micro = model.cfg.draftp, model.cfg.trainer.micro_batch_size
-    prefix = max(micro, prefix_batch_size(model) // micro * micro)
-    groups = [(group, model.encode(group)) for group in batch.split(prefix)]
+    groups = [(group, model.encode(group)) for group in batch.split(prefix_batch_size(model.cfg))]
     with model.phase("prefix"), model.without_gradient():
         paths = [path for group, cond in groups for path in _rollouts(model, group, cond)]
     samples = len(batch) * (1 + draftp.low_variance_samples)
     rewards: list[Tensor] = []
     penalties: list[Tensor] = []
-    backward = _backward_of_recomputed_steps if recomputes_steps(model) else _backward_of_kept_steps
+    backward = _backward_of_recomputed_steps if recomputes_steps(model.cfg) else _backward_of_kept_steps
     for part in (part for path in paths for part in path.split(micro)):
         share = len(part.batch) / samples
         reward, kl = backward(model, part, share)
@@ -89,14 +89,15 @@ def loss_and_gradient(model: SDXLDRaFTPModel, batch: Batch) -> dict[str, Any]:
     return {"loss": -reward + draftp.kl_coeff * (kl or 0.0), "reward": reward, "kl_penalty": kl}
 
 
-def prefix_batch_size(model: SDXLDRaFTPModel) -> int:
-    """Images drawn together where no gradient is needed and no activation is kept."""
-    return model.cfg.sharding.prefix_batch_size or 8
+def prefix_batch_size(cfg: Config) -> int:
+    """Images drawn together where no gradient is needed and no activation is kept: whole micro-batches."""
+    micro = cfg.trainer.micro_batch_size
+    return max(micro, (cfg.sharding.prefix_batch_size or 8) // micro * micro)
 
 
-def recomputes_steps(model: SDXLDRaFTPModel) -> bool:
+def recomputes_steps(cfg: Config) -> bool:
     """Whether gradient steps run again when their backward comes, rather than keep their graph."""
-    draftp, settings = model.cfg.draftp, model.cfg.sharding
+    draftp, settings = cfg.draftp, cfg.sharding
     asked = settings.recompute_steps
     if asked is None:
         asked = settings.activation_checkpointing and draftp.truncation_steps > 1
@@ -107,7 +108,7 @@ def _rollouts(model: SDXLDRaFTPModel, batch: Batch, cond: Conditioning) -> Itera
     """Without gradient: the path of `batch`, and of its DRaFT-LV samples."""
     noise, first = model._churn_noise(batch), model.first_gradient_step
     x = model.rollout(model.start(model.initial_noise(batch)), cond, noise)
-    if not recomputes_steps(model):
+    if not recomputes_steps(model.cfg):
         yield Path(batch, cond, noise, first, [x], None)
         return
     passed, x_0 = model.walk(x, cond, noise, first)

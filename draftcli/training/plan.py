@@ -16,6 +16,7 @@ from draftcli.core import adapters
 from draftcli.core.gradient import check_sampler
 from draftcli.core.meta import PARTS, modules_on_meta
 from draftcli.core.sdxl import SDXL_CONFIG, drop_vae_encoder, model_path
+from draftcli.core.two_stage import recomputes_steps
 
 LABELS = {"unet": "unet", "vae": "vae decoder", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
 
@@ -30,9 +31,11 @@ class Plan:
         frozen: weights that are loaded and never change, by part (a frozen copy of the UNet among them for full
             fine-tuning).
         images: per optimizer step.
-        forward: UNet evaluations per image, guidance counted twice, without the base pass.
+        forward: UNet evaluations per image in the tuned network's forward passes, a guided one counted twice.
         with_gradient: how many of them carry gradient.
         base: evaluations of the frozen base per image.
+        again: evaluations that activation checkpointing repeats in backward, per image.
+        folder: where the configuration of the networks lies.
     """
 
     source: str
@@ -42,6 +45,8 @@ class Plan:
     forward: int
     with_gradient: int
     base: int
+    again: int
+    folder: Path
 
 
 def make_plan(cfg: Config) -> Plan:
@@ -51,9 +56,7 @@ def make_plan(cfg: Config) -> Plan:
         InputError: peft.target_modules fits nothing in the UNet, or the sampler cannot train.
     """
     check_sampler(cfg.sampling.sampler)
-    folder = Path(model_path(cfg.model.pretrained))
-    if not all((folder / part / "config.json").is_file() for part in PARTS):
-        folder = SDXL_CONFIG
+    folder = configuration_folder(cfg)
     modules = modules_on_meta(folder)
     drop_vae_encoder(modules["vae"])
     frozen = {LABELS[part]: _count(module) for part, module in modules.items()}
@@ -65,16 +68,34 @@ def make_plan(cfg: Config) -> Plan:
     else:
         trainable = frozen.pop("unet")
         frozen["frozen copy of the unet"] = trainable
-    guidance, k = 2, cfg.draftp.truncation_steps
+    guided = [_evaluations(cfg, i) for i in range(cfg.sampling.steps)]
+    tail = guided[-cfg.draftp.truncation_steps :]
+    extra = cfg.draftp.low_variance_samples * guided[-1]  # each is the last step once more
+    with_gradient = sum(tail) + extra
+    walked = with_gradient if cfg.sharding.two_stage and recomputes_steps(cfg) else 0
     return Plan(
         source="SDXL's configuration" if folder == SDXL_CONFIG else str(folder),
         trainable=trainable,
         frozen=frozen,
         images=cfg.trainer.global_batch_size,
-        forward=cfg.sampling.steps * guidance,
-        with_gradient=k * guidance,
-        base=k * guidance if cfg.draftp.needs_base else 0,
+        forward=sum(guided) + extra + walked,
+        with_gradient=with_gradient,
+        base=with_gradient if cfg.draftp.needs_base else 0,
+        again=with_gradient if cfg.sharding.activation_checkpointing else 0,
+        folder=folder,
     )
+
+
+def configuration_folder(cfg: Config) -> Path:
+    """Where the configuration of the model's networks lies: its own folder, else SDXL's, which ships with draftp."""
+    folder = Path(model_path(cfg.model.pretrained))
+    return folder if all((folder / part / "config.json").is_file() for part in PARTS) else SDXL_CONFIG
+
+
+def _evaluations(cfg: Config, step: int) -> int:
+    """Of the UNet in one sampler step: two where it is guided, as core.draftp's denoiser decides."""
+    first, last = cfg.sampling.guidance_interval
+    return 2 if cfg.sampling.scale != 1 and first <= step / cfg.sampling.steps < last else 1
 
 
 def _count(module: torch.nn.Module) -> int:

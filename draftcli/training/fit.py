@@ -1,0 +1,166 @@
+"""Settings that fit a device: the fastest first, then one concession after the other, the cheapest first.
+
+A concession is made only where it helps the phase that is too large, and what it costs is said. The global batch, the
+picture and the method stay as they are; what somebody set is not touched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from draftcli.config import Config, check_config
+from draftcli.errors import InputError
+from draftcli.training.memory import ALL, BACKWARD, GB, OPTIMIZER, PREFIX, TEXT, MemoryPlan
+
+_UNITS = {"MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30, "TB": 1e12, "TIB": 2**40}
+LARGEST = 8  # images per backward: at SDXL's size more keep no GPU busier
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One concession.
+
+    Attributes:
+        setting: dotted key.
+        value: its new value.
+        price: what it costs, in words.
+    """
+
+    setting: str
+    value: Any
+    price: str
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Settings that fit.
+
+    Attributes:
+        cfg: they.
+        choices: what was chosen beside what was given, in order.
+        plan: their memory.
+    """
+
+    cfg: Config
+    choices: list[Choice]
+    plan: MemoryPlan
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `24GB`, `16GiB`, `500MB`, `24G`; a number alone is GB.
+
+    Raises:
+        InputError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMGT]i?B?)?\s*", text, re.IGNORECASE)
+    unit = (match[2] or "GB").upper() if match else ""
+    unit = unit if unit.endswith("B") else f"{unit}B"
+    if match is None or unit not in _UNITS or float(match[1]) <= 0:
+        raise InputError(f"--fit {text}: expected a size with a unit, such as 12GB, 16GB, 24GB, 40GB or 80GB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: frozenset[str], ranks: int = 1) -> Fit:
+    """Choose settings that need at most `size` bytes.
+
+    Args:
+        cfg: what is asked for.
+        size: bytes of the device.
+        plan: of the memory of some settings.
+        given: dotted keys that are not to be touched.
+        ranks: processes that train together.
+
+    Raises:
+        InputError: nothing fits; says what is needed at least.
+    """
+    chosen: dict[str, Choice] = {}
+    for choice in _start(cfg):
+        if choice.setting not in given and _get(cfg, choice.setting) != choice.value:
+            cfg = _with(cfg, choice)
+            chosen[choice.setting] = choice
+    found, vain = plan(cfg), set[Choice]()
+    while found.needed > size:
+        options = (c for c in _concessions(cfg, found, size) if c.setting not in given and c not in vain)
+        choice = next((c for c in options if _get(cfg, c.setting) != c.value), None)
+        if choice is None:
+            raise InputError(
+                f"nothing fits {size / GB:.1f} GB: at least {found.needed / GB:.1f} GB are needed, most in the phase "
+                f"{found.worst}; a smaller sampling.height and width, fewer rewards or more processes would help"
+            )
+        after = plan(smaller := _with(cfg, choice))
+        if after.phases[found.worst] < found.phases[found.worst]:
+            cfg, found, chosen[choice.setting] = smaller, after, choice
+        else:
+            vain.add(choice)
+    if "trainer.micro_batch_size" not in given:
+        images = max(1, cfg.trainer.global_batch_size // ranks)
+        for choice in _larger(found, size, images):
+            after = plan(larger := _with(cfg, choice))
+            if after.needed <= size:
+                cfg, found, chosen[choice.setting] = larger, after, choice
+                break
+    return Fit(cfg, list(chosen.values()), found)
+
+
+def _start(cfg: Config) -> Iterator[Choice]:
+    """The quickest settings that make a difference to memory, at one image per backward."""
+    yield Choice("trainer.micro_batch_size", 1, "grown below, where there is room")
+    yield Choice("sharding.decode_batch_size", 1, "little: one picture keeps a GPU busy in the decoder")
+    yield Choice("sharding.two_stage", True, "nothing")
+    yield Choice("sharding.activation_checkpointing", False, "nothing: it is the quicker way")
+    if cfg.peft.peft_scheme == "lora" and cfg.model.precision in ("bf16", "fp16"):
+        yield Choice("sharding.fold_lora", False, "little: rounding hardly ever lets a LoRA be folded here")
+
+
+def _concessions(cfg: Config, plan: MemoryPlan, size: int) -> Iterator[Choice]:
+    """What could make the worst phase smaller, from cheapest to dearest."""
+    phase, k = plan.worst, cfg.draftp.truncation_steps
+    decodes, steps = "deco" in phase or phase == "reward", phase not in (TEXT, PREFIX, OPTIMIZER)
+    a_step = 1 if cfg.sampling.scale == 1 else 2
+    again = f"{a_step * k} more UNet evaluations an image, of about {a_step * cfg.sampling.steps}"
+    yield Choice("model.offload_text_encoders", True, "text encoders move to the GPU for prompts that are new")
+    if cfg.ema.decay is not None:
+        yield Choice("ema.device", "cpu", "the average travels over the bus each step")
+    if phase == PREFIX:
+        count = cfg.sharding.prefix_batch_size or 8
+        room = size - (plan.needed - plan.phases[phase] + sum(plan.resident.values()))
+        fits = int(count * room / max(1, plan.phases[phase] - sum(plan.resident.values())))
+        yield Choice("sharding.prefix_batch_size", max(1, min(count - 1, fits)), "some speed of the prefix")
+        yield Choice("sharding.prefix_batch_size", 1, "some speed of the prefix")
+        if cfg.peft.peft_scheme == "lora":
+            yield Choice("sharding.fold_lora", False, "three matrix products a layer instead of one in the prefix")
+    if steps:
+        yield Choice("sharding.activation_checkpointing", True, again)
+    if steps and k > 1:
+        yield Choice("sharding.recompute_steps", True, again)
+    if decodes:
+        for tile in (512, 256):
+            if tile < max(cfg.sampling.height, cfg.sampling.width):
+                yield Choice("model.vae_tile", tile, "tiles are decoded twice, pictures and gradient change a little")
+
+
+def _larger(plan: MemoryPlan, size: int, images: int) -> Iterator[Choice]:
+    """More images per backward than one, if what comes and goes grows in proportion."""
+    always = sum(plan.resident.values())
+    for count in range(min(LARGEST, images), 1, -1):
+        if images % count == 0 and plan.needed + (count - 1) * (_of_steps(plan) - always) <= size:
+            yield Choice("trainer.micro_batch_size", count, "nothing: there is room")
+
+
+def _of_steps(plan: MemoryPlan) -> int:
+    return max(plan.phases.get(name, 0) for name in ("gradient steps", BACKWARD, ALL))
+
+
+def _get(cfg: Config, key: str) -> Any:
+    section, name = key.split(".")
+    return getattr(getattr(cfg, section), name)
+
+
+def _with(cfg: Config, choice: Choice) -> Config:
+    data = cfg.model_dump(exclude_unset=True)
+    section, name = choice.setting.split(".")
+    data.setdefault(section, {})[name] = choice.value
+    return check_config(data)

@@ -1,0 +1,198 @@
+"""Networks with every shape and dtype of a run and no data: what a training would hold can be seen before anything is
+fetched. All of it is made, and stays, inside one of torch's FakeTensorModes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BatchEncoding
+
+from draftcli.config import Config
+from draftcli.core.adapters import attach_lora
+from draftcli.core.meta import modules_on_meta
+from draftcli.core.runtime import DTYPES
+from draftcli.core.sdxl import Parts
+from draftcli.rewards.aesthetic import AestheticReward, scoring_head
+from draftcli.rewards.catalogue import BUILT_IN
+from draftcli.rewards.clip import CLIPReward
+from draftcli.rewards.imagereward import TEXT_LENGTH, ImageReward
+from draftcli.rewards.pixels import Preprocess
+from draftcli.rewards.registry import load_reward
+from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
+
+# transformers' configurations of the networks that the official weights belong to.
+_VIT_H = {
+    "vision": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16},
+    "text": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "projection_dim": 1024,
+}
+_VIT_L = {
+    "vision": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "text": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "projection_dim": 768,
+}
+
+
+class Tokens:
+    """Stands in for a tokenizer: as many tokens as a text may have."""
+
+    model_max_length = 77
+
+    def __call__(self, prompts: Any, max_length: int = 77, **options: Any) -> BatchEncoding:
+        """(B, max_length) zeros, and a mask of ones."""
+        ids = torch.zeros(1 if isinstance(prompts, str) else len(prompts), max_length, dtype=torch.long)
+        return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def stand_in_parts(folder: Path, cfg: Config) -> Parts:
+    """The SDXL whose configuration lies in `folder`, on the meta device, in the dtypes that `load_parts` gives it and
+    with the LoRA that is to be trained. Make it outside the mode.
+    """
+    modules = modules_on_meta(folder)
+    dtype = DTYPES[cfg.model.precision]
+    wide = torch.promote_types(dtype, torch.float32)
+    dtypes = {
+        "unet": wide if cfg.peft.peft_scheme == "none" else dtype,
+        "vae": DTYPES[cfg.model.vae_precision] if cfg.model.vae_precision else wide,
+    }
+    for part, module in modules.items():
+        nn.Module.to(module, dtypes.get(part, dtype))
+    encoders = (modules["text_encoder"], modules["text_encoder_2"])
+    parts = Parts(modules["unet"], modules["vae"], encoders, (Tokens(), Tokens()))
+    if cfg.peft.peft_scheme == "lora":
+        with torch.device("meta"):  # else peft would fill a LoRA of real memory with zeros
+            attach_lora(parts.unet, cfg.peft.rank, cfg.peft.alpha, cfg.peft.target_modules)
+        for parameter in filter(lambda p: p.requires_grad, parts.unet.parameters()):
+            parameter.data = parameter.data.to(wide)  # peft gives it its base's dtype, but not on the meta device
+    return parts
+
+
+def without_data(module: nn.Module) -> nn.Module:
+    """Replace every tensor of `module` by one like it on the CPU; inside the mode that is one without data."""
+
+    def like(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                part._parameters[name] = nn.Parameter(like(parameter), requires_grad=parameter.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = like(buffer)
+    module.to = lambda *_, **__: module  # torch swaps tensors without data there, and cannot where others hold them
+    return module
+
+
+class StandInReward(nn.Module):
+    """The sum of a run's rewards.
+
+    Attributes:
+        uncounted: rewards whose networks are not known, as they are somebody's own: they read every pixel and no more.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.uncounted: list[str] = []
+        self.judges = nn.ModuleList()
+        self.plain: list[Callable[..., Tensor]] = []
+        for name, setting in cfg.rewards.items():
+            reward = self._made(name)
+            if setting.relative is not None and hasattr(reward, "embed_images"):
+                reward = PromptRelative(reward, **setting.relative.model_dump())
+            if setting.micro_batch_size is not None:
+                reward = InMicroBatches(reward, setting.micro_batch_size)
+            if isinstance(reward, nn.Module):
+                self.judges.append(reward)
+            else:
+                self.plain.append(reward)
+
+    def to(self, *args: Any, **kwargs: Any) -> StandInReward:
+        """Stay; see `without_data`."""
+        return self
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) scores; see `draftcli.rewards.Reward`."""
+        scores = [reward(images, prompts) for reward in (*self.judges, *self.plain)]
+        return torch.stack([score.to(images.dtype) for score in scores]).sum(0)
+
+    def _made(self, name: str) -> Any:
+        if name in _NETWORKS:
+            return without_data(_NETWORKS[name](name))
+        if name in BUILT_IN and not BUILT_IN[name].parameters:  # none or few, that ship with draftp
+            from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+            with unset_fake_temporarily():
+                reward = load_reward(name)
+            return without_data(reward) if isinstance(reward, nn.Module) else reward
+        self.uncounted.append(name)
+        return _mean_of_pixels
+
+
+def _mean_of_pixels(images: Tensor, prompts: Sequence[str]) -> Tensor:
+    return images.mean((1, 2, 3))
+
+
+def _clip(name: str, network: Mapping[str, Any]) -> CLIPReward:
+    from transformers import CLIPConfig, CLIPModel
+
+    vision = {**network["vision"], "patch_size": 14}
+    config = CLIPConfig(vision_config=vision, text_config=network["text"], projection_dim=network["projection_dim"])
+    with torch.device("meta"):
+        clip = CLIPModel(config)
+    return CLIPReward(name, clip, Tokens(), Preprocess(224, "crop"))
+
+
+def _aesthetic(name: str) -> AestheticReward:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.device("meta"):
+        config = CLIPVisionConfig(**_VIT_L["vision"], patch_size=14, projection_dim=768)
+        vision = CLIPVisionModelWithProjection(config)
+        head = nn.Linear(768, 1) if name == "aesthetic_v1" else scoring_head(768)
+    return AestheticReward(name, vision, head, Preprocess(224, "crop_even"))
+
+
+def _aesthetic_v2_5(name: str) -> AestheticReward:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes: dict[str, Any] = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27}
+    sizes |= {"num_attention_heads": 16, "image_size": 384, "patch_size": 14}
+    with torch.device("meta"):
+        vision = SiglipVisionModel(SiglipVisionConfig(**sizes))
+        head = scoring_head(1152, last_dropout=True)
+    return AestheticReward(name, vision, head, Preprocess(384, "squash"))
+
+
+def _imagereward(name: str) -> ImageReward:
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    text: dict[str, Any] = {"hidden_size": 768, "encoder_hidden_size": 1024, "intermediate_size": 3072}
+    text |= {"num_hidden_layers": 12}
+    with torch.device("meta"):
+        vision = BlipVisionModel(BlipVisionConfig(**_VIT_L["vision"], image_size=224, patch_size=16))
+        config = BlipTextConfig(
+            **text, vocab_size=30524, num_attention_heads=12, max_position_embeddings=512, use_cache=False
+        )
+        reader = BlipTextModel(config, add_pooling_layer=False)
+        head = scoring_head(768)
+    assert Tokens.model_max_length >= TEXT_LENGTH
+    return ImageReward(vision, reader, head, Tokens(), Preprocess(224, "crop_even"))
+
+
+_NETWORKS: dict[str, Callable[[str], nn.Module]] = {
+    "pickscore": lambda name: _clip(name, _VIT_H),
+    "hpsv2": lambda name: _clip(name, _VIT_H),
+    "hpsv2_1": lambda name: _clip(name, _VIT_H),
+    "clip": lambda name: _clip(name, _VIT_L),
+    "aesthetic": _aesthetic,
+    "aesthetic_v1": _aesthetic,
+    "aesthetic_v2_5": _aesthetic_v2_5,
+    "imagereward": _imagereward,
+}

@@ -1,0 +1,89 @@
+"""Settings chosen to fit: on the tiny model, by the plan's own figures."""
+
+from pathlib import Path
+
+import pytest
+
+from draftcli.config import check_config, load_config
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.errors import InputError
+from draftcli.training.fit import fit, parse_size
+from draftcli.training.memory import memory_plan
+from draftcli.training.plan import make_plan
+from tests.command import draftp, recipe
+from tests.tiny import batch, tiny_model
+
+SIZES = {"24GB": 24e9, "16GiB": 16 * 2**30, "500MB": 5e8, "0.5 tb": 5e11, "12": 12e9, "80g": 80e9}
+
+
+@pytest.mark.parametrize("text", SIZES)
+def test_a_size_has_a_unit(text):
+    assert parse_size(text) == SIZES[text]
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "0GB", "24 apples", "1e3GB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InputError, match="such as 12GB"):
+        parse_size(text)
+
+
+def test_less_room_costs_more_until_nothing_fits(tiny_sdxl):
+    cfg = load_config(recipe(tiny_sdxl, trainer={"global_batch_size": 8, "micro_batch_size": 2, "max_steps": 1}))
+    plans = []
+
+    def plan(some):
+        plans.append(memory_plan(some, tiny_sdxl))
+        return plans[-1]
+
+    roomy = fit(cfg, parse_size("80GB"), plan, frozenset())
+    assert roomy.cfg.trainer.micro_batch_size == 8
+    assert not roomy.cfg.sharding.activation_checkpointing
+    slim = fit(cfg, min(p.needed for p in plans) - 1_000_000, plan, frozenset())
+    assert slim.plan.needed < roomy.plan.needed
+    assert slim.choices != roomy.choices
+    assert slim.cfg.trainer.global_batch_size == cfg.trainer.global_batch_size
+    assert slim.cfg.sampling == cfg.sampling
+    kept = fit(cfg, parse_size("80GB"), plan, frozenset({"trainer.micro_batch_size"}))
+    assert kept.cfg.trainer.micro_batch_size == 2, "what somebody set is not touched"
+    with pytest.raises(InputError, match=r"nothing fits 0.0 GB: at least 0\.\d GB"):
+        fit(cfg, 1, plan, frozenset())
+
+
+def test_the_command_says_what_each_choice_costs_and_leaves_where_nothing_fits(tiny_sdxl):
+    preset = recipe(tiny_sdxl, trainer={"global_batch_size": 4})
+    result = draftp("train", "--preset", preset, "--fit", "24GB", "--dry-run")
+    assert result.code == 0, result.err
+    assert "trainer.micro_batch_size=4  costs nothing: there is room" in result.out
+    assert "micro_batch_size: 4" in result.out
+    assert "memory       GB (10^9 bytes) of the process on a" in result.out
+    none = draftp("train", "--preset", preset, "--fit", "1MB", "--dry-run")
+    assert none.code == 2
+    assert none.err.count("\n") == 1
+    assert "nothing fits" in none.err
+    assert draftp("train", "--preset", preset, "--fit", "much", "--dry-run").code == 2
+    assert [path.name for path in Path.cwd().iterdir()] == ["tiny.yaml"]
+
+
+COUNTED = {
+    "plain": {},
+    "without guidance": {"sampling": {"scale": 1.0}},
+    "guidance in part": {"sampling": {"guidance_interval": (0.25, 0.75)}},
+    "recomputed": {"sharding": {"recompute_steps": True}},
+    "checkpointed": {"sharding": {"activation_checkpointing": True, "recompute_steps": False}},
+    "DRaFT-LV": {"draftp": {"low_variance_samples": 2}},
+    "without base": {"draftp": {"kl_coeff": 0.0, "log_kl": False}},
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_evaluations_are_counted_as_the_network_is_asked(tiny_sdxl, case):
+    """Rows of latents that the UNet is given in one step, against the plan. What checkpoints repeat asks blocks, not
+    the network, and is counted by the plan alone.
+    """
+    model: SDXLDRaFTPModel = tiny_model(tiny_sdxl, 0.05, **COUNTED[case])
+    rows: list[int] = []
+    model.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    model.get_loss_and_metrics(batch(4))
+    plan = make_plan(check_config(model.cfg.model_dump()))
+    assert sum(rows) == 4 * (plan.forward + plan.base)
+    assert plan.again == (plan.with_gradient if case == "checkpointed" else 0)

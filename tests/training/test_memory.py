@@ -1,0 +1,85 @@
+"""The memory plan against what the very step holds, measured on real tensors (benchmarks' meter, float32, a CPU)."""
+
+import gc
+from pathlib import Path
+
+import pytest
+import torch
+
+from draftcli.config import load_config
+from draftcli.core.draftp import Batch, SDXLDRaFTPModel
+from draftcli.core.live_bytes import LiveBytes, PeakMeter
+from draftcli.core.sdxl import load_parts, model_path
+from draftcli.rewards import get_reward_model
+from draftcli.training import memory
+
+TOLERANCE = 0.15
+BASE = [
+    "model.device=cpu",
+    "sampling.height=128",
+    "sampling.width=128",
+    "sampling.steps=5",
+    "trainer.micro_batch_size=4",
+    "trainer.global_batch_size=8",
+]
+# Each holds more than 200 MB at once.
+SETTINGS = {
+    "the toy recipe, larger": [],
+    "K = 1": ["draftp.truncation_steps=1"],
+    "K = 5, kept": ["draftp.truncation_steps=5"],
+    "recomputed steps": ["sharding.recompute_steps=true", "sampling.height=256"],
+    "activation checkpointing": [
+        "sharding.activation_checkpointing=true",
+        "sharding.recompute_steps=false",
+        "sampling.height=256",
+        "sampling.width=256",
+    ],
+    "one stage": ["sharding.two_stage=false", "draftp.truncation_steps=2"],
+    "decoded one by one": ["sharding.decode_batch_size=1", "draftp.truncation_steps=2", "sampling.height=192"],
+    "decoded in tiles": ["model.vae_tile=64", "sampling.height=256"],
+    "the whole UNet": ["peft.peft_scheme=none", "draftp.truncation_steps=1", "sampling.height=192"],
+    "a large prefix": ["sharding.prefix_batch_size=8", "trainer.micro_batch_size=1", "sampling.height=768"],
+    "without guidance and base": ["sampling.scale=1", "draftp.kl_coeff=0", "draftp.log_kl=false"],
+    "DRaFT-LV": ["draftp.low_variance_samples=2", "draftp.truncation_steps=1", "sampling.height=192"],
+}
+
+
+def measured(cfg) -> tuple[int, dict[str, int]]:
+    """The most bytes of tensors alive in the second of two optimizer steps; by phase."""
+    model = SDXLDRaFTPModel(cfg, load_parts(cfg.model, trained_in_full=cfg.peft.peft_scheme == "none"))
+    model.reward_model = reward = get_reward_model(cfg)
+    size, count = (cfg.sampling.height, cfg.sampling.width), cfg.trainer.global_batch_size
+    batch = Batch(["a red circle"] * count, list(range(count)), size, [None] * count)
+    optimizer = torch.optim.AdamW(model.trainable_parameters)
+    networks = [*model.parts.modules.values(), *reward.rewards.values()]
+    networks += [] if model._base_unet is None else [model._base_unet]
+    weights = [t for network in networks for t in (*network.parameters(), *network.buffers())]
+    live = LiveBytes(weights)
+    model.phase = meter = PeakMeter(live)
+    with live:
+        for _ in range(2):
+            meter.peaks.clear()
+            live.peak = live.now
+            model.get_loss_and_metrics(batch)
+            with meter("optimizer"):
+                torch.nn.utils.clip_grad_norm_(model.trainable_parameters, 1.0)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    return live.peak, dict(meter.peaks)
+
+
+def planned(cfg) -> memory.MemoryPlan:
+    return memory.memory_plan(cfg, Path(model_path(cfg.model.pretrained)))
+
+
+@pytest.mark.slow  # twelve trainings of two steps at a size where memory is worth a plan
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_plan_is_within_15_percent_of_what_a_step_holds(name):
+    cfg = load_config("toy", [*BASE, *SETTINGS[name]])
+    plan, (peak, phases) = planned(cfg), measured(cfg)
+    print(f"| {name} | {plan.peak / 1e6:.0f} | {peak / 1e6:.0f} | {plan.peak / peak - 1:+.1%} |")
+    for phase, size in plan.phases.items():
+        print(f"|   {phase} | {size / 1e6:.0f} | {phases.get(phase, 0) / 1e6:.0f} |")
+    assert peak > 200e6
+    assert plan.peak == pytest.approx(peak, rel=TOLERANCE)
