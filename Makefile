@@ -27,7 +27,7 @@ test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
 
 slow: .venv/.installed-test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -n 2 -m slow
 
 faults: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kill --kills 200

@@ -160,7 +160,8 @@ def _print_plan(cfg: Config, ranks: int) -> None:
         f"the run      {cfg.trainer.max_steps} steps, {cfg.trainer.max_steps * plan.images:,} images",
     ]
     typer.echo("\n".join(lines))
-    typer.echo("memory is worked out now, on tensors without data: for SDXL some seconds", err=True)
+    if sys.stderr.isatty():
+        typer.echo("memory is worked out now, on tensors without data: for SDXL half a minute", err=True)
     typer.echo("\n".join(memory_lines(cfg, plan.folder, ranks)))
 
 

@@ -40,7 +40,7 @@ SETTINGS = {
     "the whole UNet": ["peft.peft_scheme=none", "draftp.truncation_steps=1", "sampling.height=192"],
     "a large prefix": ["sharding.prefix_batch_size=8", "trainer.micro_batch_size=1", "sampling.height=768"],
     "without guidance and base": ["sampling.scale=1", "draftp.kl_coeff=0", "draftp.log_kl=false"],
-    "DRaFT-LV": ["draftp.low_variance_samples=2", "draftp.truncation_steps=1", "sampling.height=192"],
+    "DRaFT-LV": ["draftp.low_variance_samples=2", "draftp.truncation_steps=1", "sampling.height=256"],
 }
 
 
