@@ -198,11 +198,14 @@ def warnings(
         kept = _ratio(figure["cosine_diversity"], figures[base]["cosine_diversity"])
         if kept is not None and kept < LARGE_LOSS and _sure(figure["cosine_diversity"]) < 0:
             said.append(f"{name}: {100 * kept:.0f} % of the base's diversity is left.")
-        for sign in [*SIGNS, "near_duplicates"]:
-            ratio = _ratio(figure[sign], figures[base][sign])
-            if ratio is not None and abs(ratio - 1) > LARGE_DRIFT and _sure(figure[sign]) != 0:
-                label = sign.replace("_", " ")
-                said.append(f"{name}: {label} is {ratio:.2g} times the base's ({SIGN_LABELS[sign]}).")
+        ratios = {sign: _ratio(figure[sign], figures[base][sign]) for sign in [*SIGNS, "near_duplicates"]}
+        drifted = [
+            f"{sign.replace('_', ' ')} {ratio:.2g}"
+            for sign, ratio in ratios.items()
+            if ratio is not None and abs(ratio - 1) > LARGE_DRIFT and _sure(figure[sign]) != 0
+        ]
+        if drifted:
+            said.append(f"{name}: as a multiple of the base's: {', '.join(drifted)}.")
     return said
 
 

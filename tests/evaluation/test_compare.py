@@ -1,12 +1,13 @@
 """What is said about a comparison whose answer is known."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from draftcli.evaluation.compare import compare, pareto_front, recommend
+from draftcli.evaluation.compare import compare, pareto_front, recommend, warnings
 from draftcli.evaluation.measure import Measured
 from tests.evaluation.example import EACH, PROMPTS, example_result, make_example
 
@@ -44,6 +45,17 @@ def test_front_recommendation_and_warnings(result):
     assert "tuned: toy rises, which was trained on, while toy_oracle falls by 0.09" in said
     assert "tuned: 1" in said, "a tenth of the base's diversity is left"
     assert "linear: 8" not in said
+
+
+def test_all_that_drifts_in_a_column_is_one_line(result):
+    figures = copy.deepcopy(result["figures"])
+    for sign, factor in (("saturation", 2), ("contrast", 0.5)):
+        value = figures["base"][sign]["value"]
+        sure = {"difference_low": (factor - 1) * value, "difference_high": (factor - 1) * value}
+        figures["tuned"][sign] |= {"value": factor * value, **sure}
+    said = [line for line in warnings(figures, "base", ["toy"], ["toy"], 50) if line.startswith("tuned: as a multiple")]
+    assert len(said) == 1
+    assert "saturation 2, contrast 0.5" in said[0]
 
 
 def test_the_preference_moves_the_recommendation(example):
