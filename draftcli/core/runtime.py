@@ -245,6 +245,8 @@ def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        # What torchrun starts again meets the store of those that are gone, with their addresses in it.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         board = dist.PrefixStore("draftp", store)
     ranks, failed = Ranks(dist.get_rank(), dist.get_world_size(), board), False
