@@ -194,7 +194,7 @@ class Once(Red):
 @pytest.mark.slow  # torchrun starts two processes twice, each importing torch anew
 @pytest.mark.parametrize(
     "strategy",
-    ["ddp", pytest.param("fsdp", marks=pytest.mark.skip(reason="hung after the restart once: open, see docs/log.md"))],
+    ["ddp", "fsdp"],
 )
 def test_torchrun_restarts_from_the_last_checkpoint_when_a_process_dies(tiny_sdxl, strategy):
     Path("once.py").write_text(KILLED_ONCE)
