@@ -259,6 +259,13 @@ class ShardingConfig(Section):
     """Fold the LoRA into the weights where no gradient is needed: faster, for a second copy of the adapted weights."""
     fold_tolerance: Annotated[float, Field(ge=0)] = 0.01
     """Don't fold where rounding would take a larger share of the LoRA: that of an early one in bf16 is nearly all."""
+    offload: bool = False
+    """Keep on the GPU only what a phase needs, the UNet or decoder and rewards; the other's frozen weights wait in the
+    computer's memory. Two transfers a step; gradient steps are recomputed (recompute_steps)."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Kernel of the UNet's attention, one of torch's; auto: the one torch thinks best. math keeps the whole matrix."""
+    compile: bool = False
+    """torch.compile on the UNet's blocks: minutes in the first step, for fewer and larger kernels afterwards."""
     prompt_cache: str | None = None
     """Folder that keeps the prompts' embeddings for later runs; in memory they are kept anyway."""
     channels_last: bool = False
@@ -313,6 +320,10 @@ class Config(Section):
             raise ValueError(f"sampling.guidance_interval is [{low:g}, {high:g}]: the first number is the smaller one")
         if self.draftp.low_variance_samples and not self.sharding.two_stage:
             raise ValueError("draftp.low_variance_samples needs sharding.two_stage true")
+        if self.sharding.offload and not (self.sharding.two_stage and self.sharding.recompute_steps is not False):
+            raise ValueError("sharding.offload needs sharding.two_stage true, and recompute_steps not to be false")
+        if self.sharding.offload and self.sharding.strategy == "fsdp":
+            raise ValueError("sharding.offload does not go with sharding.strategy fsdp, which splits the weights")
         if self.sharding.strategy == "fsdp" and self.ema.decay is not None and self.ema.device == "cpu":
             raise ValueError(
                 "ema.device cpu does not go with sharding.strategy fsdp, which splits the average: leave it"
@@ -384,6 +395,10 @@ class Config(Section):
                 not sharding.two_stage
                 and bool(sharding.model_fields_set & {"recompute_steps", "prefix_batch_size", "decode_batch_size"}),
                 "sharding.recompute_steps, prefix_batch_size and decode_batch_size have no effect: two_stage is false",
+            ),
+            (
+                sharding.offload and self.model.device == "cpu",
+                "sharding.offload saves nothing with model.device cpu: the same memory holds the weights twice",
             ),
             (
                 sharding.recompute_steps is False and self.draftp.low_variance_samples > 0,

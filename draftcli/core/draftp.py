@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftcli.config import Config
 from draftcli.core import adapters, sharding
@@ -51,6 +51,7 @@ from draftcli.core.guidance import Weighing, drawn, guided, linear, mixed, step_
 from draftcli.core.lora_files import Lora, attach_loras
 from draftcli.core.penalty import kl_penalty
 from draftcli.core.prompt_cache import PromptCache
+from draftcli.core.residency import JUDGES, UNET, Residency
 from draftcli.core.runtime import ImageNoise, choose_runtime, derived_seed
 from draftcli.core.sdxl import Conditioning, Parts, decode, load_parts, predict
 from draftcli.core.size_keys import size_keys, time_ids
@@ -113,9 +114,11 @@ class SDXLDRaFTPModel:
         in_full = cfg.peft.peft_scheme == "none"
         self.parts = parts or load_parts(cfg.model, trained_in_full=in_full)
         device = self.runtime.device
-        self.vae = self.parts.vae.to(device)
+        offload = cfg.sharding.offload
+        self.vae = self.parts.vae if offload else self.parts.vae.to(device)
         # A network that will be split stays on the CPU until then: no device need ever hold all of it.
-        self.unet = self.parts.unet if sharding.is_wanted(cfg.sharding) else self.parts.unet.to(device)
+        waits = offload or sharding.is_wanted(cfg.sharding)
+        self.unet = self.parts.unet if waits else self.parts.unet.to(device)
         self._base_unet = copy.deepcopy(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
@@ -124,7 +127,11 @@ class SDXLDRaFTPModel:
             adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
         for name, network in self.parts.modules.items() if loras else ():
             attach_loras(network, loras or (), part=name)
-        sharding.speed_up(cfg.sharding, self.unet, self._base_unet, self.vae)
+        sharding.speed_up(cfg.sharding, self.runtime, self.unet, self._base_unet, self.vae)
+        self._residency = Residency(device)
+        if offload:
+            self._residency.add(UNET, filter(None, [self.unet, self._base_unet]))
+            self._residency.add(JUDGES, [self.vae])
         self._encoded = PromptCache(
             self.parts,
             device,
@@ -152,7 +159,10 @@ class SDXLDRaFTPModel:
 
     @reward_model.setter
     def reward_model(self, reward: Callable[[Tensor, list[str]], Tensor]) -> None:
-        if hasattr(reward, "to"):
+        if self.cfg.sharding.offload:
+            judges = getattr(reward, "rewards", {"": reward}).values()
+            self._residency.add(JUDGES, (judge for judge in judges if isinstance(judge, nn.Module)))
+        elif hasattr(reward, "to"):
             reward.to(self.runtime.device)  # type: ignore[attr-defined]
         self._reward_model = reward
 
@@ -192,6 +202,7 @@ class SDXLDRaFTPModel:
             if self._base_unet is not None or not settings.fold_lora:
                 yield
                 return
+            self._residency.need(UNET)
             with folded(self.unet, settings.fold_tolerance):
                 yield
 
@@ -250,6 +261,7 @@ class SDXLDRaFTPModel:
 
         def predict_guided(x: Tensor, level: Level) -> Tensor:
             is_guided = sampling.scale != 1 and guided_from <= level.index / level.total < guided_to
+            self._residency.need(UNET)
             with self.runtime.autocast():
                 if is_guided:
                     doubled = network_input(torch.cat([x, x]), level)
@@ -327,6 +339,7 @@ class SDXLDRaFTPModel:
 
     def decode(self, x_0: Tensor) -> Tensor:
         """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1], differentiable."""
+        self._residency.need(JUDGES)
         return decode(self.vae, x_0, self.cfg.model.vae_tile)
 
     # ------------------------------------------------------------------------------------------------ whole pictures

@@ -8,30 +8,117 @@ The models know nothing of devices or processes (the separation of torchtitan's 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from draftcli.config import ShardingConfig
+from draftcli.core.runtime import Runtime
 from draftcli.errors import InputError
 
+ATTENTION = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+COMPILATIONS = 256  # of one function, beyond which torch gives up and computes as it always did
+COMPILER = "inductor"  # torch's own
 BLOCKS = ("BasicTransformerBlock", "ResnetBlock2D")  # each is gathered, computed and let go of by itself
 
 
-def speed_up(settings: ShardingConfig, unet: Any, base_unet: Any | None, vae: Any) -> None:
-    """Apply `settings` to the networks, in place: memory layout, then activation checkpointing."""
+def speed_up(settings: ShardingConfig, runtime: Runtime, unet: Any, base_unet: Any | None, vae: Any) -> None:
+    """Apply `settings` to the networks, in place: memory layout, attention, activation checkpointing, compile.
+
+    Raises:
+        InputError: sharding.attention names a kernel that does not work here.
+    """
     if settings.channels_last:
         for network in filter(None, [unet, base_unet, vae]):
             network.to(memory_format=torch.channels_last)
+    if settings.attention != "auto":
+        check_attention(settings.attention, runtime)
+        for network in filter(None, [unet, base_unet]):
+            choose_attention(network, settings.attention)
     if settings.activation_checkpointing:
         checkpoint_activations(unet, vae)
+    if settings.compile:
+        for network in filter(None, [unet, base_unet]):
+            compile_blocks(network)
+
+
+def working_attention(runtime: Runtime) -> list[str]:
+    """The names in ATTENTION, of those kernels that compute on this device in this dtype, forward and backward."""
+    works: list[str] = []
+    for name, backend in ATTENTION.items():
+        q = torch.ones(1, 2, 64, 64, device=runtime.device, dtype=runtime.dtype, requires_grad=True)
+        with suppress(RuntimeError), warnings.catch_warnings(), sdpa_kernel(backend):
+            warnings.simplefilter("ignore")  # of the reasons why it does not
+            F.scaled_dot_product_attention(q, q, q).sum().backward()
+            works.append(name)
+    return works
+
+
+def check_attention(name: str, runtime: Runtime) -> None:
+    """Raise InputError where the kernel does not work here."""
+    if name not in (works := working_attention(runtime)):
+        where = f"on {runtime.device} in {str(runtime.dtype).removeprefix('torch.')}"
+        raise InputError(f"sharding.attention {name} does not work {where}; what does: auto, {', '.join(works)}")
+
+
+def choose_attention(unet: nn.Module, name: str) -> None:
+    """Have every attention of `unet` use one kernel of ATTENTION, also where backward computes it again."""
+    for module in unet.modules():
+        if type(module).__name__ == "Attention":
+            module.forward = _with_kernel(module.forward, ATTENTION[name])
+
+
+def _with_kernel(forward: Callable[..., Any], backend: SDPBackend) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with sdpa_kernel(backend):
+            return forward(*args, **kwargs)
+
+    return call
+
+
+def compile_blocks(unet: nn.Module) -> None:
+    """torch.compile on every transformer and residual block by itself: equal blocks share what was compiled.
+
+    It stands inside activation checkpointing, which calls blocks from without, and inside FSDP2's hooks.
+    """
+    import torch._dynamo
+
+    # One graph for each shape of block, with and without gradient and LoRA, by batch size: more than the 8 of torch.
+    torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
+    for block in unet.modules():
+        if type(block).__name__ in BLOCKS:
+            block.forward = _compiled(block.forward)
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    compiled = torch.compile(forward, backend=COMPILER)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except TorchDynamoException as error:  # such as a machine without compiler
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"torch.compile does not work here, set sharding.compile=false ({reason})") from error
+
+    return call
 
 
 def checkpoint_activations(unet: Any, vae: Any) -> None:

@@ -17,7 +17,7 @@ Shape legend: B images, K gradient steps, C latent channels, H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,9 @@ from draftcli.core.sdxl import Conditioning
 
 if TYPE_CHECKING:
     from draftcli.core.draftp import Batch, SDXLDRaFTPModel
+
+
+_Scored = tuple[Tensor, Tensor | None]  # mean reward and KL of a micro-batch
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,11 @@ def loss_and_gradient(model: SDXLDRaFTPModel, batch: Batch) -> dict[str, Any]:
     with model.phase("prefix"), model.without_gradient():
         paths = [path for group, cond in groups for path in _rollouts(model, group, cond)]
     samples = len(batch) * (1 + draftp.low_variance_samples)
+    parts = [(part, len(part.batch) / samples) for path in paths for part in path.split(micro)]
+    backward = _backward_of_recomputed_steps if recomputes_steps(model.cfg) else _backward_of_kept_steps
     rewards: list[Tensor] = []
     penalties: list[Tensor] = []
-    backward = _backward_of_recomputed_steps if recomputes_steps(model.cfg) else _backward_of_kept_steps
-    for part in (part for path in paths for part in path.split(micro)):
-        share = len(part.batch) / samples
-        reward, kl = backward(model, part, share)
+    for (_, share), (reward, kl) in zip(parts, backward(model, parts), strict=True):
         rewards.append(share * reward)
         penalties += [] if kl is None else [share * kl]
     reward = float(torch.stack(rewards).sum())
@@ -100,7 +102,7 @@ def recomputes_steps(cfg: Config) -> bool:
     draftp, settings = cfg.draftp, cfg.sharding
     asked = settings.recompute_steps
     if asked is None:
-        asked = settings.activation_checkpointing and draftp.truncation_steps > 1
+        asked = settings.offload or (settings.activation_checkpointing and draftp.truncation_steps > 1)
     return asked or draftp.low_variance_samples > 0
 
 
@@ -140,24 +142,38 @@ def _reward_gradient(model: SDXLDRaFTPModel, x_0: Tensor, prompts: list[str], sh
     return total, torch.cat(gradients)
 
 
-def _backward_of_kept_steps(model: SDXLDRaFTPModel, path: Path, share: float) -> tuple[Tensor, Tensor | None]:
-    """Both stages of one micro-batch; the K steps' graph is kept from their one forward pass. Mean reward and KL."""
-    with model.phase("gradient steps"):
-        x_0, eps_tuned, eps_base = model.tail(path.x[0], path.cond, path.noise, with_base=model.cfg.draftp.needs_base)
-    reward, gradient = _reward_gradient(model, x_0, list(path.batch.prompts), share)
-    with model.phase("backward of gradient steps"):
-        surrogate, kl = (gradient * x_0).sum(), None
-        if eps_base is not None:
-            kl = kl_penalty(eps_tuned, eps_base)
-            surrogate = surrogate + _penalty(model, kl, share)
-        surrogate.backward()
-    return reward, None if kl is None else kl.detach()
+def _backward_of_kept_steps(model: SDXLDRaFTPModel, parts: Sequence[tuple[Path, float]]) -> Iterator[_Scored]:
+    """Both stages of one micro-batch after the other; the K steps' graph is kept from their one forward pass.
+
+    Args:
+        model: whose weights get the gradient.
+        parts: micro-batches, and the share of each in the loss.
+    """
+    for path, share in parts:
+        with model.phase("gradient steps"):
+            x_0, eps, eps_base = model.tail(path.x[0], path.cond, path.noise, with_base=model.cfg.draftp.needs_base)
+        reward, gradient = _reward_gradient(model, x_0, list(path.batch.prompts), share)
+        with model.phase("backward of gradient steps"):
+            surrogate, kl = (gradient * x_0).sum(), None
+            if eps_base is not None:
+                kl = kl_penalty(eps, eps_base)
+                surrogate = surrogate + _penalty(model, kl, share)
+            surrogate.backward()
+        yield reward, None if kl is None else kl.detach()
 
 
-def _backward_of_recomputed_steps(model: SDXLDRaFTPModel, path: Path, share: float) -> tuple[Tensor, Tensor | None]:
-    """Both stages of one micro-batch; each step runs again, from the last to the first. Mean reward and KL."""
-    assert path.x_0 is not None
-    reward, gradient = _reward_gradient(model, path.x_0, list(path.batch.prompts), share)
+def _backward_of_recomputed_steps(model: SDXLDRaFTPModel, parts: Sequence[tuple[Path, float]]) -> Iterator[_Scored]:
+    """Stage one of all micro-batches, then stage two of all: decoder and rewards are asked for once."""
+    judged: list[tuple[Tensor, Tensor]] = []
+    for path, share in parts:
+        assert path.x_0 is not None
+        judged.append(_reward_gradient(model, path.x_0, list(path.batch.prompts), share))
+    for (path, share), (reward, gradient) in zip(parts, judged, strict=True):
+        yield reward, _backward_step_by_step(model, path, share, gradient)
+
+
+def _backward_step_by_step(model: SDXLDRaFTPModel, path: Path, share: float, gradient: Tensor) -> Tensor | None:
+    """Stage two of one micro-batch from the gradient at x_0: each step again, from the last to the first. Its KL."""
     tuned, base = model.denoiser(path.cond), model.base_denoiser(path.cond)
     penalties: list[Tensor] = []
     for k in reversed(range(len(path.x))):
@@ -175,7 +191,7 @@ def _backward_of_recomputed_steps(model: SDXLDRaFTPModel, path: Path, share: flo
         if k:
             assert x.grad is not None
             gradient = x.grad
-    return reward, torch.stack(penalties).sum() if penalties else None
+    return torch.stack(penalties).sum() if penalties else None
 
 
 def _penalty(model: SDXLDRaFTPModel, kl: Tensor, share: float) -> Tensor:

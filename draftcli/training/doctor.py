@@ -7,7 +7,6 @@ import platform
 import shutil
 import socket
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ from typing import Literal
 from urllib.parse import urlparse
 
 import torch
-import torch.nn.functional as F
 
 from draftcli.config import Config
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.runtime import choose_runtime
+from draftcli.core.runtime import Runtime, choose_runtime
+from draftcli.core.sharding import working_attention
 from draftcli.errors import DraftpError, InputError
 
 State = Literal["ok", "warning", "failed"]
@@ -58,7 +57,7 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
         return
     yield _device(runtime.device, runtime.reason)
     yield _computes(runtime.device, runtime.dtype)
-    yield _attention(runtime.device, runtime.dtype)
+    yield _attention(runtime)
     yield _disk(folder)
     yield _hub(is_needed=not Path(cfg.model.pretrained).exists() and cfg.model.pretrained != "toy")
     try:
@@ -101,23 +100,9 @@ def _computes(device: torch.device, dtype: torch.dtype) -> Finding:
     )
 
 
-def _attention(device: torch.device, dtype: torch.dtype) -> Finding:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    fused = {"flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
-    fused["memory-efficient"] = SDPBackend.EFFICIENT_ATTENTION
-    q = torch.randn(1, 2, 64, 64, device=device, dtype=dtype)
-    works: list[str] = []
-    for name, backend in fused.items():
-        try:
-            with warnings.catch_warnings(), sdpa_kernel(backend):
-                warnings.simplefilter("ignore")
-                F.scaled_dot_product_attention(q, q, q)
-            works.append(name)
-        except RuntimeError:
-            continue
-    if works:
-        return Finding("attention", "ok", f"torch's {', '.join(works)} kernel{'s' if len(works) > 1 else ''}")
+def _attention(runtime: Runtime) -> Finding:
+    if fused := [name for name in working_attention(runtime) if name != "math"]:
+        return Finding("attention", "ok", f"torch's {', '.join(fused)} (sharding.attention)")
     return Finding("attention", "warning", "no fused kernel: memory grows with the square of a picture's pixels")
 
 

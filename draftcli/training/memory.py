@@ -250,6 +250,7 @@ def _key(cfg: Config, images: int) -> str:
     sections["model"] |= {"pretrained": "toy", "offload_text_encoders": False, "config": None, "vae": None}
     sections["model"]["device"] = "cpu" if cfg.model.device == "cpu" else "auto"
     sections["sharding"] |= {"prompt_cache": None, "prefix_batch_size": None, "strategy": "none", "fold_lora": False}
+    sections["sharding"] |= {"compile": False, "attention": "auto"}
     sections["trainer"] = {"micro_batch_size": images, "global_batch_size": images}
     sections["draftp"]["kl_coeff"] = float(cfg.draftp.kl_coeff > 0)
     sections["sampling"]["height"], sections["sampling"]["width"] = _largest(cfg)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing import start_processes
 
 from draftcli.config import ShardingConfig
+from draftcli.core import sharding
 from draftcli.core.sharding import make_mesh
 from draftcli.errors import InputError
 from tests.tiny import batch, tiny_model
@@ -31,12 +32,15 @@ CASES = {
     "recomputed": {"sharding": {"activation_checkpointing": True}},
     "steps again, a smaller prefix": {"sharding": {"recompute_steps": True, "prefix_batch_size": 1}},
     "two copies": {"sharding": {"strategy": "fsdp", "shard_size": 1}, "peft": {"peft_scheme": "none"}},
+    "compiled": {"sharding": {"compile": True, "activation_checkpointing": True}},
+    "compiled in full": {"sharding": {"compile": True}, "peft": {"peft_scheme": "none"}},
     "bf16": {"model": {"precision": "bf16"}},
     "bf16 in full": {"model": {"precision": "bf16"}, "peft": {"peft_scheme": "none"}},
 }
 
 
 def model_of(case, folder):
+    sharding.COMPILER = "aot_eager"  # all of torch.compile but the C++ compiler
     return tiny_model(folder, 0.05, **CASES[case], trainer={"micro_batch_size": 1 if "again" in case else 4})
 
 
@@ -47,6 +51,8 @@ def trained_names(model):
 def one_rank(rank: int, folder: str, out: str) -> None:
     """What each process does: every case on its half of the batch. Rank 0 writes what came of it."""
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=RANKS)
     for case in CASES:
         model = model_of(case, Path(folder))

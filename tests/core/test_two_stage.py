@@ -8,8 +8,9 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo
 
-from draftcli.core import sdxl
+from draftcli.core import sdxl, sharding
 from draftcli.core.adapters import lora_layers
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.folding import folded, lost_share
@@ -51,13 +52,71 @@ def test_two_stages_equal_one(tiny_sdxl, k, recompute, peft, churn):
 
 @pytest.mark.parametrize(
     "levers",
-    [{"channels_last": True}, {"activation_checkpointing": True}, {"decode_batch_size": 1}],
-    ids=lambda levers: next(iter(levers)),
+    [
+        {"channels_last": True},
+        {"activation_checkpointing": True},
+        {"decode_batch_size": 1},
+        {"attention": "math"},
+        {"attention": "math", "activation_checkpointing": True},
+        {"offload": True},
+        {"offload": True, "activation_checkpointing": True},
+    ],
+    ids="-".join,
 )
-def test_each_lever_keeps_the_gradient(tiny_sdxl, levers):
-    plain = {"draftp": {"truncation_steps": 2}, "peft": ON_ALL}
-    expected = step(tiny_model(tiny_sdxl, 0.1, **plain, sharding=ONE_STAGE), batch(3))
-    assert_same(step(tiny_model(tiny_sdxl, 0.1, **plain, sharding=levers), batch(3)), expected)
+@pytest.mark.parametrize("peft", [ON_ALL, FULL], ids=["lora", "full"])
+def test_each_lever_keeps_the_gradient(tiny_sdxl, levers, peft):
+    moved = 0.1 if peft is ON_ALL else 0.01
+    plain = {"draftp": {"truncation_steps": 2}, "peft": peft}
+    expected = step(tiny_model(tiny_sdxl, moved, **plain, sharding=ONE_STAGE), batch(3))
+    assert_same(step(tiny_model(tiny_sdxl, moved, **plain, sharding=levers), batch(3)), expected)
+
+
+@pytest.mark.parametrize("peft", [ON_ALL, FULL], ids=["lora", "full"])
+def test_compiled_blocks_keep_the_gradient(tiny_sdxl, monkeypatch, peft):
+    """All of torch.compile but the C++ compiler: traced, and differentiated ahead of time."""
+    monkeypatch.setattr(sharding, "COMPILER", "aot_eager")
+    assert_compiled_is_plain(tiny_sdxl, peft)
+
+
+@pytest.mark.slow(reason="a run of the C++ compiler for each shape of block")
+def test_compiled_to_machine_code(tiny_sdxl):
+    assert_compiled_is_plain(tiny_sdxl, {"rank": 2})
+
+
+def assert_compiled_is_plain(tiny_sdxl, peft):
+    settings, moved = {"draftp": {"truncation_steps": 2}, "peft": peft}, 0.01 if peft is FULL else 0.1
+    expected = step(tiny_model(tiny_sdxl, moved, **settings, sharding=ONE_STAGE), batch(2))
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for checkpointing in (False, True):
+        levers = {"compile": True, "activation_checkpointing": checkpointing}
+        assert_same(step(tiny_model(tiny_sdxl, moved, **settings, sharding=levers), batch(2)), expected)
+    assert counters["stats"]["unique_graphs"] > 5
+    assert not counters["graph_break"]
+
+
+def test_an_attention_that_does_not_work_here_is_refused(tiny_sdxl):
+    with pytest.raises(InputError, match=r"sharding.attention cudnn does not work on cpu in float64; what does: auto"):
+        tiny_model(tiny_sdxl, sharding={"attention": "cudnn"})
+
+
+def test_the_chosen_attention_is_what_runs(tiny_sdxl):
+    model = tiny_model(tiny_sdxl, sharding={"attention": "math"}, model={"precision": "fp32"})
+    cond, x = model.encode(batch(1)), model.start(model.initial_noise(batch(1)))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        model.rollout(x, cond)
+    kernels = {event.name for event in profile.events() if "scaled_dot_product_" in event.name}
+    assert kernels == {"aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math"}
+
+
+def test_compile_says_in_one_line_what_is_missing(tiny_sdxl, monkeypatch):
+    def without_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(sharding, "COMPILER", without_compiler)
+    with pytest.raises(InputError, match=r"torch.compile does not work here, set sharding.compile=false .*no C"):
+        step(tiny_model(tiny_sdxl, sharding={"compile": True}), batch(1))
 
 
 def test_an_own_loss_of_a_subclass_is_used(tiny_sdxl):
