@@ -18,12 +18,10 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from meter import LiveBytes, clock
+from levers import Measured
 from rich.console import Console
 
 import draftcli
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.sdxl import load_parts
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -55,25 +53,10 @@ def cost(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float, 
     values = {**BASE, **settings, "trainer.global_batch_size": count, "model.device": options.device}
     values["sampling.width"] = values["sampling.height"] = settings.get("sampling.height", options.edge)
     cfg = draftcli.load_config(preset, options.set, values)
-    if options.preset == "sdxl":
-        from sdxl_size import random_pickscore, random_sdxl
-
-        model = SDXLDRaFTPModel(cfg, random_sdxl(cfg))
-        model.reward_model = random_pickscore()
-    else:
-        model = SDXLDRaFTPModel(cfg, load_parts(cfg.model))
-        model.reward_model = draftcli.get_reward_model(cfg)
-    batch = Batch(["a red circle"] * count, list(range(count)), (cfg.sampling.height,) * 2, [None] * count)
-    read, best = clock(model.runtime.device), float("inf")
-    for _ in range(3):
-        began = read()
-        model.get_loss_and_metrics(batch)
-        best = min(best, read() - began)
-    weights = [t for m in model.parts.modules.values() for t in (*m.parameters(), *m.buffers())]
-    live = LiveBytes(weights)
-    with live:
-        model.get_loss_and_metrics(batch)
-    return best / count, live.peak / 1e6
+    measured = Measured(cfg, options.preset == "sdxl")
+    for _ in range(2):
+        measured.seconds()
+    return measured.best / count, measured.peak() / 1e6
 
 
 def main() -> None:

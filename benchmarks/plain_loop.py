@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
@@ -52,7 +52,8 @@ class PlainLoop:
         phase: Callable[[str], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         scheduler = EulerDiscreteScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)
-        self.pipe = StableDiffusionXLPipeline(**modules, scheduler=scheduler, add_watermarker=False)
+        # Its annotations are narrower than what it takes.
+        self.pipe: Any = StableDiffusionXLPipeline(**modules, scheduler=cast(Any, scheduler), add_watermarker=False)
         self.unet, self.vae, self.reward, self.phase = self.pipe.unet, self.pipe.vae, reward, phase
         self.unet.requires_grad_(False)
         self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian"))

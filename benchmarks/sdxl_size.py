@@ -24,6 +24,7 @@ from draftcli.config import Config
 from draftcli.core.runtime import DTYPES, choose_runtime
 from draftcli.core.sdxl import Parts
 from draftcli.rewards.clip import CLIPReward
+from draftcli.rewards.pixels import Preprocess
 from draftcli.training.plan import SDXL_CONFIG
 
 BOS, EOS = 49406, 49407
@@ -88,4 +89,4 @@ def random_pickscore() -> CLIPReward:
     )
     half: Any = Bytes()
     clip = CLIPModel(config).requires_grad_(False).eval()
-    return CLIPReward("pickscore", clip, half, [0.48, 0.46, 0.41], [0.27, 0.26, 0.28])
+    return CLIPReward("pickscore", clip, half, Preprocess(224, "crop"))
