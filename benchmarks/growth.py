@@ -5,7 +5,7 @@
                                                               SDXL's real size, random weights
 
 Writes the picture and, beside it, growth.json. Needs the extra `plots`. Memory is what tensors hold
-at once, weights included; `kept` keeps the graph of all K steps, `again` is sharding.recompute_steps.
+at once, weights included; `steps run again` is sharding.recompute_steps: memory is flat in K.
 """
 
 from __future__ import annotations
@@ -90,11 +90,12 @@ def draw(figures: list[dict[str, Any]], keys: list[str], picture: Path) -> None:
     """Seconds above, megabytes below, a column for each thing that grows."""
     figure, axes = plt.subplots(2, len(keys), figsize=(3 * len(keys), 6), sharex="col", constrained_layout=True)
     for column, key in zip(axes.T, keys, strict=True):
-        for again, label in ((False, "kept"), (True, "again")):
+        for again, label in ((False, "graph kept"), (True, "steps run again")):
             lines = [f for f in figures if f["key"] == key and f["again"] == again]
             for axis, unit in zip(column, ("seconds", "megabytes"), strict=True):
                 axis.plot([f["value"] for f in lines], [f[unit] for f in lines], "o-", label=label if lines else None)
-                axis.set_ylim(bottom=0)
+        for axis in column:
+            axis.set_ylim(bottom=0)
         column[1].set_xlabel(NAMES[key])
     axes[0][0].legend()
     axes[0][0].set_ylabel("seconds an image")

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from draftcli.core.live_bytes import LiveBytes
 from draftcli.core.residency import JUDGES, UNET, Residency
 from draftcli.errors import InputError
+from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.tiny import batch, tiny_config, tiny_model
 
 
@@ -94,3 +96,18 @@ def test_validation_and_pictures_too(tiny_sdxl):
 def test_settings_that_do_not_go_with_it(tmp_path, settings, message):
     with pytest.raises(InputError, match=message):
         tiny_config(tmp_path, sharding={"offload": True, **settings})
+
+
+def test_a_run_with_it_gives_the_same_lora(tiny_sdxl, tmp_path):
+    """Validation, a checkpoint, the reward with its weights: all of a run."""
+    sections = {"rewards": {"toy": 1.0}, "data": WITH_VALIDATION, "model": {"precision": "fp64"}}
+    sections["trainer"] = {"max_steps": 2, "val_check_interval": 1}
+    found = {}
+    for offload in (False, True):
+        preset = recipe(tiny_sdxl, tmp_path / "tiny.yaml", **sections, sharding={"offload": offload})
+        done = draftp("train", "--preset", preset, "--output", tmp_path / f"run-{offload}")
+        assert done.code == 0, done.err
+        assert ("saves nothing with model.device cpu" in done.err) == offload
+        found[offload] = load_file(tmp_path / f"run-{offload}/final/pytorch_lora_weights.safetensors")
+    for name, weight in found[False].items():
+        torch.testing.assert_close(found[True][name], weight, atol=1e-7, rtol=0)  # the reward computes in float32
