@@ -56,6 +56,7 @@ from draftcli.core.runtime import ImageNoise, choose_runtime, derived_seed
 from draftcli.core.sdxl import Conditioning, Parts, decode, load_parts, predict
 from draftcli.core.size_keys import size_keys, time_ids
 from draftcli.core.two_stage import loss_and_gradient
+from draftcli.errors import InputError
 
 Metrics = dict[str, Any]
 
@@ -338,7 +339,16 @@ class SDXLDRaFTPModel:
         return x, torch.stack(eps_tuned), torch.stack(eps_base) if with_base else None
 
     def decode(self, x_0: Tensor) -> Tensor:
-        """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1], differentiable."""
+        """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1], differentiable.
+
+        Raises:
+            InputError: `x_0` has a graph through the UNet, whose weights `sharding.offload` takes away here.
+        """
+        if self.cfg.sharding.offload and x_0.grad_fn is not None:
+            raise InputError(
+                "sharding.offload takes the UNet's weights away before a backward through decoder and UNet at once: "
+                "leave it out, or take the gradient by get_loss_and_metrics"
+            )
         self._residency.need(JUDGES)
         return decode(self.vae, x_0, self.cfg.model.vae_tile)
 
