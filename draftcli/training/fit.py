@@ -13,7 +13,8 @@ from typing import Any
 
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
-from draftcli.training.memory import ALL, BACKWARD, GB, OPTIMIZER, PREFIX, TEXT, MemoryPlan
+from draftcli.training.memory import GB, MemoryPlan
+from draftcli.training.rehearsal import ALL, BACKWARD, OPTIMIZER, PREFIX, TEXT
 
 _UNITS = {"MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30, "TB": 1e12, "TIB": 2**40}
 LARGEST = 8  # images per backward: at SDXL's size more keep no GPU busier

@@ -14,9 +14,10 @@ import torch
 from draftcli.config import Config
 from draftcli.core import adapters
 from draftcli.core.gradient import check_sampler
-from draftcli.core.meta import PARTS, modules_on_meta
+from draftcli.core.meta import PARTS
 from draftcli.core.sdxl import SDXL_CONFIG, drop_vae_encoder, model_path
 from draftcli.core.two_stage import recomputes_steps
+from draftcli.training.stand_ins import shortened_modules, tensors
 
 LABELS = {"unet": "unet", "vae": "vae decoder", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
 
@@ -57,14 +58,14 @@ def make_plan(cfg: Config) -> Plan:
     """
     check_sampler(cfg.sampling.sampler)
     folder = configuration_folder(cfg)
-    modules = modules_on_meta(folder)
+    modules = shortened_modules(folder, cfg.peft.target_modules)
     drop_vae_encoder(modules["vae"])
     frozen = {LABELS[part]: _count(module) for part, module in modules.items()}
     if cfg.peft.peft_scheme == "lora":
-        with warnings.catch_warnings():
+        with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft says that meta weights are not initialised, which is the point
             adapters.attach_lora(modules["unet"], cfg.peft.rank, cfg.peft.alpha, cfg.peft.target_modules)
-        trainable = sum(p.numel() for p in modules["unet"].parameters() if p.requires_grad)
+        trainable = _count(modules["unet"], trained=True)
     else:
         trainable = frozen.pop("unet")
         frozen["frozen copy of the unet"] = trainable
@@ -98,5 +99,6 @@ def _evaluations(cfg: Config, step: int) -> int:
     return 2 if cfg.sampling.scale != 1 and first <= step / cfg.sampling.steps < last else 1
 
 
-def _count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+def _count(network: torch.nn.Module, trained: bool = False) -> int:
+    found = tensors(network, buffers=False)
+    return sum(times * weight.numel() for weight, times in found if weight.requires_grad or not trained)

@@ -1,19 +1,24 @@
 """Networks with every shape and dtype of a run and no data: what a training would hold can be seen before anything is
-fetched. All of it is made, and stays, inside one of torch's FakeTensorModes.
+fetched. They are made, and stay, inside one of torch's FakeTensorModes.
+
+Of many equal layers one after another two are there, and `Others` keeps in memory what those between would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BatchEncoding
 
-from draftcli.config import Config
+from draftcli.config import Config, RewardSource
 from draftcli.core.adapters import attach_lora
+from draftcli.core.live_bytes import LiveBytes
 from draftcli.core.meta import modules_on_meta
 from draftcli.core.runtime import DTYPES
 from draftcli.core.sdxl import Parts
@@ -49,26 +54,49 @@ class Tokens:
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
 
+def shortened_modules(folder: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
+    """The four networks whose configurations lie in `folder`, on the meta device, shortened where every layer is to be
+    treated alike.
+
+    Args:
+        folder: with a folder for each.
+        targets: peft.target_modules.
+
+    Raises:
+        InputError: a configuration is missing or not readable.
+    """
+    modules = modules_on_meta(folder)
+    for part, network in modules.items():
+        if part != "unet" or not any(_ONE_BLOCK.search(target) for target in targets):
+            shorten(network)
+    return modules
+
+
+_ONE_BLOCK = re.compile(r"(^|\.)\d+\.(attn|ff|norm)")  # a target that says which transformer block it means
+
+
 def stand_in_parts(folder: Path, cfg: Config) -> Parts:
     """The SDXL whose configuration lies in `folder`, on the meta device, in the dtypes that `load_parts` gives it and
     with the LoRA that is to be trained. Make it outside the mode.
     """
-    modules = modules_on_meta(folder)
+    modules, lora = shortened_modules(folder, cfg.peft.target_modules), cfg.peft.peft_scheme == "lora"
     dtype = DTYPES[cfg.model.precision]
     wide = torch.promote_types(dtype, torch.float32)
+    # FSDP gathers a block's weights in the dtype of the matrix products.
+    trained = dtype if cfg.sharding.strategy == "fsdp" else wide
     dtypes = {
-        "unet": wide if cfg.peft.peft_scheme == "none" else dtype,
+        "unet": dtype if lora else trained,
         "vae": DTYPES[cfg.model.vae_precision] if cfg.model.vae_precision else wide,
     }
     for part, module in modules.items():
         nn.Module.to(module, dtypes.get(part, dtype))
     encoders = (modules["text_encoder"], modules["text_encoder_2"])
     parts = Parts(modules["unet"], modules["vae"], encoders, (Tokens(), Tokens()))
-    if cfg.peft.peft_scheme == "lora":
+    if lora:
         with torch.device("meta"):  # else peft would fill a LoRA of real memory with zeros
             attach_lora(parts.unet, cfg.peft.rank, cfg.peft.alpha, cfg.peft.target_modules)
         for parameter in filter(lambda p: p.requires_grad, parts.unet.parameters()):
-            parameter.data = parameter.data.to(wide)  # peft gives it its base's dtype, but not on the meta device
+            parameter.data = parameter.data.to(trained)
     return parts
 
 
@@ -89,19 +117,152 @@ def without_data(module: nn.Module) -> nn.Module:
     return module
 
 
+# ------------------------------------------------------------------------------------------------ many equal layers
+
+REPEATED = ("BasicTransformerBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "BlipEncoderLayer", "BlipTextLayer")
+
+
+def shorten(network: nn.Module) -> None:
+    """Leave the first and the last of many equal layers, in place; `Others` stands for those between."""
+    for module in list(network.modules()):
+        for name, layers in module.named_children():
+            if isinstance(layers, nn.ModuleList) and len(layers) > 3 and type(layers[0]).__name__ in REPEATED:
+                between = Others(layers[0], len(layers) - 2)
+                setattr(module, name, nn.ModuleList([layers[0], between, layers[-1]]))
+    network.register_forward_hook(_let_go)
+
+
+def tensors(network: nn.Module, buffers: bool = True) -> Iterator[tuple[Tensor, int]]:
+    """Every parameter (and buffer) of a network, and how often the whole network has one like it."""
+    yield from ((tensor, 1) for tensor in (*network.parameters(), *(network.buffers() if buffers else ())))
+    for others in (module for module in network.modules() if isinstance(module, Others)):
+        own = (*others.like.parameters(), *(others.like.buffers() if buffers else ()))
+        yield from ((tensor, others.count) for tensor in own)
+
+
+def size_of(found: Iterable[tuple[Tensor, int]]) -> int:
+    """Bytes of what `tensors` found."""
+    return sum(times * tensor.numel() * tensor.element_size() for tensor, times in found)
+
+
+class Others(nn.Module):
+    """Stands for `count` layers that are like the one before it: it computes nothing, and keeps in memory as much as
+    each of them would have kept, which is seen on that layer. Keeping in graph is until backward, keeping without one
+    (autocast's casts of trained weights) until the network is done.
+
+    Args:
+        like: the layer before.
+        count: of layers.
+
+    Attributes:
+        live: what counts; nothing is kept without it.
+    """
+
+    def __init__(self, like: nn.Module, count: int) -> None:
+        super().__init__()
+        self._like = [like]  # in a list, so that it is no part of this one
+        self.count = count
+        self.live: LiveBytes | None = None
+        self._before, self._is_tuple = 0, False
+        self._casts: Tensor | None = None
+        like.register_forward_pre_hook(self._begin)
+        like.register_forward_hook(self._end)
+
+    @property
+    def like(self) -> nn.Module:
+        """The layer before."""
+        return self._like[0]
+
+    def _begin(self, *_: Any) -> None:
+        self._before = self.live.now if self.live else 0
+
+    def _end(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        self._is_tuple = isinstance(output, tuple)  # transformers before 5
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """`hidden`, as the layers before and after take and return it."""
+        size = self.count * (self.live.now - self._before) if self.live else 0
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            hidden = _Kept.apply(hidden, size)  # type: ignore[assignment]
+        elif torch.is_autocast_enabled("cpu"):
+            self._casts = torch.empty(max(0, size), dtype=torch.uint8)
+        return (hidden,) if self._is_tuple else hidden
+
+    def let_go(self) -> None:
+        """Forget what was kept without a graph."""
+        self._casts = None
+
+
+def _let_go(network: nn.Module, *_: Any) -> None:
+    for module in network.modules():
+        if isinstance(module, Others):
+            module.let_go()
+
+
+class _Kept(torch.autograd.Function):
+    """Passes a tensor on, and holds so many bytes until its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, size: int) -> Tensor:
+        ctx.held = torch.empty(max(0, size), dtype=torch.uint8)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        ctx.held = None
+        return gradient, None
+
+
+# ------------------------------------------------------------------------------------------------ as a GPU computes
+
+
+def norms_as_on_gpu(network: nn.Module) -> None:
+    """Under a GPU's autocast norms are computed in float32 and their outputs are float32; under the CPU's not."""
+    for module in network.modules():
+        if type(module) in _ON_GPU:
+            module.__class__ = _ON_GPU[type(module)]
+
+
+class _GroupNorm(nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return F.group_norm(x.float(), self.num_groups, *_wide(self), self.eps)
+
+
+class _LayerNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return F.layer_norm(x.float(), self.normalized_shape, *_wide(self), self.eps)
+
+
+def _wide(norm: Any) -> list[Tensor | None]:
+    return [None if parameter is None else parameter.float() for parameter in (norm.weight, norm.bias)]
+
+
+_ON_GPU: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
+
+
+# ------------------------------------------------------------------------------------------------ rewards
+
+
 class StandInReward(nn.Module):
     """The sum of a run's rewards.
+
+    Args:
+        settings: of each, by name.
 
     Attributes:
         uncounted: rewards whose networks are not known, as they are somebody's own: they read every pixel and no more.
     """
 
-    def __init__(self, cfg: Config) -> None:
+    def __init__(self, settings: Mapping[str, RewardSource]) -> None:
         super().__init__()
         self.uncounted: list[str] = []
         self.judges = nn.ModuleList()
         self.plain: list[Callable[..., Tensor]] = []
-        for name, setting in cfg.rewards.items():
+        for name, setting in settings.items():
             reward = self._made(name)
             if setting.relative is not None and hasattr(reward, "embed_images"):
                 reward = PromptRelative(reward, **setting.relative.model_dump())
@@ -123,7 +284,8 @@ class StandInReward(nn.Module):
 
     def _made(self, name: str) -> Any:
         if name in _NETWORKS:
-            return without_data(_NETWORKS[name](name))
+            shorten(network := _NETWORKS[name](name))
+            return without_data(network)
         if name in BUILT_IN and not BUILT_IN[name].parameters:  # none or few, that ship with draftp
             from torch._subclasses.fake_tensor import unset_fake_temporarily
 

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
-from draftcli.training.memory import per_rank
+from draftcli.training.shares import per_rank
 from tests.tiny import batch, tiny_config, tiny_model
 
 RANKS = 2
