@@ -1,9 +1,8 @@
 """What comes and goes in a training step: the step itself, taken on tensors without data.
 
-The real modules, the real code of core/two_stage.py and a real AdamW run under torch's FakeTensorMode: every shape,
-dtype, autocast and saved activation is there, and no data. What is alive is counted operator by operator, so that
-whatever a setting does to memory (checkpointing, two stages, tiles, batches) it does here too. Attention is torch's
-fused kernel, without its quadratic matrix.
+The real modules, the real code of core/two_stage.py and a real AdamW run on torch's meta device: every shape, dtype and
+saved activation is there, and no data. What is alive is counted operator by operator, so that whatever a setting does
+to memory (checkpointing, two stages, tiles, batches) it does here too.
 
 The step is taken in pieces that hang on few settings each (prefix; gradient steps; decoder and reward), so that settings
 that differ little share most of their rehearsals.
@@ -22,23 +21,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from draftcli.config import Config, check_config
 from draftcli.core.adapters import lora_layers
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.live_bytes import LiveBytes, PeakMeter
+from draftcli.core.live_bytes import PeakMeter
+from draftcli.core.runtime import DTYPES
 from draftcli.core.sdxl import Parts
 from draftcli.core.sharding import checkpoint_activations
 from draftcli.core.two_stage import _reward_gradient, recomputes_steps
 from draftcli.training.stand_ins import (
     Others,
     StandInReward,
-    norms_as_on_gpu,
+    WithoutData,
+    autocast_to,
     size_of,
     stand_in_parts,
+    stays,
     tensors,
-    without_data,
 )
 
 TEXT, PREFIX, BASE, STEPS = "text", "prefix", "base pass", "gradient steps"
@@ -171,19 +171,6 @@ def _as_key(settings: Any) -> str:
 # --------------------------------------------------------------------------------------- networks, made once for all
 
 
-@cache
-def _mode() -> FakeTensorMode:
-    return FakeTensorMode(allow_non_fake_inputs=True)
-
-
-@contextmanager
-def _without_data() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft and diffusers on weights that are not there
-        with _mode():
-            yield
-
-
 def stand_ins(cfg: Config, folder: Path) -> Parts:
     """The networks of `cfg`, shortened and without data."""
     key = _key(cfg, 1, draftp={"truncation_steps": 1, "low_variance_samples": 0, "kl_coeff": 0.0, "log_kl": False})
@@ -196,36 +183,45 @@ def stand_ins(cfg: Config, folder: Path) -> Parts:
 @cache
 def _stand_ins(key: str, folder: Path) -> Parts:
     cfg = check_config(json.loads(key))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _quiet():
         parts = stand_in_parts(folder, cfg)
-    with _without_data():
-        for network in parts.modules.values():
-            without_data(network)
-    if cfg.model.device != "cpu":
-        norms_as_on_gpu(parts.unet)
+    for network in parts.modules.values():
+        stays(network)
+    if cfg.model.precision in ("bf16", "fp16"):
+        autocast_to(parts.unet, DTYPES[cfg.model.precision])
     if cfg.sharding.activation_checkpointing:
         checkpoint_activations(parts.unet, parts.vae)
+        for others in (module for module in parts.unet.modules() if isinstance(module, Others)):
+            others.recomputed = True
     return parts
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft and diffusers on weights that are not there
+        yield
 
 
 @cache
 def _rewards(key: str) -> StandInReward:
     from draftcli.config import RewardConfig
 
-    with _without_data():
+    with _quiet():
         return StandInReward({name: RewardConfig(**setting) for name, setting in json.loads(key).items()})
 
 
 @contextmanager
 def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
-    """The model of stand-ins, inside the mode in which alone it works."""
+    """The model of stand-ins; what it does is to be done inside `_counted`."""
     parts = stand_ins(cfg, folder)
     data = cfg.model_dump(mode="json")
     data["model"]["device"] = "cpu"
     data["sharding"] |= {"activation_checkpointing": False, "strategy": "none"}  # the networks have it already
-    with _without_data():
-        yield SDXLDRaFTPModel(check_config(data), parts, loras=[])
+    with _quiet():
+        with WithoutData():
+            model = SDXLDRaFTPModel(check_config(data), parts, loras=[])
+        yield model
 
 
 # ------------------------------------------------------------------------------------------------------- the pieces
@@ -284,15 +280,14 @@ def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[str, 
 
 @cache
 def _optimizer_step(count: int, dtype: torch.dtype, on_gpu: bool) -> int:
-    with _without_data():
-        weight = nn.Parameter(torch.empty(count, dtype=dtype))
-        weight.grad = torch.empty_like(weight)
-        optimizer = torch.optim.AdamW([weight], foreach=on_gpu)
-        live = _Counter([weight, weight.grad], value=1)
-        with live:
-            nn.utils.clip_grad_norm_([weight], 1.0)
-            optimizer.step()
-        return max(0, live.peak - 4 * weight.numel() * weight.element_size())  # beside gradient and two moments
+    weight = nn.Parameter(torch.empty(count, dtype=dtype, device="meta"))
+    weight.grad = torch.empty_like(weight)
+    optimizer = torch.optim.AdamW([weight], foreach=on_gpu)
+    live = WithoutData([weight, weight.grad], value=1)
+    with live:
+        nn.utils.clip_grad_norm_([weight], 1.0)
+        optimizer.step()
+    return max(0, live.peak - 4 * weight.numel() * weight.element_size())  # beside gradient and two moments
 
 
 def _batch(cfg: Config) -> Batch:
@@ -306,7 +301,7 @@ def _counted(model: SDXLDRaFTPModel, *more: nn.Module) -> Iterator[tuple[PeakMet
     """Inside, what is alive is counted by the model's phases; the second thing given says what came beside weights."""
     networks = [*model.parts.modules.values(), *filter(None, [model._base_unet]), *more]
     known = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    live = _Counter([*known, *(p.grad for p in model.trainable_parameters if p.grad is not None)])
+    live = WithoutData([*known, *(p.grad for p in model.trainable_parameters if p.grad is not None)])
     before = live.now
     model.phase = meter = PeakMeter(live)
     others = [module for network in networks for module in network.modules() if isinstance(module, Others)]
@@ -318,19 +313,3 @@ def _counted(model: SDXLDRaFTPModel, *more: nn.Module) -> Iterator[tuple[PeakMet
     finally:
         for module in others:
             module.live = None
-
-
-class _Counter(LiveBytes):
-    """Counts on tensors without data; where code asks one for its number, it gets `value`."""
-
-    def __init__(self, known: Iterable[Tensor] = (), value: int = 0) -> None:
-        super().__init__(known)
-        self.value = value
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.prim.device.default:  # most of what is asked, and quicker answered here
-            return args[0].fake_device
-        if func is torch.ops.aten._local_scalar_dense.default:
-            kind = args[0].dtype
-            return (bool if kind == torch.bool else float if kind.is_floating_point else int)(self.value)
-        return super().__torch_dispatch__(func, types, args, kwargs)

@@ -1,5 +1,5 @@
-"""Networks with every shape and dtype of a run and no data: what a training would hold can be seen before anything is
-fetched. They are made, and stay, inside one of torch's FakeTensorModes.
+"""Networks with every shape and dtype of a run and no data, on the meta device: what a training would hold can be seen
+before anything is fetched. They work inside `WithoutData`.
 
 Of many equal layers one after another two are there, and `Others` keeps in memory what those between would.
 """
@@ -77,7 +77,7 @@ _ONE_BLOCK = re.compile(r"(^|\.)\d+\.(attn|ff|norm)")  # a target that says whic
 
 def stand_in_parts(folder: Path, cfg: Config) -> Parts:
     """The SDXL whose configuration lies in `folder`, on the meta device, in the dtypes that `load_parts` gives it and
-    with the LoRA that is to be trained. Make it outside the mode.
+    with the LoRA that is to be trained.
     """
     modules, lora = shortened_modules(folder, cfg.peft.target_modules), cfg.peft.peft_scheme == "lora"
     dtype = DTYPES[cfg.model.precision]
@@ -100,21 +100,48 @@ def stand_in_parts(folder: Path, cfg: Config) -> Parts:
     return parts
 
 
-def without_data(module: nn.Module) -> nn.Module:
-    """Replace every tensor of `module` by one like it on the CPU; inside the mode that is one without data."""
-
-    def like(tensor: Tensor) -> Tensor:
-        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-
-    for part in module.modules():
-        for name, parameter in part._parameters.items():
-            if parameter is not None:
-                part._parameters[name] = nn.Parameter(like(parameter), requires_grad=parameter.requires_grad)
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = like(buffer)
-    module.to = lambda *_, **__: module  # torch swaps tensors without data there, and cannot where others hold them
+def stays(module: nn.Module) -> nn.Module:
+    """Let `module.to` do nothing: what has no data is as good on one device as on another."""
+    module.to = lambda *_, **__: module
     return module
+
+
+class WithoutData(LiveBytes):
+    """Inside, every tensor is on the meta device, whatever device is asked for, and is counted.
+
+    Args:
+        known: tensors that are there already, such as weights.
+        value: what code gets that asks a tensor for its number.
+    """
+
+    def __init__(self, known: Iterable[Tensor] = (), value: int = 0) -> None:
+        super().__init__(known)
+        self.value = value
+
+    def __enter__(self) -> Any:
+        """Attention becomes the fused kernel, without its quadratic matrix, as on a GPU."""
+        self._attention = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._fused
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """As it was."""
+        F.scaled_dot_product_attention = self._attention
+        super().__exit__(*error)
+
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Tensor:
+        if attn_mask is not None:  # short texts
+            return self._attention(query, key, value, attn_mask, *args, **options)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            kind = args[0].dtype
+            return (bool if kind == torch.bool else float if kind.is_floating_point else int)(self.value)
+        if kwargs and kwargs.get("device") is not None:
+            kwargs["device"] = torch.device("meta")
+        args = [a.to("meta") if isinstance(a, Tensor) and not a.is_meta else a for a in args]
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
 
 # ------------------------------------------------------------------------------------------------ many equal layers
@@ -147,8 +174,8 @@ def size_of(found: Iterable[tuple[Tensor, int]]) -> int:
 
 class Others(nn.Module):
     """Stands for `count` layers that are like the one before it: it computes nothing, and keeps in memory as much as
-    each of them would have kept, which is seen on that layer. Keeping in graph is until backward, keeping without one
-    (autocast's casts of trained weights) until the network is done.
+    each of them would have kept, which is seen on that layer: what a graph needs until backward, autocast's casts of
+    trained weights until the network is done.
 
     Args:
         like: the layer before.
@@ -156,6 +183,7 @@ class Others(nn.Module):
 
     Attributes:
         live: what counts; nothing is kept without it.
+        recomputed: whether activations are recomputed in backward: then no graph needs the casts.
     """
 
     def __init__(self, like: nn.Module, count: int) -> None:
@@ -163,6 +191,7 @@ class Others(nn.Module):
         self._like = [like]  # in a list, so that it is no part of this one
         self.count = count
         self.live: LiveBytes | None = None
+        self.recomputed = False
         self._before, self._is_tuple = 0, False
         self._casts: Tensor | None = None
         like.register_forward_pre_hook(self._begin)
@@ -181,11 +210,13 @@ class Others(nn.Module):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """`hidden`, as the layers before and after take and return it."""
-        size = self.count * (self.live.now - self._before) if self.live else 0
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            hidden = _Kept.apply(hidden, size)  # type: ignore[assignment]
-        elif torch.is_autocast_enabled("cpu"):
-            self._casts = torch.empty(max(0, size), dtype=torch.uint8)
+        if self.live is not None:
+            kept = self.live.now - self._before
+            casts = sum(m.kept_bytes for m in self.like.modules() if isinstance(m, _Autocast))
+            if torch.is_grad_enabled() and hidden.requires_grad:
+                kept -= casts if self.recomputed else 0
+                hidden = _Kept.apply(hidden, self.count * kept)  # type: ignore[assignment]
+            self._casts = torch.empty(self.count * casts, dtype=torch.uint8)
         return (hidden,) if self._is_tuple else hidden
 
     def let_go(self) -> None:
@@ -195,7 +226,7 @@ class Others(nn.Module):
 
 def _let_go(network: nn.Module, *_: Any) -> None:
     for module in network.modules():
-        if isinstance(module, Others):
+        if isinstance(module, Others | _Autocast):
             module.let_go()
 
 
@@ -216,32 +247,68 @@ class _Kept(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------------ as a GPU computes
 
 
-def norms_as_on_gpu(network: nn.Module) -> None:
-    """Under a GPU's autocast norms are computed in float32 and their outputs are float32; under the CPU's not."""
+def autocast_to(network: nn.Module, dtype: torch.dtype) -> None:
+    """Make `network` compute as inside a GPU's autocast, which there is none of on the meta device: matrix products and
+    convolutions in `dtype`, norms in float32, and a trained weight's cast kept until the network is done.
+    """
     for module in network.modules():
-        if type(module) in _ON_GPU:
-            module.__class__ = _ON_GPU[type(module)]
+        if type(module) in _AUTOCAST:
+            module.__class__ = _AUTOCAST[type(module)]
+            module.autocast_dtype = dtype
 
 
-class _GroupNorm(nn.GroupNorm):
+class _Autocast(nn.Module):
+    autocast_dtype: torch.dtype
+    _kept: Sequence[Any] = ()
+
+    def cast(self, x: Tensor) -> list[Any]:
+        """Input, weight and bias in the dtype of the products."""
+        own = [getattr(self, "weight", None), getattr(self, "bias", None)]
+        casts = [None if p is None else p.to(self.autocast_dtype) for p in own]
+        if torch._C._current_graph_task_id() == -1:  # not for what a backward recomputes
+            self._kept = [c for p, c in zip(own, casts, strict=True) if c is not p and p is not None and p.requires_grad]
+        return [x.to(self.autocast_dtype), *casts]
+
+    @property
+    def kept_bytes(self) -> int:
+        """Of the casts."""
+        return size_of((cast, 1) for cast in self._kept)
+
+    def wide(self, x: Tensor) -> list[Any]:
+        """In float32."""
+        return [x.float(), *(None if p is None else p.float() for p in (self.weight, self.bias))]
+
+    def let_go(self) -> None:
+        """Forget the casts."""
+        self._kept = ()
+
+
+class _Linear(_Autocast, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return F.group_norm(x.float(), self.num_groups, *_wide(self), self.eps)
+        return F.linear(*self.cast(x))
 
 
-class _LayerNorm(nn.LayerNorm):
+class _Conv2d(_Autocast, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        return F.layer_norm(x.float(), self.normalized_shape, *_wide(self), self.eps)
+        return self._conv_forward(*self.cast(x))
 
 
-def _wide(norm: Any) -> list[Tensor | None]:
-    return [None if parameter is None else parameter.float() for parameter in (norm.weight, norm.bias)]
+class _GroupNorm(_Autocast, nn.GroupNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.group_norm((w := self.wide(x))[0], self.num_groups, *w[1:], self.eps)
 
 
-_ON_GPU: dict[type[nn.Module], type[nn.Module]] = {nn.GroupNorm: _GroupNorm, nn.LayerNorm: _LayerNorm}
+class _LayerNorm(_Autocast, nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm((w := self.wide(x))[0], self.normalized_shape, *w[1:], self.eps)
+
+
+_AUTOCAST: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: _Linear,
+    nn.Conv2d: _Conv2d,
+    nn.GroupNorm: _GroupNorm,
+    nn.LayerNorm: _LayerNorm,
+}
 
 
 # ------------------------------------------------------------------------------------------------ rewards
@@ -274,7 +341,7 @@ class StandInReward(nn.Module):
                 self.plain.append(reward)
 
     def to(self, *args: Any, **kwargs: Any) -> StandInReward:
-        """Stay; see `without_data`."""
+        """Stay; see `stays`."""
         return self
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -285,13 +352,10 @@ class StandInReward(nn.Module):
     def _made(self, name: str) -> Any:
         if name in _NETWORKS:
             shorten(network := _NETWORKS[name](name))
-            return without_data(network)
+            return stays(network)
         if name in BUILT_IN and not BUILT_IN[name].parameters:  # none or few, that ship with draftp
-            from torch._subclasses.fake_tensor import unset_fake_temporarily
-
-            with unset_fake_temporarily():
-                reward = load_reward(name)
-            return without_data(reward) if isinstance(reward, nn.Module) else reward
+            reward = load_reward(name)
+            return stays(reward.to("meta")) if isinstance(reward, nn.Module) else reward
         self.uncounted.append(name)
         return _mean_of_pixels
 
