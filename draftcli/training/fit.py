@@ -14,7 +14,7 @@ from typing import Any
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
 from draftcli.training.memory import GB, MemoryPlan
-from draftcli.training.rehearsal import ALL, BACKWARD, OPTIMIZER, PREFIX, TEXT
+from draftcli.training.rehearsal import OPTIMIZER, PREFIX, TEXT
 
 _UNITS = {"MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30, "TB": 1e12, "TIB": 2**40}
 LARGEST = 8  # images per backward: at SDXL's size more keep no GPU busier
@@ -82,9 +82,9 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
         if choice.setting not in given and _get(cfg, choice.setting) != choice.value:
             cfg = _with(cfg, choice)
             chosen[choice.setting] = choice
-    found, vain = plan(cfg), set[Choice]()
+    found, vain, before = plan(cfg), set[Choice](), cfg
     while found.needed > size:
-        options = (c for c in _concessions(cfg, found, size) if c.setting not in given and c not in vain)
+        options = (c for c in _concessions(cfg, found) if c.setting not in given and c not in vain)
         choice = next((c for c in options if _get(cfg, c.setting) != c.value), None)
         if choice is None:
             raise InputError(
@@ -93,16 +93,26 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
             )
         after = plan(smaller := _with(cfg, choice))
         if after.phases[found.worst] < found.phases[found.worst]:
-            cfg, found, chosen[choice.setting] = smaller, after, choice
+            cfg, found = smaller, after
+            chosen.pop(choice.setting, None)
+            chosen[choice.setting] = choice
         else:
             vain.add(choice)
+    options = [c for c in reversed(chosen.values()) if _get(before, c.setting) != c.value]
+    options = [Choice(c.setting, _get(before, c.setting), "nothing") for c in options]
+    for choice in options:  # the dearer one may have made a cheaper one unnecessary
+        after = plan(larger := _with(cfg, choice))
+        if after.needed <= size:
+            cfg, found = larger, after
+            del chosen[choice.setting]
     if "trainer.micro_batch_size" not in given:
         images = max(1, cfg.trainer.global_batch_size // ranks)
-        for choice in _larger(found, size, images):
+        for count in (n for n in range(2, min(LARGEST, images) + 1) if images % n == 0):
+            choice = Choice("trainer.micro_batch_size", count, "nothing: there is room")
             after = plan(larger := _with(cfg, choice))
-            if after.needed <= size:
-                cfg, found, chosen[choice.setting] = larger, after, choice
+            if after.needed > size:
                 break
+            cfg, found, chosen[choice.setting] = larger, after, choice
     return Fit(cfg, list(chosen.values()), found)
 
 
@@ -116,7 +126,7 @@ def _start(cfg: Config) -> Iterator[Choice]:
         yield Choice("sharding.fold_lora", False, "little: rounding hardly ever lets a LoRA be folded here")
 
 
-def _concessions(cfg: Config, plan: MemoryPlan, size: int) -> Iterator[Choice]:
+def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
     """What could make the worst phase smaller, from cheapest to dearest."""
     phase, k = plan.worst, cfg.draftp.truncation_steps
     decodes, steps = "deco" in phase or phase == "reward", phase not in (TEXT, PREFIX, OPTIMIZER)
@@ -126,33 +136,28 @@ def _concessions(cfg: Config, plan: MemoryPlan, size: int) -> Iterator[Choice]:
     if cfg.ema.decay is not None:
         yield Choice("ema.device", "cpu", "the average travels over the bus each step")
     if phase == PREFIX:
-        count = cfg.sharding.prefix_batch_size or 8
-        room = size - (plan.needed - plan.phases[phase] + sum(plan.resident.values()))
-        fits = int(count * room / max(1, plan.phases[phase] - sum(plan.resident.values())))
-        yield Choice("sharding.prefix_batch_size", max(1, min(count - 1, fits)), "some speed of the prefix")
-        yield Choice("sharding.prefix_batch_size", 1, "some speed of the prefix")
+        for count in (4, 2, 1):
+            if count < (cfg.sharding.prefix_batch_size or 8):
+                yield Choice("sharding.prefix_batch_size", count, "some speed of the prefix")
         if cfg.peft.peft_scheme == "lora":
             yield Choice("sharding.fold_lora", False, "three matrix products a layer instead of one in the prefix")
     if steps:
         yield Choice("sharding.activation_checkpointing", True, again)
     if steps and k > 1:
         yield Choice("sharding.recompute_steps", True, again)
+    if _may_offload(cfg):
+        travel = f"UNet, decoder and rewards travel to the GPU each step; {again}"
+        yield Choice("sharding.offload", True, travel)
     if decodes:
         for tile in (512, 256):
             if tile < max(cfg.sampling.height, cfg.sampling.width):
                 yield Choice("model.vae_tile", tile, "tiles are decoded twice, pictures and gradient change a little")
 
 
-def _larger(plan: MemoryPlan, size: int, images: int) -> Iterator[Choice]:
-    """More images per backward than one, if what comes and goes grows in proportion."""
-    always = sum(plan.resident.values())
-    for count in range(min(LARGEST, images), 1, -1):
-        if images % count == 0 and plan.needed + (count - 1) * (_of_steps(plan) - always) <= size:
-            yield Choice("trainer.micro_batch_size", count, "nothing: there is room")
-
-
-def _of_steps(plan: MemoryPlan) -> int:
-    return max(plan.phases.get(name, 0) for name in ("gradient steps", BACKWARD, ALL))
+def _may_offload(cfg: Config) -> bool:
+    sharding = cfg.sharding
+    possible = sharding.two_stage and sharding.recompute_steps is not False and sharding.strategy != "fsdp"
+    return possible and cfg.model.device != "cpu"
 
 
 def _get(cfg: Config, key: str) -> Any:

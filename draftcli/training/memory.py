@@ -9,6 +9,7 @@ Planned is one process of a GPU's, unless model.device says cpu. A GB is 10^9 by
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from draftcli.training.rehearsal import (
     REWARD,
     STEPS,
     TEXT,
+    VALIDATION,
     judging_of,
     largest,
     prefix_of,
@@ -39,7 +41,8 @@ CONTEXT = 700_000_000  # a CUDA context with its loaded kernels, and the workspa
 FRAGMENTATION = 0.08  # of what comes and goes
 
 
-DURING_GRADIENT = (BASE, STEPS, DECODE, REWARD, JUDGING, BACKWARD)
+_JUDGE = (DECODE, REWARD, JUDGING, VALIDATION)
+_ASK_THE_UNET = (PREFIX, BASE, STEPS, DECODE, REWARD, JUDGING, BACKWARD, ALL)  # a split root stays gathered meanwhile
 
 
 @dataclass(frozen=True)
@@ -98,25 +101,44 @@ def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
     resident["AdamW's moments"] = 2 * trained
     if cfg.ema.decay is not None and cfg.ema.device == "same":
         resident["moving average"] = trained
-    if cfg.model.offload_text_encoders:
-        encoders = [name for name in resident if name.startswith("text encoder")]
-        passing[TEXT] += sum(resident.pop(name) for name in encoders)
     passing[OPTIMIZER] = weights.optimizer * trained // weights.trained
     if cfg.peft.peft_scheme == "lora" and cfg.sharding.fold_lora and not split:
         bases = prefix_of(cfg, folder, _prefix_batch(cfg, images), with_lora=False)
         folded = bases[PREFIX] + weights.adapted  # a second copy of the weights that have a LoRA
         # In half precision rounding may forbid the fold, at any step anew: then the LoRA acts by itself.
         passing[PREFIX] = max(folded, passing[PREFIX]) if cfg.model.precision in ("bf16", "fp16") else folded
-    # Of a micro-batch before, or of a step after.
-    accumulated = images > cfg.trainer.micro_batch_size or recomputes_steps(cfg)
+    _add_gradient(passing, cfg, images, trained)
+    for phase in passing:
+        passing[phase] += gathered if phase in _ASK_THE_UNET else 0
+    for names, phases in _visitors(cfg):
+        size = sum(resident.pop(name, 0) for name in names)
+        for phase in filter(phases, passing):
+            passing[phase] += size
     always = sum(resident.values())
-    phases: dict[str, int] = {}
-    for phase, size in passing.items():
-        with_gradient = phase in (OPTIMIZER, BACKWARD, ALL) or (accumulated and phase in DURING_GRADIENT)
-        phases[phase] = always + size + (trained if with_gradient else 0)
-        phases[phase] += gathered if phase in (PREFIX, ALL, *DURING_GRADIENT) else 0
-    allowance = CONTEXT + int(FRAGMENTATION * (max(phases.values()) - always)) if cfg.model.device != "cpu" else 0
+    phases = {phase: always + size for phase, size in passing.items()}
+    allowance = CONTEXT + int(FRAGMENTATION * max(passing.values())) if cfg.model.device != "cpu" else 0
     return MemoryPlan(resident, phases, allowance, weights.uncounted)
+
+
+def _add_gradient(passing: dict[str, int], cfg: Config, images: int, size: int) -> None:
+    """Of the weights: there in the backward that makes it, and in all that comes between that and the optimizer."""
+    again = recomputes_steps(cfg)
+    several = images > cfg.trainer.micro_batch_size or cfg.draftp.low_variance_samples > 0
+    held = {OPTIMIZER, BACKWARD, ALL}
+    held |= {BASE, STEPS} if several or (again and cfg.draftp.truncation_steps > 1) else set()
+    held |= {DECODE, REWARD, JUDGING} if several and not again else set()  # again: all are judged before any backward
+    for phase in held & passing.keys():
+        passing[phase] += size
+
+
+def _visitors(cfg: Config) -> Iterator[tuple[Sequence[str], Callable[[str], bool]]]:
+    """Parts that are on the device in some phases alone, and in which."""
+    if cfg.model.offload_text_encoders:
+        yield ("text encoder", "text encoder 2"), lambda phase: phase == TEXT
+    if cfg.sharding.offload:
+        frozen = "unet" if cfg.peft.peft_scheme == "lora" else "frozen copy of the unet"
+        yield (frozen,), lambda phase: phase not in _JUDGE
+        yield ("vae decoder", "rewards"), lambda phase: phase in _JUDGE
 
 
 def _passing(cfg: Config, folder: Path, images: int) -> dict[str, int]:
@@ -127,7 +149,7 @@ def _passing(cfg: Config, folder: Path, images: int) -> dict[str, int]:
     steps = steps_of(cfg, folder, micro)
     if cfg.sharding.two_stage:
         # Decoder and reward come between the steps and their backward: on top of the graph, where that is kept.
-        graph = steps.pop(DECODE)
+        graph = steps[DECODE]
         judging = judging_of(cfg, folder, min(micro, cfg.sharding.decode_batch_size or micro))
         found |= {name: size for name, size in steps.items() if name not in (TEXT, PREFIX, BACKWARD, *judging)}
         found |= {name: graph + size for name, size in judging.items()}

@@ -149,6 +149,9 @@ def _key(cfg: Config, images: int, **changes: dict[str, Any]) -> str:
     sections["model"] |= {"device": "cpu" if cfg.model.device == "cpu" else "auto", "variant": None}
     sections["sharding"] |= {"prompt_cache": None, "prefix_batch_size": None, "fold_lora": False}
     sections["sharding"] |= {"decode_batch_size": None, "shard_size": None, "timeout_minutes": 1.0}
+    sections["sharding"] |= {"offload": False, "compile": False}
+    if cfg.sharding.attention != "math":
+        sections["sharding"]["attention"] = "auto"
     sections["sharding"]["recompute_steps"] = recomputes_steps(cfg)
     sections["trainer"] = {"micro_batch_size": images, "global_batch_size": images}
     sections["draftp"]["kl_coeff"] = float(cfg.draftp.kl_coeff > 0)
@@ -217,7 +220,8 @@ def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
     parts = stand_ins(cfg, folder)
     data = cfg.model_dump(mode="json")
     data["model"]["device"] = "cpu"
-    data["sharding"] |= {"activation_checkpointing": False, "strategy": "none"}  # the networks have it already
+    # The networks have this already, or `_counted` sees to it.
+    data["sharding"] |= {"activation_checkpointing": False, "strategy": "none", "attention": "auto"}
     with _quiet():
         with WithoutData():
             model = SDXLDRaFTPModel(check_config(data), parts, loras=[])
@@ -232,7 +236,7 @@ def _prefix(key: str, folder: Path, with_lora: bool) -> dict[str, int]:
     cfg = check_config(json.loads(key))
     with _model(cfg, folder) as model:
         batch = _batch(cfg)
-        with _counted(model) as (meter, passing):
+        with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
             cond = model.encode(batch)
             with meter(PREFIX), torch.no_grad(), nullcontext() if with_lora else model.base_weights():
                 model.rollout(model.start(model.initial_noise(batch)), cond)
@@ -253,7 +257,7 @@ def _steps(key: str, folder: Path, k: int, rewards: str) -> dict[str, int]:
             model.reward_model = _rewards(rewards)
         for weight in model.trainable_parameters:  # as the micro-batches before have left it
             weight.grad = torch.empty_like(weight)
-        with _counted(model) as (meter, passing):
+        with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
             with meter(ALL):
                 model.get_loss_and_metrics(_batch(cfg))
             found = passing()
@@ -297,11 +301,14 @@ def _batch(cfg: Config) -> Batch:
 
 
 @contextmanager
-def _counted(model: SDXLDRaFTPModel, *more: nn.Module) -> Iterator[tuple[PeakMeter, Any]]:
+def _counted(
+    model: SDXLDRaFTPModel, *more: nn.Module, fused: bool = True
+) -> Iterator[tuple[PeakMeter, Any]]:
     """Inside, what is alive is counted by the model's phases; the second thing given says what came beside weights."""
     networks = [*model.parts.modules.values(), *filter(None, [model._base_unet]), *more]
     known = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-    live = WithoutData([*known, *(p.grad for p in model.trainable_parameters if p.grad is not None)])
+    gradients = [p.grad for p in model.trainable_parameters if p.grad is not None]
+    live = WithoutData([*known, *gradients], fused=fused)
     before = live.now
     model.phase = meter = PeakMeter(live)
     others = [module for network in networks for module in network.modules() if isinstance(module, Others)]

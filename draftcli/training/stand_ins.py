@@ -112,16 +112,18 @@ class WithoutData(LiveBytes):
     Args:
         known: tensors that are there already, such as weights.
         value: what code gets that asks a tensor for its number.
+        fused: attention is a fused kernel, without its quadratic matrix.
     """
 
-    def __init__(self, known: Iterable[Tensor] = (), value: int = 0) -> None:
+    def __init__(self, known: Iterable[Tensor] = (), value: int = 0, fused: bool = True) -> None:
         super().__init__(known)
-        self.value = value
+        self.value, self.fused = value, fused
 
     def __enter__(self) -> Any:
-        """Attention becomes the fused kernel, without its quadratic matrix, as on a GPU."""
+        """Torch knows a fused kernel for the meta device, and does not choose it by itself."""
         self._attention = F.scaled_dot_product_attention
-        F.scaled_dot_product_attention = self._fused
+        if self.fused:
+            F.scaled_dot_product_attention = self._fused
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
