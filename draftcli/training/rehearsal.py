@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from draftcli.config import Config, check_config
+from draftcli.config import Config, RewardConfig, check_config
 from draftcli.core.adapters import lora_layers
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.live_bytes import PeakMeter
@@ -81,7 +81,10 @@ def weights_of(cfg: Config, folder: Path) -> Weights:
     found["vae decoder"] = size_of(tensors(parts.vae))
     for name, encoder in zip(("text encoder", "text encoder 2"), parts.text_encoders, strict=True):
         found[name] = size_of(tensors(encoder))
-    rewards, held_out = _rewards(_as_key(cfg.rewards)), _rewards(_as_key(cfg.held_out_rewards if validates(cfg) else {}))
+    rewards, held_out = (
+        _rewards(_as_key(cfg.rewards)),
+        _rewards(_as_key(cfg.held_out_rewards if validates(cfg) else {})),
+    )
     found["rewards"] = size_of(tensors(rewards))
     if held_out_size := size_of(tensors(held_out)):
         found["held-out rewards"] = held_out_size
@@ -208,8 +211,6 @@ def _quiet() -> Iterator[None]:
 
 @cache
 def _rewards(key: str) -> StandInReward:
-    from draftcli.config import RewardConfig
-
     with _quiet():
         return StandInReward({name: RewardConfig(**setting) for name, setting in json.loads(key).items()})
 
@@ -301,9 +302,7 @@ def _batch(cfg: Config) -> Batch:
 
 
 @contextmanager
-def _counted(
-    model: SDXLDRaFTPModel, *more: nn.Module, fused: bool = True
-) -> Iterator[tuple[PeakMeter, Any]]:
+def _counted(model: SDXLDRaFTPModel, *more: nn.Module, fused: bool = True) -> Iterator[tuple[PeakMeter, Any]]:
     """Inside, what is alive is counted by the model's phases; the second thing given says what came beside weights."""
     networks = [*model.parts.modules.values(), *filter(None, [model._base_unet]), *more]
     known = [t for network in networks for t in (*network.parameters(), *network.buffers())]

@@ -131,9 +131,9 @@ class WithoutData(LiveBytes):
         F.scaled_dot_product_attention = self._attention
         super().__exit__(*error)
 
-    def _fused(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *args: Any, **options: Any) -> Tensor:
+    def _fused(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, *more: Any, **kw: Any) -> Tensor:
         if attn_mask is not None:  # short texts
-            return self._attention(query, key, value, attn_mask, *args, **options)
+            return self._attention(query, key, value, attn_mask, *more, **kw)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -268,7 +268,9 @@ class _Autocast(nn.Module):
         own = [getattr(self, "weight", None), getattr(self, "bias", None)]
         casts = [None if p is None else p.to(self.autocast_dtype) for p in own]
         if torch._C._current_graph_task_id() == -1:  # not for what a backward recomputes
-            self._kept = [c for p, c in zip(own, casts, strict=True) if c is not p and p is not None and p.requires_grad]
+            self._kept = [
+                c for p, c in zip(own, casts, strict=True) if c is not p and p is not None and p.requires_grad
+            ]
         return [x.to(self.autocast_dtype), *casts]
 
     @property

@@ -1,6 +1,7 @@
 """The memory plan against what the very step holds, measured on real tensors (benchmarks' meter, float32, a CPU)."""
 
 import gc
+import json
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,8 @@ from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.live_bytes import LiveBytes, PeakMeter
 from draftcli.core.sdxl import load_parts, model_path
 from draftcli.rewards import get_reward_model
-from draftcli.training import memory
+from draftcli.training import memory, rehearsal, stand_ins
+from tests.tiny import tiny_config
 
 TOLERANCE = 0.15
 BASE = [
@@ -83,3 +85,62 @@ def test_the_plan_is_within_15_percent_of_what_a_step_holds(name):
         print(f"|   {phase} | {size / 1e6:.0f} | {phases.get(phase, 0) / 1e6:.0f} |")
     assert peak > 200e6
     assert plan.peak == pytest.approx(peak, rel=TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def deep(tiny_sdxl, tmp_path_factory):
+    """The tiny model's configurations with more layers: seven transformer layers a block, six in the text encoders."""
+    folder = tmp_path_factory.mktemp("deep") / "model"
+    depths = {"unet": {"transformer_layers_per_block": 7}, "vae": {}}
+    depths |= dict.fromkeys(("text_encoder", "text_encoder_2"), {"num_hidden_layers": 6})
+    for part, changes in depths.items():
+        config = json.loads((tiny_sdxl / part / "config.json").read_text())
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.fixture
+def whole(monkeypatch):
+    """Call it: from there on nothing is shortened."""
+
+    def forget():
+        rehearsal._stand_ins.cache_clear()
+        rehearsal._rewards.cache_clear()
+        for piece in (rehearsal._prefix, rehearsal._steps, rehearsal._judging):
+            piece.cache_clear()
+
+    def switch():
+        monkeypatch.setattr(stand_ins, "shorten", lambda network: network.register_forward_hook(stand_ins._let_go))
+        forget()
+
+    forget()
+    yield switch
+    forget()
+
+
+DEEP = {
+    "LoRA": {},
+    "LoRA, checkpointed, K = 2": {"draftp": {"truncation_steps": 2}, "sharding": {"activation_checkpointing": True}},
+    "the whole UNet": {"peft": {"peft_scheme": "none"}},
+    "the whole UNet, checkpointed": {"peft": {"peft_scheme": "none"}, "sharding": {"activation_checkpointing": True}},
+    "a CLIP as reward": {"rewards": {"clip": 1.0}},
+}
+
+
+@pytest.mark.parametrize("case", DEEP)
+def test_equal_layers_left_out_change_the_plan_by_less_than_2_percent(deep, whole, case):
+    base = {"model": {"precision": "bf16", "device": "auto"}, "draftp": {"truncation_steps": 1}}
+    sections = {name: base.get(name, {}) | DEEP[case].get(name, {}) for name in base | DEEP[case]}
+    cfg = tiny_config(deep, **sections)
+    short = memory.memory_plan(cfg, deep)
+    assert any(isinstance(m, stand_ins.Others) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
+    whole()
+    long = memory.memory_plan(cfg, deep)
+    assert not any(isinstance(m, stand_ins.Others) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
+    assert short.resident == long.resident
+    assert short.phases.keys() == long.phases.keys()
+    for phase, size in long.phases.items():
+        print(f"{phase}: {short.phases[phase]} {size}")
+        beside = sum(long.resident.values())
+        assert short.phases[phase] - beside == pytest.approx(size - beside, rel=0.02), phase
