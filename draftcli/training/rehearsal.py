@@ -4,8 +4,8 @@ The real modules, the real code of core/two_stage.py and a real AdamW run on tor
 saved activation is there, and no data. What is alive is counted operator by operator, so that whatever a setting does
 to memory (checkpointing, two stages, tiles, batches) it does here too.
 
-The step is taken in pieces that hang on few settings each (prefix; gradient steps; decoder and reward), so that settings
-that differ little share most of their rehearsals.
+The step is taken in pieces that hang on few settings each (prefix; gradient steps; decoder and reward), so that
+settings that differ little share most of their rehearsals.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def autocast_to(network: nn.Module, dtype: torch.dtype) -> None:
     for module in network.modules():
         if type(module) in _AUTOCAST:
             module.__class__ = _AUTOCAST[type(module)]
-            module.autocast_dtype = dtype
+            setattr(module, "autocast_dtype", dtype)  # noqa: B010
 
 
 class _Autocast(nn.Module):
@@ -299,12 +299,14 @@ class _Conv2d(_Autocast, nn.Conv2d):
 
 class _GroupNorm(_Autocast, nn.GroupNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.group_norm((w := self.wide(x))[0], self.num_groups, *w[1:], self.eps)
+        wide, weight, bias = self.wide(x)
+        return F.group_norm(wide, self.num_groups, weight, bias, self.eps)
 
 
 class _LayerNorm(_Autocast, nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm((w := self.wide(x))[0], self.normalized_shape, *w[1:], self.eps)
+        wide, weight, bias = self.wide(x)
+        return F.layer_norm(wide, self.normalized_shape, weight, bias, self.eps)
 
 
 _AUTOCAST: dict[type[nn.Module], type[nn.Module]] = {
@@ -350,7 +352,8 @@ class StandInReward(nn.Module):
 
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) scores; see `draftcli.rewards.Reward`."""
-        scores = [reward(images, prompts) for reward in (*self.judges, *self.plain)]
+        judges = [*self.judges, *self.plain] or [_mean_of_pixels]
+        scores = [judge(images, prompts) for judge in judges]
         return torch.stack([score.to(images.dtype) for score in scores]).sum(0)
 
     def _made(self, name: str) -> Any:
