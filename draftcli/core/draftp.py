@@ -113,14 +113,16 @@ class SDXLDRaFTPModel:
         self.cfg = cfg
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
-        self.parts = parts or load_parts(cfg.model, trained_in_full=in_full)
+        self._split = sharding.is_wanted(cfg.sharding)
+        here = sharding.reads_weights(cfg.sharding)
+        self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=not here)
         device = self.runtime.device
         offload = cfg.sharding.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
         # A network that will be split stays on the CPU until then: no device need ever hold all of it.
-        waits = offload or sharding.is_wanted(cfg.sharding)
-        self.unet = self.parts.unet if waits else self.parts.unet.to(device)
-        self._base_unet = copy.deepcopy(self.unet).eval() if in_full else None
+        self.unet = self.parts.unet if offload or self._split else self.parts.unet.to(device)
+        copied = sharding.hollow if self._split else copy.deepcopy
+        self._base_unet = copied(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
         elif loras is None:
@@ -186,14 +188,22 @@ class SDXLDRaFTPModel:
     def configure_sharded_model(self) -> None:
         """FSDP2 on the UNet (and on the frozen base of full fine-tuning); VAE, text encoders and rewards stay whole.
 
-        Collective, and so is every use of the UNet from here on. Make the optimizer afterwards.
+        Collective, and so is every use of the UNet from here on. Make the optimizer afterwards. No process but 0 ever
+        holds a whole network, and that one but one: the others get their parts from it, and the base's are copies of
+        the tuned one's.
 
         Raises:
             InputError: no process group is initialised, or sharding.shard_size does not divide the processes.
         """
-        mesh = sharding.make_mesh(self.cfg.sharding, self.runtime.device)
+        device = self.runtime.device
+        mesh = sharding.make_mesh(self.cfg.sharding, device)
+        weights = {name: t.detach() for name, t in (*self.unet.named_parameters(), *self.unet.named_buffers())}
         for unet in filter(None, [self.unet, self._base_unet]):
             sharding.shard(unet, mesh, self.runtime.dtype)
+        if self._split:
+            sharding.hand_out(weights, self.unet, device)
+            if self._base_unet is not None:
+                sharding.copy_parts(self.unet, self._base_unet, device)
 
     @contextmanager
     def without_gradient(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ BUILT_IN = {"toy": Path(__file__).parents[1] / "toy" / "weights" / "model"}
 SDXL_CONFIG = Path(__file__).with_name("sdxl_config")
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 PIPELINE = "StableDiffusionXLPipeline"
+ENCODERS_AND_VAE = ("text_encoder", "text_encoder_2", "vae")
 
 
 @dataclass
@@ -109,12 +110,13 @@ def model_path(pretrained: str) -> str:
     return str(BUILT_IN.get(pretrained, pretrained))
 
 
-def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False) -> Parts:
+def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: bool = False) -> Parts:
     """Load an SDXL through diffusers.
 
     Args:
         cfg: `pretrained` is a diffusers folder, a hub id, a single .safetensors or the name of a built-in model.
         trained_in_full: the UNet's own weights will be trained, so they are kept in float32 whatever the precision.
+        hollow_unet: leave the UNet on the meta device, without weights: they will come from another process.
 
     Raises:
         InputError: nothing is there, it is not an SDXL, or its files are damaged.
@@ -134,11 +136,14 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False) -> Parts:
         with warnings.catch_warnings():
             # diffusers 0.42 warns that torch_dtype becomes dtype, a name that older ones don't know.
             warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
+            if hollow_unet:
+                options["unet"] = _hollow_unet(cfg.config or SDXL_BASE if single_file else source)
             if single_file:
                 pipe = StableDiffusionXLPipeline.from_single_file(
                     checked_file(source, "model.pretrained"),
                     config=cfg.config or SDXL_BASE,
                     local_files_only=_is_local(cfg.config),
+                    **options,
                 )
             else:
                 if Path(source).is_dir():
@@ -151,7 +156,7 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False) -> Parts:
     except Exception as error:
         # What a loader raises on a wrong or damaged model is as varied as the damage; people need its first line.
         raise InputError(_loading_failed(cfg, source, single_file, error)) from error
-    _check_complete(pipe, source)
+    _check_complete(pipe, source, ENCODERS_AND_VAE if hollow_unet else ("unet", *ENCODERS_AND_VAE))
     widths = {encoder.config.hidden_size for encoder in (pipe.text_encoder, pipe.text_encoder_2)}
     if single_file and len(widths) == 1:
         raise InputError(
@@ -270,6 +275,14 @@ def _is_local(config: str | None) -> bool:
     return config is not None and Path(config).is_dir()
 
 
+def _hollow_unet(source: str) -> Any:
+    """The UNet of a folder's or a hub id's configuration, on the meta device."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source, subfolder="unet"))
+
+
 def _load_vae(source: str, config: str) -> Any:
     from diffusers import AutoencoderKL
 
@@ -297,9 +310,9 @@ def checked_file(path: str, setting: str) -> str:
     return path
 
 
-def _check_complete(pipe: Any, source: str) -> None:
+def _check_complete(pipe: Any, source: str, names: Sequence[str]) -> None:
     """Refuse weights with holes: loaders leave what a file lacks unset or random, and warn at most."""
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+    for name in names:
         module = getattr(pipe, name)
         unset = [key for key, parameter in module.named_parameters() if parameter.is_meta]
         stored = 0

@@ -8,9 +8,11 @@ The models know nothing of devices or processes (the separation of torchtitan's 
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -147,6 +149,11 @@ def is_wanted(settings: ShardingConfig) -> bool:
     return settings.strategy == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def reads_weights(settings: ShardingConfig) -> bool:
+    """Whether this process reads the UNet's weights: where it is to be split, process 0 alone does, for all."""
+    return not is_wanted(settings) or dist.get_rank() == 0
+
+
 def make_mesh(settings: ShardingConfig, device: torch.device) -> DeviceMesh:
     """The processes as FSDP2 wants them: (ranks,), or (copies, shard_size) where shard_size of them share a copy.
 
@@ -188,6 +195,51 @@ def shard(unet: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
         if type(block).__name__ in BLOCKS:
             fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(unet, mesh=mesh, mp_policy=policy)
+
+
+def hollow(network: nn.Module) -> Any:
+    """A copy of `network` whose parameters are on the meta device: nothing of its size is allocated."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in network.parameters()}
+    return copy.deepcopy(network, empty)
+
+
+def hand_out(weights: Mapping[str, Tensor], network: nn.Module, device: torch.device) -> None:
+    """Give every process its part of the weights that process 0 has: collective, tensor by tensor.
+
+    Args:
+        weights: process 0's whole tensors, by name; not looked at in the others.
+        network: split; in processes other than 0 it may be without weights.
+        device: of the mesh.
+    """
+    is_source = dist.get_rank() == 0
+    _allocate(network, device)
+    for name, own in [*network.named_parameters(), *network.named_buffers()]:
+        sent = torch.empty(own.shape, dtype=own.dtype, device=device)
+        if is_source:
+            sent.copy_(weights[name])
+        dist.broadcast(sent, src=0)
+        if not is_source:
+            _fill(own, split_like(sent, own))
+
+
+def copy_parts(source: nn.Module, target: nn.Module, device: torch.device) -> None:
+    """Make `target`, split and without weights, equal `source`, which is split alike: nothing is sent."""
+    _allocate(target, device)
+    tensors = zip(
+        chain(source.parameters(), source.buffers()), chain(target.parameters(), target.buffers()), strict=True
+    )
+    for theirs, own in tensors:
+        _fill(own, theirs)
+
+
+def _allocate(network: nn.Module, device: torch.device) -> None:
+    if any(p.is_meta for p in network.parameters()):
+        network.to_empty(device=device)
+
+
+@torch.no_grad()
+def _fill(own: Tensor, part: Tensor) -> None:
+    local(own).copy_(local(part))
 
 
 def whole(tensor: Tensor) -> Tensor:
