@@ -12,6 +12,7 @@ import copy
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from datetime import timedelta
 from itertools import chain
 from typing import Any
 
@@ -171,7 +172,11 @@ def make_mesh(settings: ShardingConfig, device: torch.device) -> DeviceMesh:
         raise InputError(f"sharding.shard_size {size} does not divide the {ranks} processes; those that do: {good}")
     if size == ranks:
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
+    grid = torch.arange(ranks).view(-1, size)
+    # init_device_mesh would give these groups torch's own time-out: ten minutes with NCCL.
+    timeout = timedelta(minutes=settings.timeout_minutes)
+    groups = [dist.new_subgroups_by_enumeration(some.tolist(), timeout=timeout)[0] for some in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(unet: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
