@@ -113,15 +113,16 @@ class SDXLDRaFTPModel:
         self.cfg = cfg
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
-        self._split = sharding.is_wanted(cfg.sharding)
-        here = sharding.reads_weights(cfg.sharding)
-        self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=not here)
+        split = sharding.is_wanted(cfg.sharding)
+        self._reads_once = split and parts is None  # process 0 for all
+        hollow = self._reads_once and not sharding.is_source()
+        self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
         device = self.runtime.device
         offload = cfg.sharding.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
         # A network that will be split stays on the CPU until then: no device need ever hold all of it.
-        self.unet = self.parts.unet if offload or self._split else self.parts.unet.to(device)
-        copied = sharding.hollow if self._split else copy.deepcopy
+        self.unet = self.parts.unet if offload or split else self.parts.unet.to(device)
+        copied = sharding.hollow if self._reads_once else copy.deepcopy
         self._base_unet = copied(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
@@ -200,7 +201,7 @@ class SDXLDRaFTPModel:
         weights = {name: t.detach() for name, t in (*self.unet.named_parameters(), *self.unet.named_buffers())}
         for unet in filter(None, [self.unet, self._base_unet]):
             sharding.shard(unet, mesh, self.runtime.dtype)
-        if self._split:
+        if self._reads_once:
             sharding.hand_out(weights, self.unet, device)
             if self._base_unet is not None:
                 sharding.copy_parts(self.unet, self._base_unet, device)

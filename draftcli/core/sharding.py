@@ -150,9 +150,9 @@ def is_wanted(settings: ShardingConfig) -> bool:
     return settings.strategy == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def reads_weights(settings: ShardingConfig) -> bool:
-    """Whether this process reads the UNet's weights: where it is to be split, process 0 alone does, for all."""
-    return not is_wanted(settings) or dist.get_rank() == 0
+def is_source() -> bool:
+    """Whether this is the process that reads a network which will be split, for all."""
+    return dist.get_rank() == 0
 
 
 def make_mesh(settings: ShardingConfig, device: torch.device) -> DeviceMesh:
@@ -216,14 +216,13 @@ def hand_out(weights: Mapping[str, Tensor], network: nn.Module, device: torch.de
         network: split; in processes other than 0 it may be without weights.
         device: of the mesh.
     """
-    is_source = dist.get_rank() == 0
     _allocate(network, device)
     for name, own in [*network.named_parameters(), *network.named_buffers()]:
         sent = torch.empty(own.shape, dtype=own.dtype, device=device)
-        if is_source:
+        if is_source():
             sent.copy_(weights[name])
         dist.broadcast(sent, src=0)
-        if not is_source:
+        if not is_source():
             _fill(own, split_like(sent, own))
 
 

@@ -104,6 +104,16 @@ def test_a_unet_trained_in_full_is_kept_in_float32(tiny_sdxl, precision, unet):
     assert dtypes(parts.unet) == {unet}
 
 
+def test_a_hollow_unet_has_everything_but_weights(tiny_sdxl, single_file):
+    for settings in ({"pretrained": str(tiny_sdxl)}, {"pretrained": str(single_file), "config": str(tiny_sdxl)}):
+        cfg = ModelConfig(precision="bf16", **settings)
+        parts, hollow = load_parts(cfg), load_parts(cfg, hollow_unet=True)
+        assert all(p.is_meta for p in hollow.unet.parameters())
+        assert not any(p.is_meta for name in ("vae", "text_encoder") for p in hollow.modules[name].parameters())
+        looks = [{k: (t.shape, t.dtype) for k, t in some.unet.state_dict().items()} for some in (parts, hollow)]
+        assert looks[0] == looks[1]
+
+
 def test_the_vae_encoder_is_dropped_and_decoding_still_works(tiny_sdxl):
     model = tiny_model(tiny_sdxl)
     names = {name.split(".")[0] for name, _ in model.vae.named_parameters()}

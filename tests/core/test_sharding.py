@@ -20,9 +20,11 @@ from torch.multiprocessing import start_processes
 
 from draftcli.config import ShardingConfig
 from draftcli.core import sharding
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.sdxl import load_parts
 from draftcli.core.sharding import make_mesh
 from draftcli.errors import InputError
-from tests.tiny import batch, tiny_model
+from tests.tiny import batch, tiny_config, tiny_model
 
 RANKS = 2
 CASES = {
@@ -46,6 +48,19 @@ def model_of(case, folder):
 
 def trained_names(model):
     return [name for name, parameter in model.unet.named_parameters() if parameter.requires_grad]
+
+
+def read_once(rank: int, folder: Path) -> dict[str, bool]:
+    """Whether a process has no weights where it should have none, and the right ones once they are split."""
+    cfg = tiny_config(folder, peft={"peft_scheme": "none"}, sharding={"strategy": "fsdp"})
+    model = SDXLDRaFTPModel(cfg)
+    base = model._base_unet
+    held = [any(not p.is_meta for p in network.parameters()) for network in (model.unet, base)]
+    model.configure_sharded_model()
+    expected = load_parts(cfg.model, trained_in_full=True).unet.state_dict()
+    found = [{k: p.full_tensor() for k, p in network.state_dict().items()} for network in (model.unet, base)]
+    equal = [all(torch.equal(tensors[name], expected[name]) for name in expected) for tensors in found]
+    return {"read": held == [rank == 0, False], "equal": all(equal)}
 
 
 def one_rank(rank: int, folder: str, out: str) -> None:
@@ -72,6 +87,10 @@ def one_rank(rank: int, folder: str, out: str) -> None:
         if rank == 0:
             save_file({k: v.contiguous() for k, v in gradient.items()}, f"{out}/{case}.safetensors")
             Path(out, f"{case}.json").write_text(json.dumps((summed / RANKS).tolist()))
+    Path(out, f"read-{rank}.json").write_text(json.dumps(read_once(rank, Path(folder))))
+    copies = make_mesh(ShardingConfig(strategy="fsdp", shard_size=1, timeout_minutes=3), torch.device("cpu"))
+    for name in ("replicate", "shard"):
+        assert copies.get_group(name)._get_backend(torch.device("cpu")).options._timeout.seconds == 180
     dist.destroy_process_group()
 
 
@@ -107,6 +126,11 @@ def test_two_sharded_processes_equal_one(sharded, tiny_sdxl, case):
     assert expected.norm() > 1e-4
     assert (found - expected).norm() <= (0.1 if "bf16" in case else 1e-9) * expected.norm()
     assert found.dtype == (torch.float32 if "bf16" in case else torch.float64)
+
+
+def test_process_0_alone_reads_the_network_that_is_split(sharded):
+    for rank in range(RANKS):
+        assert json.loads((sharded / f"read-{rank}.json").read_text()) == {"read": True, "equal": True}
 
 
 def test_a_share_that_does_not_divide_the_processes_names_those_that_do():
