@@ -251,6 +251,8 @@ def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
         board = dist.PrefixStore("draftp", store)
     ranks, failed = Ranks(dist.get_rank(), dist.get_world_size(), board), False
     try:
+        if ours:
+            ranks.any(False)  # nobody leaves, for whatever reason of his own, while another is still connecting
         yield ranks
     except BaseException as error:
         failed = True
