@@ -2,7 +2,7 @@
 # make test   the test suite, without the tests marked slow
 # make demo-eval  is AIG on the Pareto front? five trainings, 15 columns, one report: 27 minutes on two busy cores
 # make browser    the report in a headless Chromium (apt-get install chromium)
-# make extras     the tests of the optional packages: Weights & Biases, datasets
+# make extras     the tests of the optional packages: Weights & Biases, datasets, bitsandbytes
 # make faults     a training killed 200 times: nothing may be lost
 # make check  ruff, basedpyright
 PYTHON ?= python3
@@ -22,6 +22,7 @@ browser: .venv/.installed-browser
 
 extras: .venv/.installed-extras
 	$(BIN)/python -m pytest tests/test_prompts.py tests/training/test_ema_and_best.py -k "dataset or wandb"
+	$(BIN)/python -m pytest -n 2 tests/core/test_eight_bit.py tests/training/test_optimizer.py
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest -n 2 -m "not slow and not browser"
@@ -55,7 +56,7 @@ docs: .venv/.installed
 	touch $@
 
 .venv/.installed-extras: .venv/.installed-test
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[wandb,datasets]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[wandb,datasets,bitsandbytes]"
 	touch $@
 
 .venv/.installed-lint: .venv/.installed

@@ -45,6 +45,7 @@ from draftcli.core.denoise import (
     network_input,
     to_noise_estimate,
 )
+from draftcli.core.eight_bit import quantize_blocks
 from draftcli.core.folding import folded
 from draftcli.core.gradient import check_sampler, first_gradient_step
 from draftcli.core.guidance import Weighing, drawn, guided, linear, mixed, step_weights
@@ -131,6 +132,8 @@ class SDXLDRaFTPModel:
             adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
         for name, network in self.parts.modules.items() if loras else ():
             attach_loras(network, loras or (), part=name)
+        if cfg.model.quantize:
+            quantize_blocks(self.unet)
         sharding.speed_up(cfg.sharding, self.runtime, self.unet, self._base_unet, self.vae)
         self._residency = Residency(device)
         if offload:

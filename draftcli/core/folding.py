@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from draftcli.core.adapters import adapters_off, lora_layers
+from draftcli.core.eight_bit import EightBitLinear
 
 
 @contextmanager
@@ -27,13 +28,15 @@ def folded(unet: nn.Module, tolerance: float) -> Iterator[bool]:
     It costs a second copy of the adapted weights for as long as it lasts.
 
     Args:
-        unet: a network with a LoRA. A sharded one is never folded: its weights lie on other processes too.
+        unet: a network with a LoRA. A sharded one is never folded: its weights lie on other processes too; nor is one
+            in 8 bits, which have no room for it.
         tolerance: fold if `lost_share` is at most this.
 
     Yields:
         whether it was folded. If not, `unet` is as it was, adapters on.
     """
-    if any(isinstance(p, DTensor) for p in unet.parameters()) or lost_share(unet) > tolerance:
+    in_8_bits = any(isinstance(module, EightBitLinear) for module in unet.modules())
+    if in_8_bits or any(isinstance(p, DTensor) for p in unet.parameters()) or lost_share(unet) > tolerance:
         yield False
         return
     own: list[tuple[Tensor, Tensor]] = []

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from draftcli.core.draftp import SDXLDRaFTPModel
 
 # A run's settings that say how to train. They don't matter for drawing, and some don't go with other numbers of steps.
-NOT_FOR_DRAWING: dict[str, Any] = {"draftp": {}, "sharding": {}}
+# The base is drawn with as it is, not in 8 bits: as other programs will, that load the LoRA.
+NOT_FOR_DRAWING: dict[str, Any] = {"draftp": {}, "sharding": {}, "model.quantize": None}
 
 
 @dataclass(frozen=True)

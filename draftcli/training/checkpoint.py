@@ -112,13 +112,18 @@ def load_tensors(folder: Path, pattern: Callable[[str], Tensor]) -> dict[str, Te
 
     Args:
         folder: need not exist, when there was nothing to write.
-        pattern: by name, a tensor that has the shape, is split and lies as the one that was written will.
+        pattern: by name, a tensor that is split and lies as the one that was written will. One of another shape was not
+            split.
     """
     if not folder.is_dir():
         return {}
     reader = dcp.HuggingFaceStorageReader(str(folder))
     known = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.zeros_like(pattern(name), dtype=m.properties.dtype) for name, m in known.items()}
+    tensors: dict[str, Tensor] = {}
+    for name, stored in known.items():
+        like, dtype = pattern(name), stored.properties.dtype
+        alike = stored.size == like.shape
+        tensors[name] = torch.zeros_like(like, dtype=dtype) if alike else like.new_zeros(stored.size, dtype=dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")
         dcp.load(tensors, storage_reader=reader, no_dist=True)

@@ -18,6 +18,7 @@ import torch
 
 from draftcli.config import Config
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
+from draftcli.core.eight_bit import check_installed
 from draftcli.core.runtime import Runtime, choose_runtime
 from draftcli.core.sharding import working_attention
 from draftcli.errors import DraftpError, InputError
@@ -61,6 +62,7 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
     yield _disk(folder)
     yield _hub(is_needed=not Path(cfg.model.pretrained).exists() and cfg.model.pretrained != "toy")
     try:
+        check_installed(cfg)
         model = SDXLDRaFTPModel(cfg)
     except DraftpError as error:
         yield Finding("model", "failed", str(error))

@@ -19,6 +19,7 @@ from rich.console import Console
 from draftcli.config import Config
 from draftcli.core import sharding
 from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.eight_bit import check_installed
 from draftcli.core.gradient import check_sampler
 from draftcli.core.runtime import Ranks, open_ranks
 from draftcli.errors import InputError
@@ -29,6 +30,7 @@ from draftcli.training.card import model_card
 from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weights
 from draftcli.training.live import LiveView
 from draftcli.training.log import RunLog
+from draftcli.training.optimizer import SMALLEST
 from draftcli.training.step import Trainer, check_batch_size
 from draftcli.training.validation import Validation, hacking, score
 
@@ -73,6 +75,7 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
         if not ranks.is_main:
             console = Console(quiet=True)
         check_sampler(cfg.sampling.sampler)
+        check_installed(cfg)
         check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
         prompts, held_out_prompts = _prompts(cfg)
         check_names([*cfg.rewards, *cfg.held_out_rewards])
@@ -140,6 +143,11 @@ class _Session:
             self.ranks.at("splitting the weights")
             self.model.configure_sharded_model()
         self.trainer = Trainer(self.model, self.rewards, self.prompts, self.ranks)
+        if self.cfg.optim.name == "adamw8bit" and all(w.numel() < SMALLEST for w in self.trainer.weights):
+            self._warn(
+                f"optim.name adamw8bit has no effect: no trained tensor has {SMALLEST:,} elements or more, and moments "
+                "of smaller ones stay in float32"
+            )
         self.first = self._resume()
         self._saved = self.first
         self.log = RunLog(self.run, self.cfg.logging, self.first)

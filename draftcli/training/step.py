@@ -19,6 +19,7 @@ from draftcli.errors import DraftpError, InputError
 from draftcli.prompts import Batches, Prompt, Shuffled
 from draftcli.rewards import WeightedSum
 from draftcli.training.ema import Ema
+from draftcli.training.optimizer import make_optimizer
 
 SKIPS_ALLOWED = 3  # steps in a row without a finite gradient before the run gives up
 
@@ -49,9 +50,7 @@ class Trainer:
         self.weights = model.trainable_parameters
         self.names = [name for name, p in model.unet.named_parameters() if p.requires_grad]
         self._index = {name: i for i, name in enumerate(self.names)}
-        self.optimizer = torch.optim.AdamW(
-            self.weights, lr=cfg.optim.lr, betas=cfg.optim.betas, weight_decay=cfg.optim.weight_decay
-        )
+        self.optimizer = make_optimizer(self.weights, cfg.optim)
         self.schedule = get_scheduler(
             cfg.optim.sched.name,
             self.optimizer,
@@ -172,8 +171,9 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights and `tensors`: small, the same in every process."""
-        optimizer = self.optimizer.state_dict()
-        small = {i: {k: v for k, v in own.items() if not self._is_large(i, v)} for i, own in optimizer["state"].items()}
+        optimizer = self._optimizer_state()
+        states = optimizer["state"].items()
+        small = {i: {k: v for k, v in own.items() if not self._is_large(i, k, v)} for i, own in states}
         return {
             "optimizer": {**optimizer, "state": small},
             "schedule": self.schedule.state_dict(),
@@ -188,14 +188,15 @@ class Trainer:
         moving average; split over the processes where the weights are.
         """
         large: dict[str, Tensor] = {}
-        for i, own in self.optimizer.state_dict()["state"].items():
-            large |= {f"{self.names[i]}/{k}": v for k, v in own.items() if self._is_large(i, v)}
+        for i, own in self._optimizer_state()["state"].items():
+            large |= {f"{self.names[i]}/{k}": v for k, v in own.items() if self._is_large(i, k, v)}
         if self.ema is not None:
             large |= {f"{name}/average": t for name, t in zip(self.names, self.ema.tensors(), strict=True)}
         return large
 
     def weight_of(self, name: str) -> Tensor:
-        """The weight that a tensor of `tensors` belongs to; it has its shape, and is split alike.
+        """The weight that a tensor of `tensors` belongs to; it has its shape (but for the scales of 8-bit moments), and
+        is split alike.
 
         Raises:
             KeyError: this model trains no such weight.
@@ -217,8 +218,14 @@ class Trainer:
         self.rewards.load_state_dict(state["rewards"])
         self.skipped, self._skipped_in_a_row = state["skipped"]
 
-    def _is_large(self, index: int, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.dim() > 0 and value.shape == self.weights[index].shape
+    def _optimizer_state(self) -> dict[str, Any]:
+        # torch's own, as bitsandbytes' hides its tensors one level down from FSDP1.
+        return torch.optim.Optimizer.state_dict(self.optimizer)
+
+    def _is_large(self, index: int, what: str, value: Any) -> bool:
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            return False
+        return value.shape == self.weights[index].shape or what.startswith("absmax")
 
 
 def check_batch_size(micro: int, total: int, processes: int) -> None:
