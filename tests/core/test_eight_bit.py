@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from draftcli.config import check_config, load_config
+from draftcli.core import sharding
 from draftcli.core.adapters import lora_layers
 from draftcli.core.eight_bit import EightBitLinear, quantize_blocks
 from draftcli.core.folding import folded
@@ -119,6 +120,7 @@ LEVERS = [
     {"sharding": {"recompute_steps": True}},
     {"sharding": {"activation_checkpointing": True}},
     {"sharding": {"two_stage": False}},
+    {"sharding": {"offload": True}},
 ]
 
 
@@ -134,6 +136,18 @@ def test_the_gradient_is_nearly_the_bases_and_the_same_by_every_way(tiny_sdxl, k
         assert told["reward"] == pytest.approx(metrics["reward"], abs=0.01)
         assert (ours - found[0][0]).norm() < 1e-4 * plain.norm(), "a lever changes nothing beyond float32's rounding"
     assert not torch.equal(found[0][0], plain)
+
+
+@needs_it
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, as it traces
+def test_compiled_blocks_have_the_same_gradient(tiny_sdxl, monkeypatch):
+    """All of torch.compile but the C++ compiler."""
+    monkeypatch.setattr(sharding, "COMPILER", "aot_eager")
+    plain, _ = gradient(tiny_sdxl, **IN_8_BITS)
+    torch._dynamo.reset()
+    compiled, _ = gradient(tiny_sdxl, **IN_8_BITS, sharding={"compile": True})
+    assert (compiled - plain).norm() < 1e-4 * plain.norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1
 
 
 @needs_it

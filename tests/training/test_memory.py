@@ -1,6 +1,7 @@
 """The memory plan against what the very step holds, measured on real tensors (benchmarks' meter, float32, a CPU)."""
 
 import gc
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from draftcli.core.live_bytes import LiveBytes, PeakMeter
 from draftcli.core.sdxl import load_parts, model_path
 from draftcli.rewards import get_reward_model
 from draftcli.training import memory, rehearsal, stand_ins
+from draftcli.training.optimizer import make_optimizer
 from tests.tiny import tiny_config
 
 TOLERANCE = 0.15
@@ -44,6 +46,13 @@ SETTINGS = {
     "without guidance and base": ["sampling.scale=1", "draftp.kl_coeff=0", "draftp.log_kl=false"],
     "DRaFT-LV": ["draftp.low_variance_samples=2", "draftp.truncation_steps=1", "sampling.height=256"],
 }
+IN_8_BITS = {
+    "8-bit base": ["model.quantize=8bit"],
+    "8-bit moments": [*SETTINGS["the whole UNet"], "optim.name=adamw8bit"],
+}
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, an optional extra, is not installed"
+)
 
 
 def measured(cfg) -> tuple[int, dict[str, int]]:
@@ -52,7 +61,7 @@ def measured(cfg) -> tuple[int, dict[str, int]]:
     model.reward_model = reward = get_reward_model(cfg)
     size, count = (cfg.sampling.height, cfg.sampling.width), cfg.trainer.global_batch_size
     batch = Batch(["a red circle"] * count, list(range(count)), size, [None] * count)
-    optimizer = torch.optim.AdamW(model.trainable_parameters)
+    optimizer = make_optimizer(model.trainable_parameters, cfg.optim)
     networks = [*model.parts.modules.values(), *reward.rewards.values()]
     networks += [] if model._base_unet is None else [model._base_unet]
     weights = [t for network in networks for t in (*network.parameters(), *network.buffers())]
@@ -76,9 +85,9 @@ def planned(cfg) -> memory.MemoryPlan:
 
 
 @pytest.mark.slow  # twelve trainings of two steps at a size where memory is worth a plan
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [*SETTINGS, *(pytest.param(name, marks=needs_bitsandbytes) for name in IN_8_BITS)])
 def test_the_plan_is_within_15_percent_of_what_a_step_holds(name):
-    cfg = load_config("toy", [*BASE, *SETTINGS[name]])
+    cfg = load_config("toy", [*BASE, *(SETTINGS | IN_8_BITS)[name]])
     plan, (peak, phases) = planned(cfg), measured(cfg)
     print(f"| {name} | {plan.peak / 1e6:.0f} | {peak / 1e6:.0f} | {plan.peak / peak - 1:+.1%} |")
     for phase, size in plan.phases.items():
