@@ -25,6 +25,7 @@ BASE = [
     "sampling.steps=5",
     "trainer.micro_batch_size=4",
     "trainer.global_batch_size=8",
+    "ema.decay=null",
 ]
 # Each holds more than 200 MB at once.
 SETTINGS = {
