@@ -84,7 +84,11 @@ class EightBitLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
         kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        is_cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return self.product(x, torch.get_autocast_dtype(kind) if is_cast else x.dtype)
+
+    def product(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """(..., in) -> (..., out), both in `dtype`."""
         bias = None if self.bias is None else self.bias.to(dtype)
         return _Product.apply(x.to(dtype), self.codes, self.scales, self.values, bias)  # type: ignore[return-value]
 

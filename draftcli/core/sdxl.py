@@ -280,7 +280,8 @@ def _hollow_unet(source: str) -> Any:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(source, subfolder="unet"))
+        config: Any = UNet2DConditionModel.load_config(source, subfolder="unet")
+        return UNet2DConditionModel.from_config(config)
 
 
 def _load_vae(source: str, config: str) -> Any:

@@ -175,7 +175,7 @@ def make_mesh(settings: ShardingConfig, device: torch.device) -> DeviceMesh:
     grid = torch.arange(ranks).view(-1, size)
     # init_device_mesh would give these groups torch's own time-out: ten minutes with NCCL.
     timeout = timedelta(minutes=settings.timeout_minutes)
-    groups = [dist.new_subgroups_by_enumeration(some.tolist(), timeout=timeout)[0] for some in (grid.T, grid)]
+    groups: Any = [dist.new_subgroups_by_enumeration(some.tolist(), timeout=timeout)[0] for some in (grid.T, grid)]
     return DeviceMesh.from_group(groups, device.type, mesh=grid, mesh_dim_names=("replicate", "shard"))
 
 

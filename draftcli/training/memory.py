@@ -98,11 +98,11 @@ def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
         share = per_rank(cfg, folder, (ranks,))[ranks]
         resident |= {name: size for name, size in share.items() if name in resident}
         trained, gathered = share["trained"], share["gathered"]
-    resident["AdamW's moments"] = 2 * trained
+    resident["AdamW's moments"] = 2 * trained if split else weights.moments  # fsdp splits none in 8 bits
     if cfg.ema.decay is not None and cfg.ema.device == "same":
         resident["moving average"] = trained
     passing[OPTIMIZER] = weights.optimizer * trained // weights.trained
-    if cfg.peft.peft_scheme == "lora" and cfg.sharding.fold_lora and not split:
+    if cfg.peft.peft_scheme == "lora" and cfg.sharding.fold_lora and not split and cfg.model.quantize is None:
         bases = prefix_of(cfg, folder, _prefix_batch(cfg, images), with_lora=False)
         folded = bases[PREFIX] + weights.adapted  # a second copy of the weights that have a LoRA
         # In half precision rounding may forbid the fold, at any step anew: then the LoRA acts by itself.

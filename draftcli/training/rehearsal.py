@@ -25,11 +25,13 @@ from torch import nn
 from draftcli.config import Config, RewardConfig, check_config
 from draftcli.core.adapters import lora_layers
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
+from draftcli.core.eight_bit import EightBitLinear
 from draftcli.core.live_bytes import PeakMeter
 from draftcli.core.runtime import DTYPES
 from draftcli.core.sdxl import Parts
 from draftcli.core.sharding import checkpoint_activations
 from draftcli.core.two_stage import _reward_gradient, recomputes_steps
+from draftcli.training.optimizer import moment_bytes
 from draftcli.training.stand_ins import (
     Others,
     StandInReward,
@@ -54,6 +56,7 @@ class Weights:
     Attributes:
         parts: by part.
         trained: of those that are trained.
+        moments: the optimizer's, of those.
         adapted: of those that have a LoRA.
         optimizer: what the optimizer's step takes for itself beside weights, gradients and moments.
         uncounted: rewards whose networks are not known.
@@ -61,6 +64,7 @@ class Weights:
 
     parts: dict[str, int]
     trained: int
+    moments: int
     adapted: int
     optimizer: int
     uncounted: tuple[str, ...]
@@ -88,15 +92,20 @@ def weights_of(cfg: Config, folder: Path) -> Weights:
     found["rewards"] = size_of(tensors(rewards))
     if held_out_size := size_of(tensors(held_out)):
         found["held-out rewards"] = held_out_size
+    moments = sum(times * moment_bytes([p], cfg.optim.name) for p, times in weights)
     layers = [(layer, 1) for layer in lora_layers(parts.unet)]
     for others in (module for module in parts.unet.modules() if isinstance(module, Others)):
         layers += [(layer, others.count) for layer in lora_layers(others.like)]
-    adapted = size_of((layer.get_base_layer().weight, times) for layer, times in layers)  # type: ignore[union-attr]
+    # Those in 8 bits are never folded into.
+    bases = [(layer.get_base_layer(), times) for layer, times in layers]
+    adapted = size_of((base.weight, times) for base, times in bases if not isinstance(base, EightBitLinear))  # type: ignore[union-attr]
     # On a GPU all weights are taken at once, as one would be; on a CPU one after the other, so the largest counts.
     on_gpu, sizes = cfg.model.device != "cpu", [(p.numel(), times) for p, times in weights]
     count = sum(size * times for size, times in sizes) if on_gpu else max(size for size, _ in sizes)
     optimizer = _optimizer_step(count, weights[0][0].dtype, on_gpu)
-    return Weights(found, trained, adapted, optimizer, (*rewards.uncounted, *held_out.uncounted))
+    if cfg.optim.name == "adamw8bit":  # one tensor after the other: nothing on a GPU, some float32 copies on a CPU
+        optimizer = 0 if on_gpu else 8 * 4 * count
+    return Weights(found, trained, moments, adapted, optimizer, (*rewards.uncounted, *held_out.uncounted))
 
 
 def validates(cfg: Config) -> bool:

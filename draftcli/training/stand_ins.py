@@ -18,6 +18,7 @@ from transformers import BatchEncoding
 
 from draftcli.config import Config, RewardSource
 from draftcli.core.adapters import attach_lora
+from draftcli.core.eight_bit import EightBitLinear, quantize_blocks
 from draftcli.core.live_bytes import LiveBytes
 from draftcli.core.meta import modules_on_meta
 from draftcli.core.runtime import DTYPES
@@ -97,6 +98,8 @@ def stand_in_parts(folder: Path, cfg: Config) -> Parts:
             attach_lora(parts.unet, cfg.peft.rank, cfg.peft.alpha, cfg.peft.target_modules)
         for parameter in filter(lambda p: p.requires_grad, parts.unet.parameters()):
             parameter.data = parameter.data.to(trained)
+    if cfg.model.quantize:
+        quantize_blocks(parts.unet)
     return parts
 
 
@@ -292,6 +295,11 @@ class _Linear(_Autocast, nn.Linear):
         return F.linear(*self.cast(x))
 
 
+class _EightBit(_Autocast, EightBitLinear):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.autocast_dtype)
+
+
 class _Conv2d(_Autocast, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(*self.cast(x))
@@ -312,6 +320,7 @@ class _LayerNorm(_Autocast, nn.LayerNorm):
 _AUTOCAST: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: _Linear,
     nn.Conv2d: _Conv2d,
+    EightBitLinear: _EightBit,
     nn.GroupNorm: _GroupNorm,
     nn.LayerNorm: _LayerNorm,
 }
