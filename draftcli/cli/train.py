@@ -117,11 +117,22 @@ def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, say: bool
     from draftcli.training.fit import fit, parse_size
 
     bytes_there = parse_size(size)
-    from draftcli.training.memory import GB, memory_plan
+    from rich.console import Console
+
+    from draftcli.training.memory import GB, MemoryPlan, memory_plan
     from draftcli.training.plan import configuration_folder
 
     folder = configuration_folder(cfg)
-    found = fit(cfg, bytes_there, lambda some: memory_plan(some, folder, ranks), given, ranks)
+    with Console(stderr=True, quiet=not say).status("working out what fits") as status:
+        tried = 0
+
+        def plan(some: Config) -> MemoryPlan:
+            nonlocal tried
+            tried += 1
+            status.update(f"working out what fits {size}: settings {tried}")
+            return memory_plan(some, folder, ranks)
+
+        found = fit(cfg, bytes_there, plan, given, ranks)
     if say:
         typer.echo(f"fit {size}: needs {found.plan.needed / GB:.1f} GB")
         for choice in found.choices:
@@ -161,7 +172,7 @@ def _print_plan(cfg: Config, ranks: int) -> None:
     ]
     typer.echo("\n".join(lines))
     if sys.stderr.isatty():
-        typer.echo("memory is worked out now, on tensors without data: for SDXL half a minute", err=True)
+        typer.echo("memory is worked out now, on tensors without data: for SDXL some seconds", err=True)
     typer.echo("\n".join(memory_lines(cfg, plan.folder, ranks)))
 
 

@@ -19,7 +19,11 @@ from draftcli.training.shares import per_rank
 from tests.tiny import batch, tiny_config, tiny_model
 
 RANKS = 2
-CASES = {"lora": {"peft": {"rank": 2}}, "full": {"peft": {"peft_scheme": "none"}}}
+CASES = {
+    "lora": {"peft": {"rank": 2}},
+    "full": {"peft": {"peft_scheme": "none"}},
+    "two copies": {"peft": {"peft_scheme": "none"}, "sharding": {"strategy": "fsdp", "shard_size": 1}},
+}
 
 
 def local_bytes(tensors) -> int:
