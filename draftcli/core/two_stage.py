@@ -123,7 +123,7 @@ def _rollouts(model: SDXLDRaFTPModel, batch: Batch, cond: Conditioning) -> Itera
         yield Path(batch, cond, noise, last, passed, sample)
 
 
-def _reward_gradient(model: SDXLDRaFTPModel, x_0: Tensor, prompts: list[str], share: float) -> tuple[Tensor, Tensor]:
+def reward_gradient(model: SDXLDRaFTPModel, x_0: Tensor, prompts: list[str], share: float) -> tuple[Tensor, Tensor]:
     """Stage one: the mean reward, and d (-share * mean reward) / d x_0 (B, C, H, W), scaled under fp16."""
     assert model.reward_model is not None, "assign model.reward_model before training"
     count = model.cfg.sharding.decode_batch_size or len(prompts)
@@ -152,7 +152,7 @@ def _backward_of_kept_steps(model: SDXLDRaFTPModel, parts: Sequence[tuple[Path, 
     for path, share in parts:
         with model.phase("gradient steps"):
             x_0, eps, eps_base = model.tail(path.x[0], path.cond, path.noise, with_base=model.cfg.draftp.needs_base)
-        reward, gradient = _reward_gradient(model, x_0, list(path.batch.prompts), share)
+        reward, gradient = reward_gradient(model, x_0, list(path.batch.prompts), share)
         with model.phase("backward of gradient steps"):
             surrogate, kl = (gradient * x_0).sum(), None
             if eps_base is not None:
@@ -167,7 +167,7 @@ def _backward_of_recomputed_steps(model: SDXLDRaFTPModel, parts: Sequence[tuple[
     judged: list[tuple[Tensor, Tensor]] = []
     for path, share in parts:
         assert path.x_0 is not None
-        judged.append(_reward_gradient(model, path.x_0, list(path.batch.prompts), share))
+        judged.append(reward_gradient(model, path.x_0, list(path.batch.prompts), share))
     for (path, share), (reward, gradient) in zip(parts, judged, strict=True):
         yield reward, _backward_step_by_step(model, path, share, gradient)
 

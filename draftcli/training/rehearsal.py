@@ -30,7 +30,7 @@ from draftcli.core.live_bytes import PeakMeter
 from draftcli.core.runtime import DTYPES
 from draftcli.core.sdxl import Parts
 from draftcli.core.sharding import checkpoint_activations
-from draftcli.core.two_stage import _reward_gradient, recomputes_steps
+from draftcli.core.two_stage import recomputes_steps, reward_gradient
 from draftcli.training.optimizer import moment_bytes
 from draftcli.training.stand_ins import (
     Others,
@@ -285,7 +285,7 @@ def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[str, 
         with _counted(model, reward) as (meter, passing):
             x_0 = model.initial_noise(batch).to(model.runtime.latent_dtype)
             if training:
-                _reward_gradient(model, x_0, prompts, 1.0)
+                reward_gradient(model, x_0, prompts, 1.0)
             else:
                 with meter(VALIDATION), torch.no_grad():
                     reward(model.decode(x_0), prompts)
