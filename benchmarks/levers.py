@@ -46,7 +46,7 @@ LEVERS: list[tuple[str, str]] = [
     ("model.vae_tile=64", "sampling.height=128,sampling.width=128"),
     ("model.vae_precision=bf16", ""),
     ("model.precision=bf16", ""),
-    ("draftp.kl_coeff=0,draftp.log_kl=false", ""),
+    ("draftp.log_kl=false", "draftp.kl_coeff=0"),
     ("sampling.guidance_interval=[0.2;0.8]", ""),
     ("draftp.low_variance_samples=1", ""),
 ]
