@@ -24,8 +24,9 @@ from rich.console import Console
 import draftcli
 
 mpl.use("Agg")
-mpl.rcParams["svg.fonttype"] = "none"
 from matplotlib import pyplot as plt
+
+mpl.rcParams["svg.fonttype"] = "none"  # letters as letters
 
 BASE = {"sampling.steps": 10, "draftp.truncation_steps": 1, "trainer.micro_batch_size": 1, "peft.rank": 16}
 SIZES = {
