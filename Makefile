@@ -4,7 +4,7 @@
 # make browser    the report in a headless Chromium (apt-get install chromium)
 # make extras     the tests of the optional packages: Weights & Biases, datasets, bitsandbytes
 # make faults     a training killed 200 times: nothing may be lost
-# make check  ruff, basedpyright
+# make check  ruff, basedpyright (also of what needs an extra)
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -61,7 +61,7 @@ docs: .venv/.installed
 	touch $@
 
 .venv/.installed-lint: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint,plots]"
 	touch $@
 
 clean:

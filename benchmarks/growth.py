@@ -3,6 +3,8 @@
     python benchmarks/growth.py growth.png                    toy size, a CPU, minutes
     python benchmarks/growth.py growth.png --preset sdxl --device cuda --set model.precision=bf16
                                                               SDXL's real size, random weights
+    python benchmarks/growth.py growth.png --preset sdxl --plan
+                                                              memory alone, as --dry-run foretells it, for a GPU
 
 Writes the picture and, beside it, growth.json. Needs the extra `plots`. Memory is what tensors hold
 at once, weights included; `steps run again` is sharding.recompute_steps: memory is flat in K.
@@ -22,6 +24,8 @@ from levers import Measured
 from rich.console import Console
 
 import draftcli
+from draftcli.core.sdxl import SDXL_CONFIG, model_path
+from draftcli.training.memory import memory_plan
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -48,13 +52,16 @@ NAMES = {
 }
 
 
-def cost(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float, float]:
-    """Best seconds an image of two steps after the first one; peak megabytes."""
+def cost(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float | None, float]:
+    """Best seconds an image of two steps after the first one, None where nothing is run; peak megabytes."""
     preset = SIZES[options.preset][0]
     count = settings["trainer.micro_batch_size"]
     values = {**BASE, **settings, "trainer.global_batch_size": count, "model.device": options.device}
     values["sampling.width"] = values["sampling.height"] = settings.get("sampling.height", options.edge)
     cfg = draftcli.load_config(preset, options.set, values)
+    if options.plan:
+        folder = SDXL_CONFIG if options.preset == "sdxl" else Path(model_path(cfg.model.pretrained))
+        return None, memory_plan(cfg, folder).peak / 1e6
     measured = Measured(cfg, options.preset == "sdxl")
     for _ in range(2):
         measured.seconds()
@@ -68,6 +75,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--plan", action="store_true", help="don't run, foretell the memory")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -89,19 +97,23 @@ def main() -> None:
 
 
 def draw(figures: list[dict[str, Any]], keys: list[str], picture: Path) -> None:
-    """Seconds above, megabytes below, a column for each thing that grows."""
-    figure, axes = plt.subplots(2, len(keys), figsize=(3 * len(keys), 6), sharex="col", constrained_layout=True)
+    """Seconds, where there are any, above megabytes, a column for each thing that grows."""
+    units = [unit for unit in ("seconds", "megabytes") if figures[0][unit] is not None]
+    size = (3 * len(keys), 3 * len(units))
+    figure, axes = plt.subplots(
+        len(units), len(keys), figsize=size, sharex="col", squeeze=False, constrained_layout=True
+    )
     for column, key in zip(axes.T, keys, strict=True):
         for again, label in ((False, "graph kept"), (True, "steps run again")):
             lines = [f for f in figures if f["key"] == key and f["again"] == again]
-            for axis, unit in zip(column, ("seconds", "megabytes"), strict=True):
+            for axis, unit in zip(column, units, strict=True):
                 axis.plot([f["value"] for f in lines], [f[unit] for f in lines], "o-", label=label if lines else None)
         for axis in column:
             axis.set_ylim(bottom=0)
-        column[1].set_xlabel(NAMES[key])
+        column[-1].set_xlabel(NAMES[key])
     axes[0][0].legend()
-    axes[0][0].set_ylabel("seconds an image")
-    axes[1][0].set_ylabel("peak MB")
+    for row, unit in zip(axes, units, strict=True):
+        row[0].set_ylabel({"seconds": "seconds an image", "megabytes": "peak MB"}[unit])
     figure.savefig(picture, dpi=110)
 
 
