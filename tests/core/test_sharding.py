@@ -34,16 +34,19 @@ CASES = {
     "recomputed": {"sharding": {"activation_checkpointing": True}},
     "steps again, a smaller prefix": {"sharding": {"recompute_steps": True, "prefix_batch_size": 1}},
     "two copies": {"sharding": {"strategy": "fsdp", "shard_size": 1}, "peft": {"peft_scheme": "none"}},
-    "compiled": {"sharding": {"compile": True, "activation_checkpointing": True}},
-    "compiled in full": {"sharding": {"compile": True}, "peft": {"peft_scheme": "none"}},
     "bf16": {"model": {"precision": "bf16"}},
     "bf16 in full": {"model": {"precision": "bf16"}, "peft": {"peft_scheme": "none"}},
+}
+COMPILED = {
+    "compiled": {"sharding": {"compile": True, "activation_checkpointing": True}},
+    "compiled in full": {"sharding": {"compile": True}, "peft": {"peft_scheme": "none"}},
 }
 
 
 def model_of(case, folder):
     sharding.COMPILER = "aot_eager"  # all of torch.compile but the C++ compiler
-    return tiny_model(folder, 0.05, **CASES[case], trainer={"micro_batch_size": 1 if "again" in case else 4})
+    images = 1 if "again" in case else 4
+    return tiny_model(folder, 0.05, **(CASES | COMPILED)[case], trainer={"micro_batch_size": images})
 
 
 def trained_names(model):
@@ -63,13 +66,13 @@ def read_once(rank: int, folder: Path) -> dict[str, bool]:
     return {"read": held == [rank == 0, False], "equal": all(equal)}
 
 
-def one_rank(rank: int, folder: str, out: str) -> None:
-    """What each process does: every case on its half of the batch. Rank 0 writes what came of it."""
+def one_rank(rank: int, folder: str, out: str, *cases: str) -> None:
+    """What each process does: the cases, each on its half of the batch. Rank 0 writes what came of it."""
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
     dist.init_process_group("gloo", init_method=f"file://{out}/store", rank=rank, world_size=RANKS)
-    for case in CASES:
+    for case in cases:
         model = model_of(case, Path(folder))
         model.configure_sharded_model()
         assert all(type(p).__name__ == "DTensor" for p in model.unet.parameters())
@@ -94,12 +97,10 @@ def one_rank(rank: int, folder: str, out: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def sharded(tiny_sdxl, tmp_path_factory):
-    """The folder with each case's gradient and mean metrics."""
-    out = tmp_path_factory.mktemp("sharded")
+def gradients(cases, folder, out):
+    """`out`, with each case's gradient and mean metrics by two processes."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.core.test_sharding", tiny_sdxl, out],
+        [sys.executable, "-m", "tests.core.test_sharding", folder, out, *cases],
         cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
@@ -110,8 +111,12 @@ def sharded(tiny_sdxl, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_sharded_processes_equal_one(sharded, tiny_sdxl, case):
+@pytest.fixture(scope="module")
+def sharded(tiny_sdxl, tmp_path_factory):
+    return gradients(CASES, tiny_sdxl, tmp_path_factory.mktemp("sharded"))
+
+
+def check_against_one(case, tiny_sdxl, sharded):
     model = model_of(case, tiny_sdxl)
     _, metrics = model.get_loss_and_metrics(batch(4))
     loss, reward, kl = json.loads((sharded / f"{case}.json").read_text())
@@ -126,6 +131,18 @@ def test_two_sharded_processes_equal_one(sharded, tiny_sdxl, case):
     assert expected.norm() > 1e-4
     assert (found - expected).norm() <= (0.1 if "bf16" in case else 1e-9) * expected.norm()
     assert found.dtype == (torch.float32 if "bf16" in case else torch.float64)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_sharded_processes_equal_one(sharded, tiny_sdxl, case):
+    check_against_one(case, tiny_sdxl, sharded)
+
+
+@pytest.mark.slow(reason="blocks are traced and compiled in three processes")
+def test_two_sharded_processes_with_compiled_blocks_equal_one(tiny_sdxl, tmp_path):
+    gradients(COMPILED, tiny_sdxl, tmp_path)
+    for case in COMPILED:
+        check_against_one(case, tiny_sdxl, tmp_path)
 
 
 def test_process_0_alone_reads_the_network_that_is_split(sharded):
@@ -151,4 +168,4 @@ def test_sharding_needs_several_processes(tiny_sdxl):
 if __name__ == "__main__":
     os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    start_processes(one_rank, args=tuple(sys.argv[1:3]), nprocs=RANKS, start_method="fork")
+    start_processes(one_rank, args=tuple(sys.argv[1:]), nprocs=RANKS, start_method="fork")

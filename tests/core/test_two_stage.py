@@ -71,7 +71,13 @@ def test_each_lever_keeps_the_gradient(tiny_sdxl, levers, peft):
     assert_same(step(tiny_model(tiny_sdxl, moved, **plain, sharding=levers), batch(3)), expected)
 
 
-@pytest.mark.parametrize("peft", [ON_ALL, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "peft",
+    [
+        pytest.param(ON_ALL, id="lora"),
+        pytest.param(FULL, id="full", marks=pytest.mark.slow(reason="more of the same, another trace of each block")),
+    ],
+)
 def test_compiled_blocks_keep_the_gradient(tiny_sdxl, monkeypatch, peft):
     """All of torch.compile but the C++ compiler: traced, and differentiated ahead of time."""
     monkeypatch.setattr(sharding, "COMPILER", "aot_eager")
