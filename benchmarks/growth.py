@@ -21,7 +21,7 @@ from typing import Any
 import matplotlib as mpl
 import torch
 from levers import Measured
-from rich.console import Console
+from meter import quiet_console
 
 import draftcli
 from draftcli.core.sdxl import SDXL_CONFIG, model_path
@@ -81,7 +81,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     sweeps = {**SWEEPS, **SIZES[options.preset][1]}
     options.edge = {"toy": 64, "sdxl": 1024}[options.preset]
-    console, figures = Console(), []
+    console, figures = quiet_console(), []
     for key, values in sweeps.items():
         for again in (False, True) if key == "draftp.truncation_steps" else (False,):
             for value in values:

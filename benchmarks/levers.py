@@ -17,8 +17,7 @@ import argparse
 from typing import Any
 
 import torch
-from meter import LiveBytes, clock
-from rich.console import Console
+from meter import LiveBytes, clock, quiet_console
 from rich.table import Table
 from torch import Tensor
 from train_step import MOVED, SIZES, TEXTS
@@ -115,7 +114,7 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     preset, settings = SIZES[options.preset]
     settings = [*settings, f"model.device={options.device}", *options.set]
-    console = Console(width=140)
+    console = quiet_console(width=140)
     table = Table(title=f"{preset} with {' '.join(settings)}; torch {torch.__version__}", title_justify="left")
     for title in (
         "lever",

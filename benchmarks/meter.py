@@ -8,10 +8,19 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from rich.console import Console
 
+from draftcli.cli.console import open_console
 from draftcli.core.live_bytes import LiveBytes, PeakMeter
 
-__all__ = ["LiveBytes", "Meter", "PeakMeter", "clock", "matmul_rate"]
+__all__ = ["LiveBytes", "Meter", "PeakMeter", "clock", "matmul_rate", "quiet_console"]
+
+
+def quiet_console(width: int = 120) -> Console:
+    """A console for figures alone: libraries show no loading bars. Call it before anything is loaded."""
+    console = open_console(quiet=False, debug=False)
+    console.width = width
+    return console
 
 
 class Meter:

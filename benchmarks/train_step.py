@@ -28,7 +28,7 @@ from typing import Any
 import diffusers
 import peft
 import torch
-from meter import LiveBytes, Meter, PeakMeter, clock, matmul_rate
+from meter import LiveBytes, Meter, PeakMeter, clock, matmul_rate, quiet_console
 from plain_loop import PlainLoop
 from rich.console import Console
 from rich.table import Table
@@ -213,6 +213,7 @@ def main(arguments: list[str] | None = None) -> float:
     options = parser.parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
+    console = quiet_console()
     preset, settings = SIZES.get(options.preset, (options.preset, []))
     settings = [*settings, f"model.device={options.device}", *options.set]
     cfg, levers = draftcli.load_config(preset, settings), draftcli.load_config(preset, [*settings, *options.lever])
@@ -222,7 +223,6 @@ def main(arguments: list[str] | None = None) -> float:
         parts, reward = random_sdxl(cfg), random_pickscore()
     else:
         parts, reward = load_parts(cfg.model), draftcli.get_reward_model(cfg)
-    console = Console(width=120)
     model, sides = make_sides(cfg, levers, parts, reward, not options.keep_activations)
     device, images = model.runtime.device, cfg.trainer.global_batch_size
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"

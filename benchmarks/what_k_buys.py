@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import torch
+from meter import quiet_console
 from rich.console import Console
 
 from draftcli.config import Config, load_config
@@ -60,14 +61,14 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2, help="pictures of every caption")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     options = parser.parse_args()
-    columns: dict[str, dict[str, float]] = {}
+    console, columns = quiet_console(), dict[str, dict[str, float]]()
     for k in options.truncation_steps:
         own = [f"draftp.truncation_steps={k}", "trainer.val_check_interval=0"]
         model, seconds = tune(load_config("toy", options.overrides + own))
         if not columns:
             columns["base"] = measure(model, "base", options.images)
         columns[f"K = {k}"] = {**measure(model, "tuned", options.images), "seconds": seconds}
-        print(f"K = {k}: {columns[f'K = {k}']}", flush=True)
+        console.print(f"K = {k} is done", highlight=False)
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in columns[f"K = {options.truncation_steps[0]}"]:
         cells = [f"{column[row]:.3f}" if row in column else "" for column in columns.values()]

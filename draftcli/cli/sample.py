@@ -168,8 +168,7 @@ def print_outcome(outcome: Outcome, console: Console) -> None:
     for name, count in outcome.evaluations.items():
         console.print(f"{name}: {count} UNet evaluations a picture", highlight=False, markup=False)
     there = outcome.total - outcome.drawn
-    console.print(
-        f"{outcome.total} pictures{f', {there} of them there already' if there else ''}", highlight=False, markup=False
-    )
+    drawn = f"{outcome.total} picture{'' if outcome.total == 1 else 's'}"
+    console.print(f"{drawn}{f', {there} of them there already' if there else ''}", highlight=False, markup=False)
     for what, path in outcome.written.items():
         console.print(f"{what:<8} {path}", highlight=False, markup=False, soft_wrap=True)
