@@ -330,6 +330,8 @@ class Config(Section):
             raise ValueError("sharding.offload needs sharding.two_stage true, and recompute_steps not to be false")
         if self.sharding.offload and self.sharding.strategy == "fsdp":
             raise ValueError("sharding.offload does not go with sharding.strategy fsdp, which splits the weights")
+        if self.sharding.channels_last and self.sharding.strategy == "fsdp":
+            raise ValueError("sharding.channels_last does not go with sharding.strategy fsdp, which wants weights in one order")
         self._check_8_bits()
         if self.sharding.strategy == "fsdp" and self.ema.decay is not None and self.ema.device == "cpu":
             raise ValueError(

@@ -58,7 +58,8 @@ def save_weights(model: SDXLDRaFTPModel, folder: Path, write: bool = True) -> No
     for name, tensor in (lora_state_dict(model.unet) if is_lora else model.unet.state_dict()).items():
         gathered = whole(tensor)
         if write:
-            weights[name] = gathered if gathered is tensor else gathered.cpu()
+            # Safetensors takes no other layout, such as channels last.
+            weights[name] = (gathered if gathered is tensor else gathered.cpu()).contiguous()
     if write and is_lora:
         save_lora(model.unet, folder, weights)
     elif write:
@@ -100,7 +101,8 @@ def save_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process alone: just so
-            dcp.save(tensors, storage_writer=writer, no_dist=ranks.size == 1)
+            packed = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            dcp.save(packed, storage_writer=writer, no_dist=ranks.size == 1)
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
         who = f" by process {rank}" if ranks.size > 1 else ""

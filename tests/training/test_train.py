@@ -93,6 +93,16 @@ def test_full_fine_tuning_trains_resumes_and_opens_in_diffusers(tiny_sdxl):
     assert any(not torch.equal(tuned[k], base[k]) for k in base)
 
 
+@pytest.mark.parametrize("peft", [{"rank": 2, "target_modules": ["to_q", "conv1"]}, {"peft_scheme": "none"}])
+def test_convolutions_channels_last_are_saved_and_resume_bit_for_bit(tiny_sdxl, peft):
+    levers = {"sharding": {"channels_last": True}, "ema": {"decay": 0.9}, "trainer": {"max_steps": 2, "save_interval": 1}}
+    preset = recipe(tiny_sdxl, peft=peft, optim={"lr": 1e-4}, **levers)
+    train(preset, "whole")
+    train(preset, "parts", "--set", "trainer.max_steps=1")
+    train(preset, "parts")
+    assert same(Path("whole"), Path("parts"))
+
+
 def test_a_finished_run_says_so_and_does_nothing(tiny_sdxl):
     preset = recipe(tiny_sdxl)
     train(preset, "run")
