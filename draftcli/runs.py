@@ -28,7 +28,10 @@ from draftcli.config import Config, check_config, dump_config
 from draftcli.errors import DraftpError, InputError, brief
 
 # What may differ between the sessions of one run; anything else would make it another run.
-MAY_CHANGE = ("trainer.max_steps", "trainer.val_check_interval", "trainer.save_interval", "trainer.keep_checkpoints")
+MAY_CHANGE = (
+    *("trainer.max_steps", "trainer.val_check_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
+    *("trainer.micro_batch_size", "model.offload_text_encoders", "ema.device"),  # memory alone, as all of sharding
+)
 MAY_CHANGE_SECTIONS = ("logging", "sharding")
 LOCK = ".lock"
 FINAL_STEP = "step.txt"  # in final/: the step that it is of, as a run can be taken further and killed again

@@ -176,7 +176,7 @@ class Validation:
 
 def _made_by(cfg: Config, prompts: Sequence[Prompt], rewards: list[str]) -> str:
     """Everything the base's pictures and scores hang on."""
-    settings = cfg.model_dump(mode="json")
+    settings = cfg.model_dump(mode="json", exclude={"model": {"offload_text_encoders"}})
     facts = [settings["model"], settings["sampling"], settings["rewards"], rewards, cfg.data.validation_images]
     facts += [cfg.trainer.seed, fingerprint(prompts), __version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

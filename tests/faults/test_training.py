@@ -245,6 +245,19 @@ def test_settings_that_changed_are_said(tiny_sdxl):
     assert "since the last session trainer.keep_checkpoints was 2, is 1" in result.out
 
 
+def test_after_running_out_of_memory_a_run_goes_on_with_less(tiny_sdxl):
+    """What --fit and docs/training.md advise may be set on resuming, and keeps the weights, up to rounding."""
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, ema={"decay": 0.9})
+    whole = train_whole(preset)
+    train(preset, "run", "--set", "trainer.max_steps=2")
+    base = Path("run/samples/base.safetensors").stat().st_mtime_ns
+    less = ("trainer.micro_batch_size=1", "model.offload_text_encoders=true", "ema.device=cpu", "sharding.offload=true")
+    train(preset, "run", *(word for setting in less for word in ("--set", setting)))
+    for name, tensor in load_file(whole / "final" / LORA).items():
+        torch.testing.assert_close(load_file(Path("run/final") / LORA)[name], tensor, rtol=1e-2, atol=1e-4)
+    assert Path("run/samples/base.safetensors").stat().st_mtime_ns == base, "the base is not drawn again"
+
+
 def test_a_clock_that_goes_backwards_changes_nothing(tiny_sdxl, monkeypatch):
     """Each session, and each look at the clock, an hour earlier than the one before; files from the future."""
     preset = recipe(tiny_sdxl, data=WITH_VALIDATION, logging={"tensorboard": True})
