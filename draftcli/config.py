@@ -86,6 +86,11 @@ class SamplingConfig(Section):
     sizes: list[tuple[Size, Size]] = []
     """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
 
+    def is_guided(self, step: int) -> bool:
+        """Whether a sampler step, 0 .. steps - 1, takes two evaluations: with the prompt and without."""
+        first, last = self.guidance_interval
+        return self.scale != 1 and first <= step / self.steps < last
+
 
 class DraftpConfig(Section):
     """The method."""

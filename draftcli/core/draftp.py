@@ -272,13 +272,11 @@ class SDXLDRaFTPModel:
     def denoiser(self, cond: Conditioning) -> Predict:
         """The guided noise estimate of what `self.unet` is when called: tuned, or base in `base_weights()`."""
         sampling, alone = self.cfg.sampling, cond.conditional
-        guided_from, guided_to = sampling.guidance_interval
 
         def predict_guided(x: Tensor, level: Level) -> Tensor:
-            is_guided = sampling.scale != 1 and guided_from <= level.index / level.total < guided_to
             self._residency.need(UNET)
             with self.runtime.autocast():
-                if is_guided:
+                if sampling.is_guided(level.index):
                     doubled = network_input(torch.cat([x, x]), level)
                     output = guided(predict(self.unet, doubled, level.timestep, cond), sampling.scale)
                 else:

@@ -141,13 +141,22 @@ def drawn(
     return predict
 
 
-def evaluations(weights: Sequence[float], schedule: Schedule, solver: Solver, stochastic: bool = False) -> int:
-    """UNet evaluations a picture, guidance's two counted: found by walking the schedule with a network that counts."""
+def evaluations(
+    weights: Sequence[float],
+    schedule: Schedule,
+    solver: Solver,
+    stochastic: bool = False,
+    is_guided: Callable[[int], bool] = lambda step: True,
+) -> int:
+    """UNet evaluations a picture: found by walking the schedule with a network that counts. A step that is guided takes
+    two for each network.
+    """
     count = 0
 
     def predict(x: Tensor, level: Level) -> Tensor:
         nonlocal count
-        count += 2 if stochastic or weights[level.index] in (0, 1) else 4
+        networks = 1 if stochastic or weights[level.index] in (0, 1) else 2
+        count += networks * (1 + is_guided(level.index))
         return x
 
     denoise(predict, torch.zeros(1), schedule, solver=solver)

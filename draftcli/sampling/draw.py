@@ -64,7 +64,9 @@ class Column:
 
     def evaluations(self, model: SDXLDRaFTPModel) -> int:
         """UNet evaluations that one picture takes, guidance's two counted."""
-        return evaluations(self.weights(model), model.schedule, SOLVERS[model.cfg.sampling.sampler], self.stochastic)
+        sampling = model.cfg.sampling
+        solver = SOLVERS[sampling.sampler]
+        return evaluations(self.weights(model), model.schedule, solver, self.stochastic, sampling.is_guided)
 
 
 def plan(prompts: Sequence[Prompt], images: int, seed: int, size: tuple[int, int]) -> list[Picture]:

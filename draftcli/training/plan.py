@@ -69,9 +69,9 @@ def make_plan(cfg: Config) -> Plan:
     else:
         trainable = frozen.pop("unet")
         frozen["frozen copy of the unet"] = trainable
-    guided = [_evaluations(cfg, i) for i in range(cfg.sampling.steps)]
-    tail = guided[-cfg.draftp.truncation_steps :]
-    extra = cfg.draftp.low_variance_samples * guided[-1]  # each is the last step once more
+    asked = [1 + cfg.sampling.is_guided(i) for i in range(cfg.sampling.steps)]
+    tail = asked[-cfg.draftp.truncation_steps :]
+    extra = cfg.draftp.low_variance_samples * asked[-1]  # each is the last step once more
     with_gradient = sum(tail) + extra
     walked = with_gradient if cfg.sharding.two_stage and recomputes_steps(cfg) else 0
     return Plan(
@@ -79,7 +79,7 @@ def make_plan(cfg: Config) -> Plan:
         trainable=trainable,
         frozen=frozen,
         images=cfg.trainer.global_batch_size,
-        forward=sum(guided) + extra + walked,
+        forward=sum(asked) + extra + walked,
         with_gradient=with_gradient,
         base=with_gradient if cfg.draftp.needs_base else 0,
         again=with_gradient if cfg.sharding.activation_checkpointing else 0,
@@ -91,12 +91,6 @@ def configuration_folder(cfg: Config) -> Path:
     """Where the configuration of the model's networks lies: its own folder, else SDXL's, which ships with draftp."""
     folder = Path(model_path(cfg.model.pretrained))
     return folder if all((folder / part / "config.json").is_file() for part in PARTS) else SDXL_CONFIG
-
-
-def _evaluations(cfg: Config, step: int) -> int:
-    """Of the UNet in one sampler step: two where it is guided, as core.draftp's denoiser decides."""
-    first, last = cfg.sampling.guidance_interval
-    return 2 if cfg.sampling.scale != 1 and first <= step / cfg.sampling.steps < last else 1
 
 
 def _count(network: torch.nn.Module, trained: bool = False) -> int:

@@ -17,6 +17,7 @@ from diffusers import (
 from draftcli.core.denoise import SOLVERS, Level, denoise, make_schedule, network_input
 from draftcli.core.guidance import evaluations, mixed, step_weights, weighing
 from draftcli.errors import InputError
+from draftcli.sampling.draw import Column
 from tests.core.test_equivalences import count_calls
 from tests.tiny import SDXL_SCHEDULER, batch, tiny_model
 
@@ -144,6 +145,17 @@ def test_evaluations_are_counted_as_they_are_made(tiny_sdxl, sampler, kind, stoc
     model.annealed_guidance(batch(1), model.initial_noise(batch(1)), weighing(kind), stochastic)
     weights = step_weights(weighing(kind), model.schedule)
     assert evaluations(weights, model.schedule, SOLVERS[sampler], stochastic) == 2 * len(calls)
+
+
+@pytest.mark.parametrize("sampling", [{"scale": 1.0}, {"guidance_interval": (0.25, 0.75)}], ids=["none", "in part"])
+@pytest.mark.parametrize("kind", ["tuned", "linear"])
+@every_sampler
+def test_evaluations_where_guidance_is_in_part_or_none(tiny_sdxl, sampler, kind, sampling):
+    """Rows of latents that the networks see are what is counted, and what sample and eval say."""
+    model, rows = tiny_model(tiny_sdxl, 0.1, sampling={"sampler": sampler, "steps": 4, **sampling}), []
+    model.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    model.annealed_guidance(batch(1), model.initial_noise(batch(1)), weighing(kind))
+    assert Column.of(kind).evaluations(model) == sum(rows)
 
 
 def test_churn_works_with_every_sampler(tiny_sdxl):
