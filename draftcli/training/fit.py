@@ -14,6 +14,7 @@ from typing import Any
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
 from draftcli.training.memory import GB, MemoryPlan
+from draftcli.training.plan import count_evaluations
 from draftcli.training.rehearsal import OPTIMIZER, PREFIX, TEXT
 
 _UNITS = {"MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30, "TB": 1e12, "TIB": 2**40}
@@ -71,20 +72,22 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
         cfg: what is asked for.
         size: bytes of the device.
         plan: of the memory of some settings.
-        given: dotted keys that are not to be touched.
+        given: dotted keys, or whole sections, that are not to be touched.
         ranks: processes that train together.
 
     Raises:
         InputError: nothing fits; says what is needed at least.
     """
+    if not cfg.sharding.two_stage and _is_given("sharding.two_stage", given):  # without it these have no effect
+        given |= {"sharding.decode_batch_size", "sharding.prefix_batch_size"}
     chosen: dict[str, Choice] = {}
     for choice in _start(cfg):
-        if choice.setting not in given and _get(cfg, choice.setting) != choice.value:
+        if not _is_given(choice.setting, given) and _get(cfg, choice.setting) != choice.value:
             cfg = _with(cfg, choice)
             chosen[choice.setting] = choice
     found, vain, before = plan(cfg), set[Choice](), cfg
     while found.needed > size:
-        options = (c for c in _concessions(cfg, found) if c.setting not in given and c not in vain)
+        options = (c for c in _concessions(cfg, found) if not _is_given(c.setting, given) and c not in vain)
         choice = next((c for c in options if _get(cfg, c.setting) != c.value), None)
         if choice is None:
             raise InputError(
@@ -105,7 +108,7 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
         if after.needed <= size:
             cfg, found = larger, after
             del chosen[choice.setting]
-    if "trainer.micro_batch_size" not in given:
+    if not _is_given("trainer.micro_batch_size", given):
         images = max(1, cfg.trainer.global_batch_size // ranks)
         for count in (n for n in range(2, min(LARGEST, images) + 1) if images % n == 0):
             choice = Choice("trainer.micro_batch_size", count, "nothing: there is room")
@@ -128,12 +131,10 @@ def _start(cfg: Config) -> Iterator[Choice]:
 
 def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
     """What could make the worst phase smaller, from cheapest to dearest."""
-    phase, k = plan.worst, cfg.draftp.truncation_steps
+    phase = plan.worst
     decodes, steps = "deco" in phase or phase == "reward", phase not in (TEXT, PREFIX, OPTIMIZER)
-    a_step = 1 if cfg.sampling.scale == 1 else 2
-    again = f"{a_step * k} more UNet evaluations an image, of about {a_step * cfg.sampling.steps}"
     yield Choice("model.offload_text_encoders", True, "text encoders move to the GPU for prompts that are new")
-    if cfg.ema.decay is not None:
+    if cfg.ema.decay is not None and cfg.sharding.strategy != "fsdp":
         yield Choice("ema.device", "cpu", "the average travels over the bus each step")
     if phase == PREFIX:
         for count in (4, 2, 1):
@@ -142,11 +143,11 @@ def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
         if cfg.peft.peft_scheme == "lora":
             yield Choice("sharding.fold_lora", False, "three matrix products a layer instead of one in the prefix")
     if steps:
-        yield Choice("sharding.activation_checkpointing", True, again)
-    if steps and k > 1:
-        yield Choice("sharding.recompute_steps", True, again)
+        yield Choice("sharding.activation_checkpointing", True, _evaluations(cfg, "activation_checkpointing"))
+    if steps and cfg.draftp.truncation_steps > 1:
+        yield Choice("sharding.recompute_steps", True, _evaluations(cfg, "recompute_steps"))
     if _may_offload(cfg):
-        travel = f"UNet, decoder and rewards travel to the GPU each step; {again}"
+        travel = f"UNet, decoder and rewards travel to the GPU each step; {_evaluations(cfg, 'offload')}"
         yield Choice("sharding.offload", True, travel)
     if decodes:
         for tile in (512, 256):
@@ -154,10 +155,21 @@ def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
                 yield Choice("model.vae_tile", tile, "tiles are decoded twice, pictures and gradient change a little")
 
 
+def _evaluations(cfg: Config, lever: str) -> str:
+    """What a lever of cfg.sharding that computes something again costs, in words."""
+    before, after = (count_evaluations(some) for some in (cfg, _with(cfg, Choice(f"sharding.{lever}", True, ""))))
+    more = sum(after.values()) - sum(before.values())
+    return f"{more or 'no'} more UNet evaluations an image, of about {before['forward']}"
+
+
 def _may_offload(cfg: Config) -> bool:
     sharding = cfg.sharding
     possible = sharding.two_stage and sharding.recompute_steps is not False and sharding.strategy != "fsdp"
     return possible and cfg.model.device != "cpu"
+
+
+def _is_given(key: str, given: frozenset[str]) -> bool:
+    return not given.isdisjoint((key, key.partition(".")[0]))
 
 
 def _get(cfg: Config, key: str) -> Any:

@@ -69,22 +69,28 @@ def make_plan(cfg: Config) -> Plan:
     else:
         trainable = frozen.pop("unet")
         frozen["frozen copy of the unet"] = trainable
-    asked = [1 + cfg.sampling.is_guided(i) for i in range(cfg.sampling.steps)]
-    tail = asked[-cfg.draftp.truncation_steps :]
-    extra = cfg.draftp.low_variance_samples * asked[-1]  # each is the last step once more
-    with_gradient = sum(tail) + extra
-    walked = with_gradient if cfg.sharding.two_stage and recomputes_steps(cfg) else 0
     return Plan(
         source="SDXL's configuration" if folder == SDXL_CONFIG else str(folder),
         trainable=trainable,
         frozen=frozen,
         images=cfg.trainer.global_batch_size,
-        forward=sum(asked) + extra + walked,
-        with_gradient=with_gradient,
-        base=with_gradient if cfg.draftp.needs_base else 0,
-        again=with_gradient if cfg.sharding.activation_checkpointing else 0,
+        **count_evaluations(cfg),
         folder=folder,
     )
+
+
+def count_evaluations(cfg: Config) -> dict[str, int]:
+    """UNet evaluations per image: `forward`, `with_gradient`, `base` and `again`, as in `Plan`."""
+    asked = [1 + cfg.sampling.is_guided(i) for i in range(cfg.sampling.steps)]
+    extra = cfg.draftp.low_variance_samples * asked[-1]  # each is the last step once more
+    with_gradient = sum(asked[-cfg.draftp.truncation_steps :]) + extra
+    walked = with_gradient if cfg.sharding.two_stage and recomputes_steps(cfg) else 0
+    return {
+        "forward": sum(asked) + extra + walked,
+        "with_gradient": with_gradient,
+        "base": with_gradient if cfg.draftp.needs_base else 0,
+        "again": with_gradient if cfg.sharding.activation_checkpointing else 0,
+    }
 
 
 def configuration_folder(cfg: Config) -> Path:

@@ -64,6 +64,41 @@ def test_the_command_says_what_each_choice_costs_and_leaves_where_nothing_fits(t
     assert [path.name for path in Path.cwd().iterdir()] == ["tiny.yaml"]
 
 
+def tightest(cfg, folder, given=frozenset()):
+    """What fit chooses where there is a byte less than the cheaper way takes, until nothing fits."""
+    found, size = None, parse_size("80GB")
+    while True:
+        try:
+            found = fit(cfg, size, lambda some: memory_plan(some, folder), frozenset(given))
+        except InputError as error:
+            assert "nothing fits" in str(error)
+            return found
+        size = found.plan.needed - 1
+
+
+def test_the_price_is_what_the_plan_counts_more(tiny_sdxl):
+    """At K = 2 recomputed activations bring recomputed steps with them: two more forward passes each."""
+    cfg = load_config(recipe(tiny_sdxl, model={"device": "auto"}, trainer={"max_steps": 1}))
+    slim = tightest(cfg, tiny_sdxl)
+    prices = {choice.setting: choice.price for choice in slim.choices}
+    assert prices["sharding.activation_checkpointing"] == "8 more UNet evaluations an image, of about 6"
+    assert "no more UNet evaluations" in prices["sharding.offload"]
+
+
+def test_an_average_split_over_processes_is_left_where_it_is(tiny_sdxl):
+    sections = {"sharding": {"strategy": "fsdp"}, "ema": {"decay": 0.9}}
+    cfg = load_config(recipe(tiny_sdxl, model={"device": "auto"}, trainer={"max_steps": 1}, **sections))
+    assert tightest(cfg, tiny_sdxl).cfg.ema.device == "same"
+
+
+@pytest.mark.parametrize("given", ["sharding.two_stage", "sharding"])
+def test_a_given_section_stays_and_nothing_without_effect_is_chosen(tiny_sdxl, given):
+    cfg = load_config(recipe(tiny_sdxl, sharding={"two_stage": False}, trainer={"max_steps": 1}))
+    roomy = fit(cfg, parse_size("80GB"), lambda some: memory_plan(some, tiny_sdxl), frozenset({given}))
+    assert not roomy.cfg.sharding.two_stage
+    assert "sharding.decode_batch_size" not in [choice.setting for choice in roomy.choices]
+
+
 COUNTED = {
     "plain": {},
     "without guidance": {"sampling": {"scale": 1.0}},
