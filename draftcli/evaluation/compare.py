@@ -292,7 +292,7 @@ def _metrics(rewards: Sequence[str]) -> list[Metric]:
         *(Metric(key, key, "distance", better, 3, about) for key, (better, about) in NEIGHBOURHOODS.items()),
         *(Metric(key, label, "distance", -1, 4, about) for key, (_, label, about) in DISTANCES.items()),
         *(Metric(key, key.replace("_", " "), "sign", 0, 3, about) for key, about in SIGN_LABELS.items()),
-        Metric("evaluations", "UNet evaluations", "cost", -1, 0, "of one picture: steps, twice where guided, x networks"),
+        Metric("evaluations", "UNet evaluations", "cost", -1, 0, "of one picture: steps (guided: 2) x networks"),
         Metric("seconds", "seconds", "cost", -1, 2, "of one picture, on the machine that drew it"),
     ]
 

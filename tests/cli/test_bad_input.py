@@ -52,7 +52,7 @@ SETTINGS = [
     ("data.prompts=toy-trane", "one of the sets animals"),
     ("data.prompts=cat.png", "expected a .txt, .jsonl or .tar file"),
     ("held_out_rewards=[pickscoer]", "did you mean pickscore?"),
-    ("sharding={channels_last: true, strategy: fsdp}", "sharding.channels_last does not go with sharding.strategy fsdp"),
+    ("sharding={channels_last: true, strategy: fsdp}", "channels_last does not go with sharding.strategy fsdp"),
     ("trainer.max_steps", "--set trainer.max_steps: expected KEY=VALUE"),
     ("trainer.max_steps=[1", "invalid YAML"),
 ]

@@ -95,7 +95,8 @@ def test_full_fine_tuning_trains_resumes_and_opens_in_diffusers(tiny_sdxl):
 
 @pytest.mark.parametrize("peft", [{"rank": 2, "target_modules": ["to_q", "conv1"]}, {"peft_scheme": "none"}])
 def test_convolutions_channels_last_are_saved_and_resume_bit_for_bit(tiny_sdxl, peft):
-    levers = {"sharding": {"channels_last": True}, "ema": {"decay": 0.9}, "trainer": {"max_steps": 2, "save_interval": 1}}
+    trainer = {"max_steps": 2, "save_interval": 1}
+    levers = {"sharding": {"channels_last": True}, "ema": {"decay": 0.9}, "trainer": trainer}
     preset = recipe(tiny_sdxl, peft=peft, optim={"lr": 1e-4}, **levers)
     train(preset, "whole")
     train(preset, "parts", "--set", "trainer.max_steps=1")
