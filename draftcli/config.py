@@ -336,7 +336,7 @@ class Config(Section):
         if self.sharding.offload and self.sharding.strategy == "fsdp":
             raise ValueError("sharding.offload does not go with sharding.strategy fsdp, which splits the weights")
         if self.sharding.channels_last and self.sharding.strategy == "fsdp":
-            raise ValueError("sharding.channels_last does not go with sharding.strategy fsdp, which wants its own layout")
+            raise ValueError("sharding.channels_last does not go with sharding.strategy fsdp, which has its own")
         self._check_8_bits()
         if self.sharding.strategy == "fsdp" and self.ema.decay is not None and self.ema.device == "cpu":
             raise ValueError(

@@ -35,6 +35,7 @@ from draftcli.training.rehearsal import (
     weights_of,
 )
 from draftcli.training.shares import per_rank
+from draftcli.training.step import check_batch_size
 
 GB = 1e9
 CONTEXT = 700_000_000  # a CUDA context with its loaded kernels, and the workspaces of cuBLAS and cuDNN
@@ -86,9 +87,10 @@ def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
         ranks: processes that train together.
 
     Raises:
-        InputError: sharding.shard_size does not divide `ranks`.
+        InputError: sharding.shard_size does not divide `ranks`, or `ranks` cannot share the batch evenly.
     """
-    images = max(1, cfg.trainer.global_batch_size // ranks)
+    check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks)
+    images = cfg.trainer.global_batch_size // ranks
     split = cfg.sharding.strategy == "fsdp" and ranks > 1
     if not split:  # one process alone has everything whole
         cfg = cfg.model_copy(update={"sharding": cfg.sharding.model_copy(update={"strategy": "none"})})

@@ -139,11 +139,12 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[str, int]:
 
 def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) -> dict[str, int]:
     """Bytes that come and go while `images` are decoded and judged together, and in the backward of that; not in
-    training: while held-out rewards judge them as well, without gradient.
+    training: while held-out rewards judge them as well, without gradient, at the size of validation.
     """
+    size = {} if training else {"height": cfg.sampling.height, "width": cfg.sampling.width}
     draftp = {"truncation_steps": 1, "low_variance_samples": 0, "kl_coeff": 0.0}
     kept = {"activation_checkpointing": cfg.sharding.activation_checkpointing and training, "two_stage": True}
-    key = _key(cfg, images, draftp=draftp, sampling=_SHORT, sharding={**_PLAIN, **kept})
+    key = _key(cfg, images, draftp=draftp, sampling={**_SHORT, **size}, sharding={**_PLAIN, **kept})
     rewards = {**cfg.rewards, **({} if training else cfg.held_out_rewards)}
     return _judging(key, folder, _as_key(rewards), training)
 

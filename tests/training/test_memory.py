@@ -15,6 +15,7 @@ from draftcli.core.sdxl import load_parts, model_path
 from draftcli.rewards import get_reward_model
 from draftcli.training import memory, rehearsal, stand_ins
 from draftcli.training.optimizer import make_optimizer
+from tests.command import draftp, recipe
 from tests.tiny import tiny_config
 
 TOLERANCE = 0.15
@@ -95,6 +96,21 @@ def test_the_plan_is_within_15_percent_of_what_a_step_holds(name):
         print(f"|   {phase} | {size / 1e6:.0f} | {phases.get(phase, 0) / 1e6:.0f} |")
     assert peak > 200e6
     assert plan.peak == pytest.approx(peak, rel=TOLERANCE)
+
+
+def test_validation_is_planned_at_its_own_size(tiny_sdxl):
+    """Training draws from sampling.sizes, validation at height x width."""
+    validated = {"data": {"validation_prompts": ["a fox"]}, "sampling": {"height": 256, "width": 128}}
+    small = {**validated, "sampling": {**validated["sampling"], "sizes": [[64, 64]]}}
+    whole, mixed = (memory.memory_plan(tiny_config(tiny_sdxl, **s), tiny_sdxl).phases for s in (validated, small))
+    assert mixed[rehearsal.VALIDATION] == whole[rehearsal.VALIDATION]
+    assert mixed[rehearsal.DECODE] < whole[rehearsal.DECODE]
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_run(tiny_sdxl):
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--processes", "3", "--dry-run")
+    assert result.code == 2
+    assert "times 3 processes; the nearest that work: 6" in result.err
 
 
 @pytest.fixture(scope="module")
