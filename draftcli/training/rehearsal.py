@@ -116,7 +116,8 @@ def validates(cfg: Config) -> bool:
 def prefix_of(cfg: Config, folder: Path, images: int, with_lora: bool) -> dict[str, int]:
     """Bytes that come and go while prompts are encoded and while no gradient is needed, for `images` at a time."""
     draftp = {"truncation_steps": 1, "low_variance_samples": 0}
-    key = _key(cfg, images, draftp=draftp, sampling=_SHORT, sharding=_PLAIN, model={"vae_tile": None})
+    sampling = {**_SHORT, **_guidance(cfg, range(cfg.sampling.steps))}
+    key = _key(cfg, images, draftp=draftp, sampling=sampling, sharding=_PLAIN, model={"vae_tile": None})
     return _prefix(key, folder, with_lora)
 
 
@@ -124,10 +125,12 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[str, int]:
     """Bytes that come and go from the latents at the first gradient step to the weights' gradient, for one
     micro-batch of `images`; the decoder and the rewards take nothing here. Without sharding.two_stage they are in it.
 
-    Graphs that are kept grow by as much with each gradient step: beyond three they are counted at two and three.
+    Graphs that are kept grow by as much with each gradient step: beyond three they are counted at two and three. Where
+    some of the steps are guided they are counted as if all were.
     """
     k, again = cfg.draftp.truncation_steps, recomputes_steps(cfg)
-    key = _key(cfg, images, model={"vae_tile": None} if cfg.sharding.two_stage else {})
+    sampling = _guidance(cfg, range(cfg.sampling.steps - k, cfg.sampling.steps))
+    key = _key(cfg, images, sampling=sampling, model={"vae_tile": None} if cfg.sharding.two_stage else {})
     rewards = "{}" if cfg.sharding.two_stage else _as_key(cfg.rewards)
     if cfg.sharding.two_stage and again:
         return _steps(key, folder, min(k, 2), rewards)
@@ -173,6 +176,10 @@ def _key(cfg: Config, images: int, **changes: dict[str, Any]) -> str:
     for section, values in changes.items():
         sections[section] |= values
     return json.dumps(sections, sort_keys=True)
+
+
+def _guidance(cfg: Config, steps: range) -> dict[str, Any]:
+    return {} if any(map(cfg.sampling.is_guided, steps)) else {"scale": 1.0}
 
 
 def largest(cfg: Config) -> tuple[int, int]:

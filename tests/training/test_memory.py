@@ -46,6 +46,7 @@ SETTINGS = {
     "the whole UNet": ["peft.peft_scheme=none", "draftp.truncation_steps=1", "sampling.height=192"],
     "a large prefix": ["sharding.prefix_batch_size=8", "trainer.micro_batch_size=1", "sampling.height=768"],
     "without guidance and base": ["sampling.scale=1", "draftp.kl_coeff=0", "draftp.log_kl=false"],
+    "guidance in part, not at the end": ["sampling.guidance_interval=[0,0.2]", "sampling.height=256"],
     "DRaFT-LV": ["draftp.low_variance_samples=2", "draftp.truncation_steps=1", "sampling.height=256"],
 }
 IN_8_BITS = {
@@ -86,7 +87,7 @@ def planned(cfg) -> memory.MemoryPlan:
     return memory.memory_plan(cfg, Path(model_path(cfg.model.pretrained)))
 
 
-@pytest.mark.slow  # twelve trainings of two steps at a size where memory is worth a plan
+@pytest.mark.slow  # thirteen trainings of two steps at a size where memory is worth a plan
 @pytest.mark.parametrize("name", [*SETTINGS, *(pytest.param(name, marks=needs_bitsandbytes) for name in IN_8_BITS)])
 def test_the_plan_is_within_15_percent_of_what_a_step_holds(name):
     cfg = load_config("toy", [*BASE, *(SETTINGS | IN_8_BITS)[name]])
@@ -105,6 +106,21 @@ def test_validation_is_planned_at_its_own_size(tiny_sdxl):
     whole, mixed = (memory.memory_plan(tiny_config(tiny_sdxl, **s), tiny_sdxl).phases for s in (validated, small))
     assert mixed[rehearsal.VALIDATION] == whole[rehearsal.VALIDATION]
     assert mixed[rehearsal.DECODE] < whole[rehearsal.DECODE]
+
+
+def test_steps_without_guidance_are_planned_at_half(tiny_sdxl):
+    def phases(**sampling):
+        return memory.memory_plan(
+            tiny_config(tiny_sdxl, sampling=sampling, draftp={"truncation_steps": 2}), tiny_sdxl
+        ).phases
+
+    never, at_first, at_last = ({"guidance_interval": interval} for interval in ((0, 0), (0, 0.3), (0.5, 1)))
+    unguided, guided = phases(scale=1.0), phases()
+    assert phases(**never) == unguided
+    first, last = phases(**at_first), phases(**at_last)
+    assert (first[rehearsal.STEPS], first[rehearsal.PREFIX]) == (unguided[rehearsal.STEPS], guided[rehearsal.PREFIX])
+    assert last == guided
+    assert unguided[rehearsal.STEPS] < guided[rehearsal.STEPS]
 
 
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_run(tiny_sdxl):
