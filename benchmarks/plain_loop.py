@@ -1,6 +1,6 @@
 """DRaFT+ as a competent user of diffusers and peft would write it in an afternoon: what ours is measured against.
 
-The same maths as draftcli.core.draftp, the same loss and gradient (tests/benchmarks/test_plain_loop.py), and none of
+The same maths as draftcli.core.draftp, the same loss and gradient (tests/benchmarks/test_train_step.py), and none of
 its levers: text encoders on every step, one micro-batch size for everything, the LoRA beside the weights throughout,
 one backward through decoder and network with diffusers' own activation checkpointing, as memory demands at SDXL size.
 """

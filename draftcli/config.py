@@ -365,6 +365,7 @@ class Config(Section):
         validates = bool(trainer.val_check_interval and self.data.validation_prompts)
         given, sharding = trainer.model_fields_set, self.sharding
         lora_settings = self.peft.model_fields_set & {"rank", "alpha", "target_modules"}
+        edge = max(self.sampling.height, self.sampling.width, *(edge for size in self.sampling.sizes for edge in size))
         beyond = f"is beyond trainer.max_steps {trainer.max_steps}"
         rules = [
             (
@@ -428,6 +429,18 @@ class Config(Section):
                 not sharding.two_stage
                 and bool(sharding.model_fields_set & {"recompute_steps", "prefix_batch_size", "decode_batch_size"}),
                 "sharding.recompute_steps, prefix_batch_size and decode_batch_size have no effect: two_stage is false",
+            ),
+            (
+                not sharding.fold_lora and "fold_tolerance" in sharding.model_fields_set,
+                "sharding.fold_tolerance has no effect: fold_lora is false",
+            ),
+            (
+                (sharding.decode_batch_size or 0) > trainer.micro_batch_size,
+                f"sharding.decode_batch_size has no effect above trainer.micro_batch_size {trainer.micro_batch_size}",
+            ),
+            (
+                (self.model.vae_tile or 0) >= edge,
+                f"model.vae_tile {self.model.vae_tile} has no effect on pictures of up to {edge} pixels",
             ),
             (
                 sharding.offload and self.model.device == "cpu",

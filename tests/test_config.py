@@ -90,10 +90,15 @@ def test_settings_given_in_vain_are_warned_about():
         "sampling": {"scale": 1, "negative_prompt": "blurry"},
         "trainer": {"max_steps": 10, "save_interval": 20, "val_check_interval": 20},
         "held_out_rewards": ["toy_oracle"],
+        "model": {"vae_tile": 1024},
+        "sharding": {"decode_batch_size": 2, "fold_lora": False, "fold_tolerance": 0.1},
     }
     text = "\n".join(check_config(data).warnings())
     for word in ("warmup_steps", "peft.rank", "negative_prompt", "save_interval", "val_check_interval", "held_out"):
         assert word in text
+    for word in ("model.vae_tile 1024 has no", "decode_batch_size has no", "fold_tolerance has no"):
+        assert word in text
+    assert "vae_tile" not in "\n".join(check_config({**data, "sampling": {"sizes": [[64, 2048]]}}).warnings())
     assert check_config({}).warnings() == []
 
 

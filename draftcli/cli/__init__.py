@@ -63,8 +63,8 @@ def explain(error: BaseException) -> tuple[str, int] | None:
         return " ".join(str(error).split()), error.exit_code
     if type(error).__name__ == "OutOfMemoryError":  # torch's; torch is not imported here
         return (
-            "the GPU is out of memory; try a smaller trainer.micro_batch_size (--batch-size in sample and "
-            "anneal), sampling.height and width, or sharding.activation_checkpointing true"
+            "the GPU is out of memory; train with --fit and its size, such as --fit 24GB, or a smaller "
+            "trainer.micro_batch_size (--batch-size in sample and anneal), sampling.height and width"
         ), 1
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
         return f"{str(error.filename)[:80]}...: no file can have so long a name", 2
