@@ -47,6 +47,12 @@ SIZES = {
     "toy": ("toy", [*RECIPE, "trainer.global_batch_size=8"]),
     "sdxl": ("sdxl-lora", [*RECIPE, "trainer.global_batch_size=8", "model.offload_text_encoders=false"]),
 }
+NOT_IN_THE_PLAIN_LOOP = {
+    "model": ("quantize", "vae_tile"),
+    "sampling": ("guidance_interval", "negative_prompt"),
+    "draftp": ("low_variance_samples",),
+    "peft": ("alpha",),
+}
 MOVED = 0.02  # the LoRA's B, away from zero: a LoRA at its start has no gradient on A
 TEXTS = ["a red circle", "two blue squares on a lawn", "a small green triangle on the left", "night"]
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -81,6 +87,15 @@ def make_sides(
         raise SystemExit("the plain loop knows the trailing schedule, no churn and networks that predict eps")
     if cfg.peft.peft_scheme != "lora":
         raise SystemExit("the plain loop trains a LoRA")
+    defaults = Config()
+    unknown = [
+        f"{section}.{name}"
+        for section, names in NOT_IN_THE_PLAIN_LOOP.items()
+        for name in names
+        if getattr(getattr(cfg, section), name) != getattr(getattr(defaults, section), name)
+    ]
+    if unknown:
+        raise SystemExit(f"the plain loop knows no {', '.join(unknown)}; a lever of ours alone is set by --lever")
     modules = {k: copy.deepcopy(v) for k, v in parts.modules.items()}
     modules |= {"tokenizer": parts.tokenizers[0], "tokenizer_2": parts.tokenizers[1]}
     model = SDXLDRaFTPModel(levers, parts)
@@ -89,7 +104,8 @@ def make_sides(
         modules[name].to(model.runtime.device)
     plain = PlainLoop(
         modules,
-        reward,
+        # Under offload ours comes and goes, and may be away when the plain loop asks.
+        copy.deepcopy(reward).to(model.runtime.device) if levers.sharding.offload else reward,
         rank=cfg.peft.rank,
         targets=list(cfg.peft.target_modules),
         steps=cfg.sampling.steps,

@@ -42,6 +42,12 @@ def test_the_plain_loop_has_our_loss_and_gradient(sides):
     assert (sides["plain"].gradient - expected).norm() < 1e-4 * expected.norm()
 
 
+def test_what_the_plain_loop_does_not_know_is_refused(tiny_sdxl):
+    settings = ["--set", "draftp.low_variance_samples=1", "--set", "sampling.guidance_interval=[0,0.5]"]
+    with pytest.raises(SystemExit, match=r"knows no sampling.guidance_interval, draftp.low_variance_samples"):
+        train_step.main(["--preset", str(recipe(tiny_sdxl)), *settings])
+
+
 def test_the_benchmark_ends_with_the_ratio(tiny_sdxl, capsys):
     ratio = train_step.main(["--preset", str(recipe(tiny_sdxl)), "--rounds", "1", "--threads", "1"])
     lines = capsys.readouterr().out.splitlines()
