@@ -518,6 +518,26 @@ def check_config(data: dict[str, Any]) -> Config:
         raise InputError("; ".join(_explain(e) for e in error.errors()[:3])) from None
 
 
+def check_batch_size(micro: int, total: int, processes: int) -> None:
+    """See that a step's pictures can be shared out evenly.
+
+    Args:
+        micro: trainer.micro_batch_size.
+        total: trainer.global_batch_size.
+        processes: that train together.
+
+    Raises:
+        InputError: they cannot; names the nearest sizes that work.
+    """
+    unit = micro * processes
+    if total % unit:
+        near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
+        raise InputError(
+            f"trainer.global_batch_size {total} is not a multiple of trainer.micro_batch_size {micro} times "
+            f"{processes} processes; the nearest that work: {', '.join(map(str, near))}"
+        )
+
+
 def dump_config(config: Config) -> str:
     """The resolved settings as YAML that `load_config` reads again."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

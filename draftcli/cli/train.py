@@ -80,7 +80,7 @@ def train(
 
     `draftp train --preset sdxl-lora --fit 16GB --dry-run`
     """
-    from draftcli.config import dump_config, load_config, parse_reward
+    from draftcli.config import check_batch_size, dump_config, load_config, parse_reward
 
     values: dict[str, object] = {}
     if prompts:
@@ -88,6 +88,11 @@ def train(
     if reward:
         values["rewards"] = dict(map(parse_reward, reward))
     cfg = load_config(preset, override or [], values)
+    if processes > 1 and "RANK" not in os.environ and not dry_run:
+        if not fit:  # which chooses the micro-batch
+            check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, processes)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", "draftcli", *sys.argv[1:]])
     alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
     for warning in cfg.warnings() if alone else []:
         typer.echo(f"warning: {warning}", err=True)
@@ -102,9 +107,6 @@ def train(
         typer.echo(dump_config(cfg))
         _print_plan(cfg, ranks)
         return
-    if processes > 1 and "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "draftcli", *sys.argv[1:]])
     from draftcli.training.loop import train as run_training
 
     folder = output or Path("runs") / Path(preset).stem

@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.console import Console
 
-from draftcli.config import Config
+from draftcli.config import Config, check_batch_size
 from draftcli.core import sharding
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.eight_bit import check_installed
@@ -31,7 +31,7 @@ from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weig
 from draftcli.training.live import LiveView
 from draftcli.training.log import RunLog
 from draftcli.training.optimizer import SMALLEST
-from draftcli.training.step import Trainer, check_batch_size
+from draftcli.training.step import Trainer
 from draftcli.training.validation import Validation, hacking, score
 
 PATIENCE = 10.0  # seconds after SIGTERM in which a step may still end; what is left of the usual 30 is for saving

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftcli.config import Config
+from draftcli.config import Config, check_batch_size
 from draftcli.core.two_stage import prefix_batch_size, recomputes_steps
 from draftcli.training.rehearsal import (
     ALL,
@@ -35,7 +35,6 @@ from draftcli.training.rehearsal import (
     weights_of,
 )
 from draftcli.training.shares import per_rank
-from draftcli.training.step import check_batch_size
 
 GB = 1e9
 CONTEXT = 700_000_000  # a CUDA context with its loaded kernels, and the workspaces of cuBLAS and cuDNN

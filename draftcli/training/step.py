@@ -12,10 +12,11 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
+from draftcli.config import check_batch_size
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.runtime import Ranks, derived_seed
 from draftcli.core.sharding import whole
-from draftcli.errors import DraftpError, InputError
+from draftcli.errors import DraftpError
 from draftcli.prompts import Batches, Prompt, Shuffled
 from draftcli.rewards import WeightedSum
 from draftcli.training.ema import Ema
@@ -226,17 +227,6 @@ class Trainer:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return False
         return value.shape == self.weights[index].shape or what.startswith("absmax")
-
-
-def check_batch_size(micro: int, total: int, processes: int) -> None:
-    """Raise InputError where a step's pictures cannot be shared out evenly; the nearest sizes that work are named."""
-    unit = micro * processes
-    if total % unit:
-        near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
-        raise InputError(
-            f"trainer.global_batch_size {total} is not a multiple of trainer.micro_batch_size {micro} times "
-            f"{processes} processes; the nearest that work: {', '.join(map(str, near))}"
-        )
 
 
 def _memory(device: torch.device) -> float:

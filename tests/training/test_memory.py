@@ -123,10 +123,29 @@ def test_steps_without_guidance_are_planned_at_half(tiny_sdxl):
     assert unguided[rehearsal.STEPS] < guided[rehearsal.STEPS]
 
 
-def test_a_batch_that_the_processes_cannot_share_is_refused_before_the_run(tiny_sdxl):
-    result = draftp("train", "--preset", recipe(tiny_sdxl), "--processes", "3", "--dry-run")
+@pytest.mark.parametrize(
+    "option", [["--dry-run"], ["--fit", "80GB", "--dry-run", "--set", "trainer.micro_batch_size=2"], []]
+)
+def test_a_batch_that_the_processes_cannot_share_is_refused_before_they_start(tiny_sdxl, option):
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--processes", "3", *option)
     assert result.code == 2
+    assert result.err.count("\n") == 1
     assert "times 3 processes; the nearest that work: 6" in result.err
+
+
+def test_processes_are_started_before_anything_is_said_or_fitted(tiny_sdxl, monkeypatch):
+    """Each of them does it, and one of them talks."""
+    started = []
+
+    def execv(program, arguments):
+        started.append(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr("os.execv", execv)
+    in_vain = ["--set", "trainer.save_interval=99"]
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--processes", "2", "--fit", "1MB", *in_vain)
+    assert (result.code, result.out, result.err) == (0, "", "")
+    assert "--nproc-per-node" in started[0]
 
 
 @pytest.fixture(scope="module")
