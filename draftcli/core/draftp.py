@@ -24,6 +24,7 @@ contract of the system whose public names they keep (NeMo-Aligner's MegatronSDXL
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -60,6 +61,7 @@ from draftcli.core.two_stage import loss_and_gradient
 from draftcli.errors import InputError
 
 Metrics = dict[str, Any]
+NOT_FOLDED = "sharding.fold_lora has no effect: rounding would take more than sharding.fold_tolerance of the LoRA"
 
 
 @dataclass(frozen=True)
@@ -218,7 +220,9 @@ class SDXLDRaFTPModel:
                 yield
                 return
             self._residency.need(UNET)
-            with folded(self.unet, settings.fold_tolerance):
+            with folded(self.unet, settings.fold_tolerance) as done:
+                if not done and "fold_lora" in settings.model_fields_set:
+                    warnings.warn(NOT_FOLDED, stacklevel=1)
                 yield
 
     # ------------------------------------------------------------------------------------------------ conditioning

@@ -106,18 +106,23 @@ def compile_blocks(unet: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(COMPILATIONS, torch._dynamo.config.recompile_limit)
     for block in unet.modules():
         if type(block).__name__ in BLOCKS:
-            block.forward = _compiled(block.forward)
+            block.forward = compiled(block.forward)
 
 
-def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile, which happens on the first call.
+
+    Raises:
+        InputError: by that call, where torch.compile does not work, as without a C++ compiler.
+    """
     from torch._dynamo.exc import TorchDynamoException
 
-    compiled = torch.compile(forward, backend=COMPILER)
+    by_torch = torch.compile(forward, backend=COMPILER)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
-            return compiled(*args, **kwargs)
-        except TorchDynamoException as error:  # such as a machine without compiler
+            return by_torch(*args, **kwargs)
+        except TorchDynamoException as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(f"torch.compile does not work here, set sharding.compile=false ({reason})") from error
 

@@ -20,7 +20,7 @@ from draftcli.config import Config
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.eight_bit import check_installed
 from draftcli.core.runtime import Runtime, choose_runtime
-from draftcli.core.sharding import working_attention
+from draftcli.core.sharding import compiled, working_attention
 from draftcli.errors import DraftpError, InputError
 
 State = Literal["ok", "warning", "failed"]
@@ -61,6 +61,10 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
     yield _attention(runtime)
     yield _disk(folder)
     yield _hub(is_needed=not Path(cfg.model.pretrained).exists() and cfg.model.pretrained != "toy")
+    if cfg.sharding.compile:
+        yield _compiles(runtime)
+    # The rest is asked of the plain network: all of its blocks would take minutes to compile.
+    cfg = cfg.model_copy(update={"sharding": cfg.sharding.model_copy(update={"compile": False})})
     try:
         check_installed(cfg)
         model = SDXLDRaFTPModel(cfg)
@@ -106,6 +110,16 @@ def _attention(runtime: Runtime) -> Finding:
     if fused := [name for name in working_attention(runtime) if name != "math"]:
         return Finding("attention", "ok", f"torch's {', '.join(fused)} (sharding.attention)")
     return Finding("attention", "warning", "no fused kernel: memory grows with the square of a picture's pixels")
+
+
+def _compiles(runtime: Runtime) -> Finding:
+    """A small function by torch.compile, forward and backward."""
+    x = torch.ones(8, 8, device=runtime.device, dtype=runtime.dtype, requires_grad=True)
+    try:
+        compiled(torch.sin)(x).sum().backward()
+    except DraftpError as error:
+        return Finding("compile", "failed", str(error))
+    return Finding("compile", "ok", "torch.compile works; the first step takes minutes longer")
 
 
 def _disk(folder: Path) -> Finding:

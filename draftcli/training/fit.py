@@ -125,6 +125,8 @@ def _start(cfg: Config) -> Iterator[Choice]:
     yield Choice("sharding.decode_batch_size", 1, "little: one picture keeps a GPU busy in the decoder")
     yield Choice("sharding.two_stage", True, "nothing")
     yield Choice("sharding.activation_checkpointing", False, "nothing: it is the quicker way")
+    yield Choice("sharding.offload", False, "nothing: it is the quicker way")
+    yield Choice("model.vae_tile", None, "nothing: it is the quicker way, and the exact one")
     if cfg.peft.peft_scheme == "lora" and cfg.model.precision in ("bf16", "fp16"):
         yield Choice("sharding.fold_lora", False, "little: rounding hardly ever lets a LoRA be folded here")
 

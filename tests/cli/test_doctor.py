@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from draftcli.core import sharding
 from tests.command import draftp, recipe
 
 
@@ -33,6 +34,21 @@ def test_a_healthy_model_passes_without_gpu_and_hub(tiny_sdxl, scheme):
         assert any(line.startswith(what) and " ok " in line for line in lines), what
     assert any(line.startswith("hub") and "warning" in line for line in lines), "the tests are offline"
     assert lines[-1] == "healthy"
+
+
+def test_compile_is_tried_where_it_is_wanted(tiny_sdxl, monkeypatch):
+    def without_compiler(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    wanted = recipe(tiny_sdxl, sharding={"compile": True})
+    monkeypatch.setattr(sharding, "COMPILER", "aot_eager")
+    assert any(line.startswith("compile        ok") for line in draftp("doctor", "--preset", wanted).out.splitlines())
+    monkeypatch.setattr(sharding, "COMPILER", without_compiler)
+    result = draftp("doctor", "--preset", wanted)
+    assert result.code == 1
+    said = " ".join(result.out.split())
+    assert "compile failed torch.compile does not work here, set sharding.compile=false (" in said
+    assert "no C++ compiler" in said
 
 
 def test_a_vae_that_overflows_in_fp16_is_found_and_float32_mends_it(tiny_sdxl):

@@ -246,6 +246,12 @@ def test_a_lora_that_bf16_would_swallow_is_not_folded(tiny_sdxl):
         assert not any(layer.disable_adapters for layer in lora_layers(model.unet))
 
 
+def test_folding_that_was_asked_for_and_is_not_done_is_said(tiny_sdxl):
+    model = tiny_model(tiny_sdxl, 1e-4, peft=ON_ALL, model={"precision": "bf16"}, sharding={"fold_lora": True})
+    with pytest.warns(UserWarning, match="fold_lora has no effect: rounding"), model.without_gradient():
+        pass
+
+
 def test_a_lora_that_is_zero_loses_nothing(tiny_sdxl):
     assert lost_share(tiny_model(tiny_sdxl, model={"precision": "bf16"}).unet) == 0
 

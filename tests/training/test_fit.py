@@ -49,6 +49,15 @@ def test_less_room_costs_more_until_nothing_fits(tiny_sdxl):
         fit(cfg, 1, plan, frozenset())
 
 
+def test_what_a_recipe_does_without_for_a_small_gpu_it_has_on_a_large_one(tiny_sdxl):
+    spare = {"sharding": {"offload": True}, "model": {"vae_tile": 64}}
+    cfg = load_config(recipe(tiny_sdxl, **spare, trainer={"global_batch_size": 2}))
+    roomy = fit(cfg, parse_size("80GB"), lambda some: memory_plan(some, tiny_sdxl), frozenset())
+    assert (roomy.cfg.sharding.offload, roomy.cfg.model.vae_tile) == (False, None)
+    kept = fit(cfg, parse_size("80GB"), lambda some: memory_plan(some, tiny_sdxl), frozenset({"sharding", "model"}))
+    assert (kept.cfg.sharding.offload, kept.cfg.model.vae_tile) == (True, 64)
+
+
 def test_the_command_says_what_each_choice_costs_and_leaves_where_nothing_fits(tiny_sdxl):
     preset = recipe(tiny_sdxl, trainer={"global_batch_size": 4})
     result = draftp("train", "--preset", preset, "--fit", "24GB", "--dry-run")
