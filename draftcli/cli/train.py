@@ -91,10 +91,12 @@ def train(
     alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
     for warning in cfg.warnings() if alone else []:
         typer.echo(f"warning: {warning}", err=True)
-    ranks = int(os.environ.get("WORLD_SIZE", processes))
     from draftcli.cli.console import open_console
 
     console = open_console(quiet or not alone, debug)
+    from draftcli.core.runtime import world_size
+
+    ranks = world_size() if "WORLD_SIZE" in os.environ else processes
     if fit:
         given = frozenset(text.partition("=")[0].strip() for text in override or [])
         cfg = _fitted(cfg, fit, given, ranks, say=alone and not quiet)
