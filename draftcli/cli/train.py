@@ -88,6 +88,10 @@ def train(
     if reward:
         values["rewards"] = dict(map(parse_reward, reward))
     cfg = load_config(preset, override or [], values)
+    if processes > 1 and not dry_run and "RANK" not in os.environ:
+        from draftcli.training.launch import launch
+
+        raise typer.Exit(launch(processes, sys.argv[1:], int(60 * cfg.sharding.timeout_minutes)))
     alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
     for warning in cfg.warnings() if alone else []:
         typer.echo(f"warning: {warning}", err=True)
@@ -104,9 +108,6 @@ def train(
         typer.echo(dump_config(cfg))
         _print_plan(cfg, ranks)
         return
-    if processes > 1 and "RANK" not in os.environ:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "draftcli", *sys.argv[1:]])
     from draftcli.training.loop import train as run_training
 
     folder = output or Path("runs") / Path(preset).stem

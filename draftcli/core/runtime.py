@@ -155,7 +155,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Work that each process does by itself, or one for all: when it fails in one, all of them raise.
 
-        Without it the others would wait for the one that failed.
+        Without it the others would wait for the one that failed. When all of them fail the main one speaks for all.
         """
         failure = None
         try:
@@ -165,6 +165,8 @@ class Ranks:
                 raise
             failure = error
         failed = self.where(failure is not None)
+        if isinstance(failure, DraftpError) and self.rank and len(failed) == self.size:
+            raise SystemExit(failure.exit_code) from failure  # process 0 says it for all
         if failure is not None:
             raise failure
         if failed:
