@@ -76,6 +76,7 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
     with open_ranks(timeout) as ranks, ExitStack() as held:
         if not ranks.is_main:
             console = Console(quiet=True)
+        ranks.at("reading settings and prompts")
         with ranks.together():
             check_sampler(cfg.sampling.sampler)
             check_installed(cfg)
@@ -92,6 +93,7 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
         _check_shared(run, ranks)
         if ranks.told(run.finished(cfg.trainer.max_steps)):
             return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
+        ranks.at("loading the networks")
         with ranks.together():
             session = _Session(cfg, run, prompts, held_out_prompts, ranks, console)
         with ranks.together():

@@ -1,5 +1,6 @@
 """What disks, clocks, schedulers and bad gradients do to a training run, and what must be left of it."""
 
+import errno
 import json
 import os
 import re
@@ -432,3 +433,18 @@ def test_too_little_memory_for_a_checkpoint_is_not_called_another_run(tiny_sdxl,
 
     monkeypatch.setattr(checkpoint, "load_weights", fail)
     one_line(train(preset, "run", code=1), "the GPU is out of memory")
+
+
+@pytest.mark.parametrize("when", ["add_scalar", "flush", "close"])
+def test_a_disk_that_is_full_for_tensorboard_alone(tiny_sdxl, monkeypatch, when):
+    """Its writer is a thread: what goes wrong there comes up at any later call."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, logging={"tensorboard": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(SummaryWriter, when, fail)
+        one_line(train(preset, "run", code=1), "run/tensorboard: cannot be written (No space left on device)")
+    train(preset, "run")
