@@ -139,10 +139,14 @@ class Ranks:
 
     def where(self, here: bool) -> list[int]:
         """The processes in which it is so."""
-        flags = torch.zeros(self.size)
-        flags[self.rank] = float(here)
-        self.sum_([flags])
-        return [rank for rank, flag in enumerate(flags.tolist()) if flag > 0]
+        return [rank for rank, flag in enumerate(self.each(int(here))) if flag]
+
+    def each(self, number: int) -> list[int]:
+        """The numbers of all processes."""
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        self.sum_([numbers])
+        return numbers.tolist()
 
     def told(self, what: Any) -> Any:
         """What the main process says, in every process."""
@@ -164,13 +168,15 @@ class Ranks:
             if self.lockstep or is_lost_connection(error):
                 raise
             failure = error
-        failed = self.where(failure is not None)
+        codes = self.each(0 if failure is None else getattr(failure, "exit_code", 1))
+        failed = [rank for rank, code in enumerate(codes) if code]
         if isinstance(failure, DraftpError) and self.rank and len(failed) == self.size:
             raise SystemExit(failure.exit_code) from failure  # process 0 says it for all
         if failure is not None:
             raise failure
         if failed:
-            raise DraftpError(f"{_processes(failed)} of this run failed; see above what it said")
+            kind = InputError if InputError.exit_code in codes else DraftpError
+            raise kind(f"{_processes(failed)} of this run failed; see above what it said")
 
     def at(self, what: str) -> None:
         """Note what this process is doing, for the others to read should they wait for it in vain."""
