@@ -173,6 +173,7 @@ class _Session:
             judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
             self.validation = Validation(model, judges, held_out_prompts, ranks)
         self._data = {"sha256": fingerprint(prompts), "count": len(prompts)}
+        self._data["validation"] = fingerprint(held_out_prompts)
         self._report_long(prompts)
 
     def start(self) -> None:
@@ -346,6 +347,11 @@ class _Session:
                 self._warn(
                     f"data.prompts {self.cfg.data.prompts} is not what this run was started with: it had "
                     f"{state['prompts']['count']} prompts, now {self._data['count']}; goes on with those of now"
+                )
+            if state["prompts"].get("validation", self._data["validation"]) != self._data["validation"]:
+                self._warn(
+                    "data.validation_prompts are not what this run was started with: scores from before are of other "
+                    "pictures, also where the best step is looked for"
                 )
         last = self.cfg.trainer.max_steps
         if first > last:
