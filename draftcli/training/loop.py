@@ -84,7 +84,7 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             prompts, held_out_prompts = _prompts(cfg)
             check_names([*cfg.rewards, *cfg.held_out_rewards])
         run = Run(folder)
-        _check_alike(cfg, prompts, ranks)
+        _check_alike(cfg, [prompts, held_out_prompts], ranks)
         with ranks.together():
             if ranks.is_main:
                 held.enter_context(run.locked())
@@ -104,11 +104,11 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
         return outcome
 
 
-def _check_alike(cfg: Config, prompts: Sequence[Prompt], ranks: Ranks) -> None:
+def _check_alike(cfg: Config, prompts: Sequence[Sequence[Prompt]], ranks: Ranks) -> None:
     """Raise InputError where the settings or prompts are not those of process 0, as from a file on another node."""
     if ranks.size == 1:
         return
-    own = {"settings": dump_config(cfg), "prompts": fingerprint(prompts)}
+    own = {"settings": dump_config(cfg), "prompts": [fingerprint(some) for some in prompts]}
     first = ranks.told(own)
     with ranks.together():
         if other := [what for what in own if own[what] != first[what]]:
