@@ -75,6 +75,7 @@ class Run:
             DraftpError: it cannot be written.
         """
         changed: list[tuple[str, Any, Any]] = []
+        refused: list[tuple[str, Any, Any]] = []
         if self.config.is_file():
             changed = _differences(_resolved(_load(self.config)), yaml.safe_load(dump_config(cfg)))
             refused = [c for c in changed if not _may_change(c[0])]
@@ -85,6 +86,9 @@ class Run:
                     "keep them to resume, or take another --output"
                 )
         with disk_errors(self.folder):
+            if refused:  # what was logged is of other settings
+                self.metrics.unlink(missing_ok=True)
+                self.validation.unlink(missing_ok=True)
             for left in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.removed")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             write_aside(self.config, lambda path: path.write_text(dump_config(cfg), encoding="utf-8"))
@@ -219,6 +223,14 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
 def remove_folder(path: Path) -> None:
     """Remove a folder so that nobody, whenever this is killed, sees half of it under its name."""
     shutil.rmtree(_renamed_away(path))
+
+
+def set_aside(path: Path) -> Path:
+    """Give a damaged checkpoint a name under which nothing looks for it; its owner may want what is left of it."""
+    aside = path.with_name(f"{path.name}.damaged")
+    with disk_errors(path):
+        shutil.rmtree(aside, ignore_errors=True)
+        return path.replace(aside)
 
 
 def _renamed_away(path: Path) -> Path:

@@ -50,10 +50,11 @@ def train_in_ranks(
     """`draftp train` in `count` processes: the exit code of each, and what it said."""
 
     def work(rank: int) -> int:
-        Path(f"{output}-rank{rank}.txt").write_text("")
+        said = Path(f"{output}-rank{rank}.txt").resolve()
+        said.write_text("")
         before(rank)
         result = draftp("train", "--preset", preset, "--output", output, *options)
-        Path(f"{output}-rank{rank}.txt").write_text(result.err + result.out)
+        said.write_text(result.err + result.out)
         return result.code
 
     codes = in_ranks(count, work)

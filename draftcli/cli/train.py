@@ -91,15 +91,18 @@ def train(
     if processes > 1 and "RANK" not in os.environ and not dry_run:
         if not fit:  # which chooses the micro-batch
             check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, processes)
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        os.execv(sys.executable, [sys.executable, *launcher, "-m", "draftcli", *sys.argv[1:]])
+        from draftcli.training.launch import launch
+
+        raise typer.Exit(launch(processes, sys.argv[1:], int(60 * cfg.sharding.timeout_minutes)))
     alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
     for warning in cfg.warnings() if alone else []:
         typer.echo(f"warning: {warning}", err=True)
-    ranks = int(os.environ.get("WORLD_SIZE", processes))
     from draftcli.cli.console import open_console
 
     console = open_console(quiet or not alone, debug)
+    from draftcli.core.runtime import world_size
+
+    ranks = world_size() if "WORLD_SIZE" in os.environ else processes
     if fit:
         given = frozenset(text.partition("=")[0].strip() for text in override or [])
         cfg = _fitted(cfg, fit, given, ranks, say=alone and not quiet)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -138,10 +139,14 @@ class Ranks:
 
     def where(self, here: bool) -> list[int]:
         """The processes in which it is so."""
-        flags = torch.zeros(self.size)
-        flags[self.rank] = float(here)
-        self.sum_([flags])
-        return [rank for rank, flag in enumerate(flags.tolist()) if flag > 0]
+        return [rank for rank, flag in enumerate(self.each(int(here))) if flag]
+
+    def each(self, number: int) -> list[int]:
+        """The numbers of all processes."""
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        self.sum_([numbers])
+        return numbers.tolist()
 
     def told(self, what: Any) -> Any:
         """What the main process says, in every process."""
@@ -154,7 +159,7 @@ class Ranks:
     def together(self) -> Iterator[None]:
         """Work that each process does by itself, or one for all: when it fails in one, all of them raise.
 
-        Without it the others would wait for the one that failed.
+        Without it the others would wait for the one that failed. When all of them fail the main one speaks for all.
         """
         failure = None
         try:
@@ -163,11 +168,15 @@ class Ranks:
             if self.lockstep or is_lost_connection(error):
                 raise
             failure = error
-        failed = self.where(failure is not None)
+        codes = self.each(0 if failure is None else getattr(failure, "exit_code", 1))
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if isinstance(failure, DraftpError) and self.rank and len(failed) == self.size:
+            raise SystemExit(failure.exit_code) from failure  # process 0 says it for all
         if failure is not None:
             raise failure
         if failed:
-            raise DraftpError(f"{_processes(failed)} of this run failed; see above what it said")
+            kind = InputError if InputError.exit_code in codes else DraftpError
+            raise kind(f"{_processes(failed)} of this run failed; see above what it said")
 
     def at(self, what: str) -> None:
         """Note what this process is doing, for the others to read should they wait for it in vain."""
@@ -229,29 +238,21 @@ def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
         InputError: WORLD_SIZE promises several processes, and nothing says where they are.
         DraftpError: another process went away or did not come in time; the message names it.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    ours = not dist.is_initialized()
+    size = world_size() if ours else dist.get_world_size()
     if size == 1:
         yield Ranks()
         return
-    missing = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if missing and not dist.is_initialized():
-        raise InputError(
-            f"WORLD_SIZE is {size}, and {', '.join(missing)} is not set: start with torchrun or accelerate launch, "
-            "or unset WORLD_SIZE"
-        )
-    ours, board = not dist.is_initialized(), None
-    if ours:
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
-        # What torchrun starts again meets the store of those that are gone, with their addresses in it.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-        board = dist.PrefixStore("draftp", store)
-    ranks, failed = Ranks(dist.get_rank(), dist.get_world_size(), board), False
+    store = _meet(size, timeout) if ours else None
+    board = dist.PrefixStore("draftp", store) if store is not None else None
+    ranks, failed = Ranks(int(os.environ["RANK"]) if ours else dist.get_rank(), size, board), False
     try:
         if ours:
+            ranks.at("connecting")
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=size, timeout=timeout)
             ranks.any(False)  # nobody leaves, for whatever reason of his own, while another is still connecting
         yield ranks
     except BaseException as error:
@@ -263,8 +264,63 @@ def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
         raise
     finally:
         # NCCL would wait here for processes that wait for this one; it goes with this process.
-        if ours and not (failed and torch.cuda.is_available()):
+        if ours and dist.is_initialized() and not (failed and torch.cuda.is_available()):
             dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """How many processes the launcher of this one has started, by its variables.
+
+    Raises:
+        InputError: they are not those of torchrun.
+    """
+    given = os.environ.get("WORLD_SIZE", "1")
+    if given == "1":
+        return 1
+    names = ("RANK", "MASTER_ADDR", "MASTER_PORT")
+    bad = [name for name in names if name not in os.environ]
+    bad += [f"{name}={os.environ[name]}" for name in ("RANK", "MASTER_PORT") if not os.environ.get(name, "0").isdigit()]
+    if bad or not given.isdigit() or int(given) < 1:
+        raise InputError(
+            f"WORLD_SIZE is {given!r}, with {', '.join(names)} wrong or not set ({', '.join(bad) or 'WORLD_SIZE'}): "
+            "start with torchrun or accelerate launch, or unset WORLD_SIZE"
+        )
+    return int(given)
+
+
+def _meet(size: int, timeout: timedelta) -> dist.Store:
+    """torch's store, empty: all processes of this start are there, and none sees what those before have left in it.
+
+    torchrun starts processes again with the store of those that are gone, with their addresses in it, and its count of
+    restarts differs between nodes (a node whose own processes were well does not count). So process 0 draws a name for
+    this start and tells it to each, by a name that each has drawn: what is left of others answers to nobody.
+
+    Raises:
+        DraftpError: process 0 cannot be reached, or another did not come in time.
+    """
+    rank, me = int(os.environ["RANK"]), secrets.token_hex(8)
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    trouble = f"process 0 cannot be reached at {where}" if rank else "not all processes of this run came"
+    try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store.set(f"here {rank}", me)
+        if rank:
+            trouble = "not all processes of this run came"
+            ours = dist.PrefixStore(store.get(f"start of {me}").decode(), store)
+            ours.set(f"came {rank}", "")
+            return ours
+        ours = dist.PrefixStore(me, store)
+        for other in range(1, size):
+            trouble = f"process {other} did not come"
+            until = time.monotonic() + timeout.total_seconds()
+            while not ours.check([f"came {other}"]):
+                if time.monotonic() > until:
+                    raise dist.DistStoreError("what is here is of an earlier start")
+                store.set(f"start of {store.get(f'here {other}').decode()}", me)
+                time.sleep(0.02)
+        return ours
+    except dist.DistError as error:
+        raise DraftpError(f"{trouble} in time (sharding.timeout_minutes)") from error
 
 
 def derived_seed(*parts: object) -> int:

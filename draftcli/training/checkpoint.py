@@ -38,7 +38,7 @@ from draftcli.core.runtime import Ranks, is_lost_connection
 from draftcli.core.sdxl import first_line
 from draftcli.core.sharding import split_like, whole
 from draftcli.errors import DraftpError
-from draftcli.runs import Run, beside, disk_errors, remove_folder, write_aside
+from draftcli.runs import Run, beside, disk_errors, remove_folder, set_aside, write_aside
 from draftcli.training.step import Trainer
 
 MANIFEST = "manifest.json"
@@ -198,12 +198,17 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
     damaged: list[str] = []
     newest = None
     with trainer.ranks.together():
+        found: list[tuple[Path, str]] = []
         for folder in run.checkpoints() if trainer.ranks.is_main else []:
             problem = _problem(folder)
             if problem is None:
                 newest = folder
                 break
-            damaged.append(f"{folder} is damaged ({problem}) and is passed over")
+            found.append((folder, problem))
+        for folder, problem in found:
+            # Under its name it would be the newest for every command, and push whole ones out.
+            where = f"; it is {set_aside(folder)} now" if newest is not None else ""
+            damaged.append(f"{folder} is damaged ({problem}) and is passed over{where}")
     newest, damaged = trainer.ranks.told((newest, damaged))
     if newest is None and damaged:
         raise DraftpError(
@@ -226,7 +231,7 @@ def _as_of_this_run(folder: Path) -> Iterator[None]:
     """What a checkpoint of something else breaks, although its checksums fit, becomes one line."""
     try:
         yield
-    except DraftpError:
+    except (DraftpError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         if isinstance(error, RuntimeError) and is_lost_connection(error):

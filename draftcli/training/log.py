@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,9 +36,9 @@ class RunLog:
         if self.cfg.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            with disk_errors(self.run.folder):
+            with self._disk_errors():
                 self._tensorboard = SummaryWriter(self.run.folder / "tensorboard", purge_step=self.first + 1)
-            self._stack.callback(self._tensorboard.close)
+            self._stack.callback(self._close_tensorboard)
         if self.cfg.wandb is not None:
             self._wandb = _open_wandb(self.run, self.cfg.wandb)
             self._stack.callback(self._wandb.finish)
@@ -46,6 +46,14 @@ class RunLog:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._stack.__exit__(kind, error, trace)
+
+    def _close_tensorboard(self) -> None:
+        with self._disk_errors():
+            self._tensorboard.close()
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        """TensorBoard's writer is a thread: what goes wrong in it comes up at any later call."""
+        return disk_errors(self.run.folder / "tensorboard")
 
     def step(self, metrics: dict[str, Any]) -> None:
         """One finished optimizer step; `metrics` has at least step."""
@@ -62,9 +70,9 @@ class RunLog:
             import numpy as np
             from PIL import Image
 
-            with Image.open(sheet) as picture:
+            with self._disk_errors(), Image.open(sheet) as picture:
                 self._tensorboard.add_image("validation/pictures", np.asarray(picture), step, dataformats="HWC")
-            self._tensorboard.flush()
+                self._tensorboard.flush()
         if self._wandb is not None:
             import wandb  # pyright: ignore[reportMissingImports]
 
@@ -77,8 +85,9 @@ class RunLog:
     def _scalars(self, values: dict[str, Any], step: int) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
         if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(name, value, step)
+            with self._disk_errors():
+                for name, value in numbers.items():
+                    self._tensorboard.add_scalar(name, value, step)
         if self._wandb is not None:
             self._wandb.log(numbers, step=step)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -16,7 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
-from draftcli.config import Config, check_batch_size
+from draftcli.config import Config, check_batch_size, dump_config
 from draftcli.core import sharding
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.eight_bit import check_installed
@@ -25,7 +27,7 @@ from draftcli.core.runtime import Ranks, open_ranks
 from draftcli.errors import InputError
 from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
-from draftcli.runs import FINAL_STEP, Run, disk_errors, write_aside
+from draftcli.runs import FINAL_STEP, Run, beside, disk_errors, write_aside
 from draftcli.training.card import model_card
 from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weights
 from draftcli.training.live import LiveView
@@ -74,19 +76,24 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
     with open_ranks(timeout) as ranks, ExitStack() as held:
         if not ranks.is_main:
             console = Console(quiet=True)
-        check_sampler(cfg.sampling.sampler)
-        check_installed(cfg)
-        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
-        prompts, held_out_prompts = _prompts(cfg)
-        check_names([*cfg.rewards, *cfg.held_out_rewards])
+        ranks.at("reading settings and prompts")
+        with ranks.together():
+            check_sampler(cfg.sampling.sampler)
+            check_installed(cfg)
+            check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
+            prompts, held_out_prompts = _prompts(cfg)
+            check_names([*cfg.rewards, *cfg.held_out_rewards])
         run = Run(folder)
+        _check_alike(cfg, [prompts, held_out_prompts], ranks)
         with ranks.together():
             if ranks.is_main:
                 held.enter_context(run.locked())
                 for change in run.open(cfg):
                     console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
-        if run.finished(cfg.trainer.max_steps):
+        _check_shared(run, ranks)
+        if ranks.told(run.finished(cfg.trainer.max_steps)):
             return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
+        ranks.at("loading the networks")
         with ranks.together():
             session = _Session(cfg, run, prompts, held_out_prompts, ranks, console)
         with ranks.together():
@@ -95,6 +102,40 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             outcome = session.go(asked_to_stop)
         outcome.seconds = time.monotonic() - began
         return outcome
+
+
+def _check_alike(cfg: Config, prompts: Sequence[Sequence[Prompt]], ranks: Ranks) -> None:
+    """Raise InputError where the settings or prompts are not those of process 0, as from a file on another node."""
+    if ranks.size == 1:
+        return
+    own = {"settings": dump_config(cfg), "prompts": [fingerprint(some) for some in prompts]}
+    first = ranks.told(own)
+    with ranks.together():
+        if other := [what for what in own if own[what] != first[what]]:
+            raise InputError(
+                f"process {ranks.rank} on {socket.gethostname()} has other {' and '.join(other)} than process 0; give "
+                "all nodes the same files"
+            )
+
+
+def _check_shared(run: Run, ranks: Ranks) -> None:
+    """Raise InputError where processes see different folders: each would keep its part of a checkpoint for itself."""
+    if ranks.size == 1:
+        return
+    probe = beside(run.folder / ranks.told(secrets.token_hex(8)))
+    with ranks.together(), disk_errors(run.folder):
+        if ranks.is_main:
+            probe.touch()
+    found = ranks.where(probe.exists())
+    with ranks.together(), disk_errors(run.folder):
+        if ranks.is_main:
+            probe.unlink()
+    with ranks.together():
+        if missing := [str(rank) for rank in range(ranks.size) if rank not in found]:
+            raise InputError(
+                f"{run.folder} is another folder for process {', '.join(missing)} than for process 0; take an --output "
+                "on a file system that all nodes see"
+            )
 
 
 def _prompts(cfg: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -132,6 +173,7 @@ class _Session:
             judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
             self.validation = Validation(model, judges, held_out_prompts, ranks)
         self._data = {"sha256": fingerprint(prompts), "count": len(prompts)}
+        self._data["validation"] = fingerprint(held_out_prompts)
         self._report_long(prompts)
 
     def start(self) -> None:
@@ -306,6 +348,11 @@ class _Session:
                     f"data.prompts {self.cfg.data.prompts} is not what this run was started with: it had "
                     f"{state['prompts']['count']} prompts, now {self._data['count']}; goes on with those of now"
                 )
+            if state["prompts"].get("validation", self._data["validation"]) != self._data["validation"]:
+                self._warn(
+                    "data.validation_prompts are not what this run was started with: scores from before are of other "
+                    "pictures, also where the best step is looked for"
+                )
         last = self.cfg.trainer.max_steps
         if first > last:
             raise InputError(f"trainer.max_steps is {last}, and {self.run.folder} has taken {first} steps already")
@@ -376,13 +423,15 @@ class Stop:
 def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
     """Ctrl-C and SIGTERM ask to stop after the step at hand; a second one stops at once.
 
-    Under torchrun a second one is the launcher passing on the first: there the launcher alone decides when it has
-    waited long enough. After SIGTERM there is a hurry: schedulers kill after 30 seconds.
+    torchrun passes a Ctrl-C on as SIGINT and a second one as SIGTERM; any other second signal may be the first once
+    more, from a scheduler and from torchrun. After SIGTERM there is a hurry: schedulers kill after 30 seconds.
     """
-    stop = Stop()
+    stop, first = Stop(), 0
 
     def on_signal(number: int, frame: Any) -> None:
-        if stop and ranks.size == 1:
+        nonlocal first
+        first = first or number
+        if stop and (ranks.size == 1 or (first, number) == (signal.SIGINT, signal.SIGTERM)):
             raise KeyboardInterrupt
         if not stop and ranks.is_main:
             print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """What disks, clocks, schedulers and bad gradients do to a training run, and what must be left of it."""
 
+import errno
 import json
 import os
 import re
@@ -397,3 +398,66 @@ def test_weights_that_explode_stop_the_run_and_those_from_before_stay(tiny_sdxl)
         "warning: step 3", "warning: step 4"]  # fmt: skip
     assert same_files(Path("run/step-000001"), Path("one/step-000001"))
     assert all(torch.isfinite(tensor).all() for tensor in load_file(Path("run/step-000001") / LORA).values())
+
+
+def spoil(folder: Path) -> None:
+    file = folder / "state.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tiny_sdxl):
+    """Two newer ones that are damaged count for keep_checkpoints no more, nor are they "the newest" for a command."""
+    preset = recipe(tiny_sdxl, trainer={"save_interval": 1, "keep_checkpoints": 3})
+    train(preset, "run")
+    for step in (3, 4):
+        spoil(Path(f"run/step-00000{step}"))
+    result = train(preset, "run", "--set", "trainer.max_steps=3", "--set", "trainer.keep_checkpoints=1")
+    assert "run/step-000004 is damaged" in result.err
+    run = Run(Path("run"))
+    assert [path.name for path in run.checkpoints()] == ["step-000003"]
+    assert checkpoint._problem(run.step_folder(3)) is None
+    assert {path.name for path in run.folder.glob("step-*.damaged")} == {"step-000003.damaged", "step-000004.damaged"}
+    train(preset, "run", "--set", "trainer.keep_checkpoints=1")
+    assert [path.name for path in run.checkpoints()] == ["step-000004"]
+
+
+def test_other_settings_before_the_first_checkpoint_begin_anew(tiny_sdxl):
+    """Nothing of the validation before the first step stays: it was of another reward."""
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, trainer={"val_check_interval": 2})
+
+    def dying():
+        loop._Session._step = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
+        train(preset, "run")
+
+    assert os.WTERMSIG(in_child(dying)) == signal.SIGKILL
+    assert [line["step"] for line in Run(Path("run")).validations()] == [0]
+    for folder in ("run", "whole"):
+        train(preset, folder, "--reward", "tests.example_rewards:green=1.0")
+    assert Path("run/validation.jsonl").read_text() == Path("whole/validation.jsonl").read_text()
+
+
+def test_too_little_memory_for_a_checkpoint_is_not_called_another_run(tiny_sdxl, monkeypatch):
+    """Who follows the advice to remove it has lost it."""
+    preset = recipe(tiny_sdxl)
+    train(preset, "run", "--set", "trainer.max_steps=2")
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(checkpoint, "load_weights", fail)
+    one_line(train(preset, "run", code=1), "the GPU is out of memory")
+
+
+@pytest.mark.parametrize("when", ["add_scalar", "flush", "close"])
+def test_a_disk_that_is_full_for_tensorboard_alone(tiny_sdxl, monkeypatch, when):
+    """Its writer is a thread: what goes wrong there comes up at any later call."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, logging={"tensorboard": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(SummaryWriter, when, fail)
+        one_line(train(preset, "run", code=1), "run/tensorboard: cannot be written (No space left on device)")
+    train(preset, "run")

@@ -14,6 +14,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import load_file
 
 from draftcli.errors import DraftpError
+from draftcli.runs import Run
 from draftcli.training import checkpoint
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.example_rewards import Red
@@ -151,10 +152,52 @@ def test_a_signal_to_one_process_stops_all_of_them_after_the_same_step(tiny_sdxl
     assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
 
 
+def test_a_second_ctrl_c_stops_at_once(tiny_sdxl):
+    """As torchrun passes them on, which has each process in a session of its own."""
+    preset = recipe(tiny_sdxl, trainer={**BATCH, "max_steps": 50, "save_interval": 1})
+
+    def twice():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)  # a scheduler reaches each process by itself, too
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    ranks = train_in_ranks(2, preset, "run", before=lambda rank: in_call(True, 3, twice))
+    assert [code for code, _ in ranks] == [130, 130], ranks
+    assert Run(Path("run")).checkpoints()[0].name == "step-000002"
+
+
 def test_a_global_batch_that_cannot_be_shared_out_names_the_nearest(tiny_sdxl):
     ranks = train_in_ranks(2, recipe(tiny_sdxl, trainer={**BATCH, "global_batch_size": 6}), "run")
     assert [code for code, _ in ranks] == [2, 2]
     assert "micro_batch_size 2 times 2 processes; the nearest that work: 4, 8" in ranks[0][1]
+    assert ranks[1][1] == "", "once is enough"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_nodes_that_do_not_share_the_folder_are_told_before_anything_is_trained(tiny_sdxl, strategy):
+    def before(rank):
+        Path(f"node{rank}").mkdir()
+        os.chdir(f"node{rank}")
+
+    preset = recipe(tiny_sdxl, trainer=BATCH, sharding={"strategy": strategy}).resolve()
+    ranks = train_in_ranks(2, preset, "run", before=before)
+    assert [code for code, _ in ranks] == [2, 2], ranks
+    assert "run is another folder for process 1 than for process 0" in ranks[0][1]
+
+
+@pytest.mark.parametrize("what", ["settings", "prompts"])
+def test_nodes_with_different_files_are_told(tiny_sdxl, what):
+
+    def before(rank):
+        Path(f"node{rank}").mkdir()
+        os.chdir(f"node{rank}")
+        Path("prompts.txt").write_text("a fox\n" * (1 + rank * (what == "prompts")))
+        seed = rank * (what == "settings")
+        recipe(tiny_sdxl, trainer={**BATCH, "seed": seed}, data={"prompts": "prompts.txt"})
+
+    ranks = train_in_ranks(2, Path("tiny.yaml"), "run", before=before)
+    assert [code for code, _ in ranks] == [2, 2], ranks
+    assert f"has other {what} than process 0" in ranks[1][1]
 
 
 LAUNCHERS = {
@@ -175,6 +218,44 @@ def test_the_launchers_start_a_run(tiny_sdxl, launcher):
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert_alike("one", "two")
+
+
+KILLED = """
+import os, signal
+from tests.example_rewards import Red
+
+class Killed(Red):
+    def __call__(self, images, prompts):
+        os.kill(os.getpid(), signal.SIGKILL if os.environ["RANK"] == "1" else signal.SIGCONT)
+        return super().__call__(images, prompts)
+"""
+
+
+@pytest.mark.slow  # two launches of two processes that import torch anew
+def test_what_goes_wrong_in_processes_of_our_own_is_one_line(tiny_sdxl):
+    """torchrun would end with its own traceback and exit code."""
+    Path("killed.py").write_text(KILLED)
+    preset = recipe(tiny_sdxl, rewards={"tests.example_rewards:red": 0.0, "killed:Killed": 1.0}, trainer=BATCH)
+
+    def told(*options):
+        command = [sys.executable, "-m", "draftcli", "train", "--processes", "2", "--preset", str(preset), *options]
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{Path.cwd()}"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=500)
+        return done.returncode, done.stderr.splitlines()
+
+    code, said = told("--set", "trainer.global_batch_size=6", "--set", "trainer.save_interval=9")
+    assert code == 2
+    assert said[0].startswith("warning: trainer.save_interval 9 is beyond"), said
+    assert len(said) == len({*said}), said
+    assert "the nearest that work: 4, 8" in said[-1]
+    assert len([line for line in said if not line.startswith("warning: ")]) == 1, said
+
+    code, said = told("--output", "run")
+    assert code == 1
+    assert said[-1] == (
+        "draftp: process 1 was killed (SIGKILL); the same command again goes on after the last checkpoint"
+    )
+    assert "Traceback" not in "".join(said)
 
 
 KILLED_ONCE = """

@@ -134,6 +134,16 @@ def test_prompts_that_changed_are_reported_on_resume(tiny_sdxl):
     assert "data.prompts p.txt is not what this run was started with: it had 2 prompts, now 3" in result.err
 
 
+def test_validation_prompts_that_changed_are_reported_on_resume(tiny_sdxl):
+    Path("v.txt").write_text("a fox\nan owl\n")
+    preset = recipe(tiny_sdxl, data={"validation_prompts": "v.txt"}, trainer={"val_check_interval": 2})
+    train(preset, "run", "--set", "trainer.max_steps=2")
+    assert "are not what this run" not in train(preset, "run", "--set", "trainer.max_steps=3").err
+    Path("v.txt").write_text("a fox\na cat\n")
+    result = train(preset, "run")
+    assert result.err.count("data.validation_prompts are not what this run was started with") == 1
+
+
 def test_prompts_past_the_tokenizers_length_are_said_once(tiny_sdxl):
     preset = recipe(tiny_sdxl, data={"prompts": ["short", "x" * 200, "y" * 300]})
     result = train(preset, "run")
