@@ -17,6 +17,12 @@ def brief(value: object) -> str:
         return "a number of thousands of digits"
 
 
+def first_line(error: BaseException) -> str:
+    """What an exception of a library says, short enough for one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
 class DraftpError(Exception):
     """The work failed for a reason of its own: disk full, divergence, no memory. Exit code 1."""
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from draftcli.core.sdxl import first_line
-from draftcli.errors import InputError, brief
+from draftcli.errors import InputError, brief, first_line
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")

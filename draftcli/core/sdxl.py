@@ -21,7 +21,7 @@ from draftcli.config import ModelConfig
 from draftcli.core.denoise import Prediction
 from draftcli.core.runtime import DTYPES
 from draftcli.core.tiles import decode_in_tiles
-from draftcli.errors import InputError
+from draftcli.errors import InputError, first_line
 
 # Models that ship with the package, by name: each is a diffusers folder like any other.
 BUILT_IN = {"toy": Path(__file__).parents[1] / "toy" / "weights" / "model"}
@@ -340,12 +340,6 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         raise InputError(f"{index} is not valid JSON: download the model again") from None
     if kind != PIPELINE:
         raise InputError(f"{setting} {folder} is a {str(kind)[:80]}, not Stable Diffusion XL ({PIPELINE})")
-
-
-def first_line(error: Exception) -> str:
-    """What an exception of a library says, short enough for one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def _loading_failed(cfg: ModelConfig, source: str, single_file: bool, error: Exception) -> str:

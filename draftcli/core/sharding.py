@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from draftcli.config import ShardingConfig
 from draftcli.core.runtime import Runtime
-from draftcli.errors import InputError
+from draftcli.errors import InputError, first_line
 
 ATTENTION = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -123,8 +123,9 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return by_torch(*args, **kwargs)
         except TorchDynamoException as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"torch.compile does not work here, set sharding.compile=false ({reason})") from error
+            raise InputError(
+                f"torch.compile does not work here, set sharding.compile=false ({first_line(error)})"
+            ) from error
 
     return call
 

@@ -13,11 +13,10 @@ from draftcli.core.sdxl import (
     SDXL_CONFIG,
     check_folder,
     checked_file,
-    first_line,
     model_path,
     single_file_prediction,
 )
-from draftcli.errors import InputError, brief
+from draftcli.errors import InputError, brief, first_line
 from draftcli.export.layout import Original, original_layout, original_shape
 from draftcli.export.tensors import Stored, stored_tensors
 

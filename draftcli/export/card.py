@@ -68,8 +68,7 @@ def push_to_hub(artefact: Any, repository: str, card: str, private: bool) -> str
     """
     from huggingface_hub import HfApi
 
-    from draftcli.core.sdxl import first_line
-    from draftcli.errors import DraftpError
+    from draftcli.errors import DraftpError, first_line
 
     api = HfApi()
     try:

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from draftcli.core.lora_files import Lora, attach_loras, read_lora
 from draftcli.core.meta import PARTS, modules_on_meta
-from draftcli.core.sdxl import first_line
-from draftcli.errors import DraftpError
+from draftcli.errors import DraftpError, first_line
 from draftcli.export.base import Base, clean_key, weight_files
 from draftcli.export.inputs import Changes
 from draftcli.export.tensors import close_files, stored_tensors

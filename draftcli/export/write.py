@@ -15,8 +15,8 @@ from torch import Tensor
 from draftcli import __version__
 from draftcli.core.lora_files import Lora, Update
 from draftcli.core.original_names import original_unet_names
-from draftcli.core.sdxl import SDXL_BASE, first_line
-from draftcli.errors import DraftpError, InputError
+from draftcli.core.sdxl import SDXL_BASE
+from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import PARTS, WEIGHT_NAMES, Base
 from draftcli.export.inputs import Changes
 from draftcli.export.layout import V_MARKER, ZERO_SNR_MARKER, Original, original_layout, original_shape, to_original

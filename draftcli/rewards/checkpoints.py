@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftcli.errors import InputError
+from draftcli.errors import InputError, first_line
 
 # The official name of a model's tensor, and how the tensor is made from what stands there.
 Origin = tuple[str, Callable[[Tensor], Tensor]]
@@ -66,7 +66,7 @@ def find_checkpoint(name: str, official: Official, pretrained: str | None) -> Pa
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(
             f"reward {name}: {official.file} cannot be fetched from {repository or official.url}; without network, "
-            f"put it somewhere and set rewards.{name}.pretrained to that file ({_first_line(error)})"
+            f"put it somewhere and set rewards.{name}.pretrained to that file ({first_line(error)})"
         ) from error
 
 
@@ -109,7 +109,7 @@ def read_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
             "it can run code. Save its state_dict alone, or convert it to .safetensors"
         ) from error
     except Exception as error:  # a file that is no checkpoint can fail in any way
-        raise InputError(f"reward {name}: {path} cannot be read ({_first_line(error)})") from error
+        raise InputError(f"reward {name}: {path} cannot be read ({first_line(error)})") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):
@@ -208,7 +208,7 @@ def loading(name: str, place: str, setting: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise InputError(
             f"reward {name}: {place} cannot be loaded; without the hub, download it and set rewards.{name}.{setting} "
-            f"to its folder ({_first_line(error)})"
+            f"to its folder ({first_line(error)})"
         ) from error
 
 
@@ -216,7 +216,3 @@ def _listed(what: str, keys: list[str]) -> list[str]:
     if not keys:
         return []
     return [f"{what} {keys[0]}" + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")]
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)[:200]
