@@ -25,7 +25,7 @@ from torch.multiprocessing import start_processes
 
 from draftcli.config import Config, load_config
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.runtime import open_ranks
+from draftcli.core.ranks import open_ranks
 from draftcli.core.sdxl import model_path
 
 MB = 1e6

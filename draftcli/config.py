@@ -444,10 +444,6 @@ class Config(Section):
                 f"model.vae_tile {self.model.vae_tile} has no effect on pictures of up to {edge} pixels",
             ),
             (
-                sharding.offload and self.model.device == "cpu",
-                "sharding.offload saves nothing with model.device cpu: the same memory holds the weights twice",
-            ),
-            (
                 sharding.recompute_steps is False and self.draftp.low_variance_samples > 0,
                 "sharding.recompute_steps false has no effect: draftp.low_variance_samples recomputes",
             ),

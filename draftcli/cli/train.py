@@ -100,7 +100,7 @@ def train(
     from draftcli.cli.console import open_console
 
     console = open_console(quiet or not alone, debug)
-    from draftcli.core.runtime import world_size
+    from draftcli.core.ranks import world_size
 
     ranks = world_size() if "WORLD_SIZE" in os.environ else processes
     if fit:

@@ -17,7 +17,8 @@ from rich.console import Console
 from draftcli import __version__
 from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.runtime import Ranks, choose_runtime, open_ranks
+from draftcli.core.ranks import Ranks, open_ranks
+from draftcli.core.runtime import choose_runtime
 from draftcli.errors import InputError
 from draftcli.evaluation.compare import FORMAT, VERSION, compare
 from draftcli.evaluation.diversity import NEIGHBOURS

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from draftcli.core.adapters import load_lora_state_dict, lora_state_dict, save_lora
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.runtime import Ranks, is_lost_connection
+from draftcli.core.ranks import Ranks, is_lost_connection
 from draftcli.core.sharding import split_like, whole
 from draftcli.errors import DraftpError, first_line
 from draftcli.runs import Run, beside, disk_errors, remove_folder, set_aside, write_aside

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import secrets
 import shutil
-import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -18,25 +15,25 @@ from typing import Any
 
 from rich.console import Console
 
-from draftcli.config import Config, check_batch_size, dump_config
+from draftcli.config import Config, check_batch_size
 from draftcli.core import sharding
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.eight_bit import check_installed
 from draftcli.core.gradient import check_sampler
-from draftcli.core.runtime import Ranks, open_ranks
+from draftcli.core.ranks import Ranks, open_ranks
 from draftcli.errors import InputError
 from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
-from draftcli.runs import FINAL_STEP, Run, beside, disk_errors, write_aside
+from draftcli.runs import FINAL_STEP, Run, disk_errors, write_aside
 from draftcli.training.card import model_card
 from draftcli.training.checkpoint import load_newest, save_checkpoint, save_weights
 from draftcli.training.live import LiveView
 from draftcli.training.log import RunLog
+from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
 from draftcli.training.step import Trainer
+from draftcli.training.stop import OutOfPatience, Stop, stop_on_signal
 from draftcli.training.validation import Validation, hacking, score
-
-PATIENCE = 10.0  # seconds after SIGTERM in which a step may still end; what is left of the usual 30 is for saving
 
 
 @dataclass
@@ -84,13 +81,13 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             prompts, held_out_prompts = _prompts(cfg)
             check_names([*cfg.rewards, *cfg.held_out_rewards])
         run = Run(folder)
-        _check_alike(cfg, [prompts, held_out_prompts], ranks)
+        check_alike(cfg, [prompts, held_out_prompts], ranks)
         with ranks.together():
             if ranks.is_main:
                 held.enter_context(run.locked())
                 for change in run.open(cfg):
                     console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
-        _check_shared(run, ranks)
+        check_shared(run, ranks)
         if ranks.told(run.finished(cfg.trainer.max_steps)):
             return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
         ranks.at("loading the networks")
@@ -102,40 +99,6 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             outcome = session.go(asked_to_stop)
         outcome.seconds = time.monotonic() - began
         return outcome
-
-
-def _check_alike(cfg: Config, prompts: Sequence[Sequence[Prompt]], ranks: Ranks) -> None:
-    """Raise InputError where the settings or prompts are not those of process 0, as from a file on another node."""
-    if ranks.size == 1:
-        return
-    own = {"settings": dump_config(cfg), "prompts": [fingerprint(some) for some in prompts]}
-    first = ranks.told(own)
-    with ranks.together():
-        if other := [what for what in own if own[what] != first[what]]:
-            raise InputError(
-                f"process {ranks.rank} on {socket.gethostname()} has other {' and '.join(other)} than process 0; give "
-                "all nodes the same files"
-            )
-
-
-def _check_shared(run: Run, ranks: Ranks) -> None:
-    """Raise InputError where processes see different folders: each would keep its part of a checkpoint for itself."""
-    if ranks.size == 1:
-        return
-    probe = beside(run.folder / ranks.told(secrets.token_hex(8)))
-    with ranks.together(), disk_errors(run.folder):
-        if ranks.is_main:
-            probe.touch()
-    found = ranks.where(probe.exists())
-    with ranks.together(), disk_errors(run.folder):
-        if ranks.is_main:
-            probe.unlink()
-    with ranks.together():
-        if missing := [str(rank) for rank in range(ranks.size) if rank not in found]:
-            raise InputError(
-                f"{run.folder} is another folder for process {', '.join(missing)} than for process 0; take an --output "
-                "on a file system that all nodes see"
-            )
 
 
 def _prompts(cfg: Config) -> tuple[Sequence[Prompt], Sequence[Prompt]]:
@@ -166,6 +129,8 @@ class _Session:
         processes = f", {ranks.size} processes" if ranks.size > 1 else ""
         split = ", weights split over them" if sharding.is_wanted(cfg.sharding) else ""
         console.print(f"running on {model.runtime.reason}{processes}{split}", highlight=False)
+        if cfg.sharding.offload and model.runtime.device.type == "cpu":
+            self._warn("sharding.offload saves nothing on a CPU: the same memory holds the weights twice")
         model.reward_model = self.rewards = rewards
         self.prompts = prompts
         self.validation = None
@@ -226,7 +191,7 @@ class _Session:
             ):
                 try:
                     outcome.validation, is_best = self._validate(step)
-                except _OutOfPatience:
+                except OutOfPatience:
                     break
             if step > self.first and (step % cfg.save_interval == 0 or step == last or stopping or is_best):
                 self._save(step)
@@ -235,7 +200,7 @@ class _Session:
                 break
             try:
                 self._step(step + 1)
-            except _OutOfPatience:
+            except OutOfPatience:
                 break
         outcome.interrupted = not outcome.finished
         outcome.skipped = self.trainer.skipped
@@ -256,7 +221,7 @@ class _Session:
 
         def check() -> None:
             if asked_to_stop.is_late():
-                raise _OutOfPatience
+                raise OutOfPatience
 
         def phase(name: str) -> AbstractContextManager[Any]:
             check()
@@ -394,57 +359,6 @@ class _Session:
                 write_aside(self.run.final, write)
             else:
                 gather(self.run.final)
-
-
-class _OutOfPatience(Exception):
-    """What is being done takes too long for somebody who will kill this process."""
-
-
-class Stop:
-    """Whether somebody has asked to stop, and since when.
-
-    Attributes:
-        deadline: of time.monotonic, from when on nothing long is waited for; None: there is no hurry.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-        self.deadline: float | None = None
-
-    def __bool__(self) -> bool:
-        return self.asked
-
-    def is_late(self) -> bool:
-        """Whether the deadline is over."""
-        return self.deadline is not None and time.monotonic() > self.deadline
-
-
-@contextmanager
-def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask to stop after the step at hand; a second one stops at once.
-
-    torchrun passes a Ctrl-C on as SIGINT and a second one as SIGTERM; any other second signal may be the first once
-    more, from a scheduler and from torchrun. After SIGTERM there is a hurry: schedulers kill after 30 seconds.
-    """
-    stop, first = Stop(), 0
-
-    def on_signal(number: int, frame: Any) -> None:
-        nonlocal first
-        first = first or number
-        if stop and (ranks.size == 1 or (first, number) == (signal.SIGINT, signal.SIGTERM)):
-            raise KeyboardInterrupt
-        if not stop and ranks.is_main:
-            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-        stop.asked = True
-        if number == signal.SIGTERM:
-            stop.deadline = time.monotonic() + PATIENCE
-
-    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _written(run: Run) -> dict[str, list[Path]]:

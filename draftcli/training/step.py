@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from draftcli.config import check_batch_size
 from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.runtime import Ranks, derived_seed
+from draftcli.core.ranks import Ranks
+from draftcli.core.runtime import derived_seed
 from draftcli.core.sharding import whole
 from draftcli.errors import DraftpError
 from draftcli.prompts import Batches, Prompt, Shuffled

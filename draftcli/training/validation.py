@@ -17,7 +17,7 @@ from torch import Tensor
 from draftcli import __version__
 from draftcli.config import Config
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.runtime import Ranks
+from draftcli.core.ranks import Ranks
 from draftcli.prompts import Prompt, fingerprint
 from draftcli.rewards import Reward
 from draftcli.runs import Run, disk_errors, write_aside

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from draftcli.errors import DraftpError
 from draftcli.runs import Run
-from draftcli.training import checkpoint
+from draftcli.training import checkpoint, nodes
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.example_rewards import Red
 from tests.ranks import train_in_ranks
@@ -174,7 +174,9 @@ def test_a_global_batch_that_cannot_be_shared_out_names_the_nearest(tiny_sdxl):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_nodes_that_do_not_share_the_folder_are_told_before_anything_is_trained(tiny_sdxl, strategy):
+def test_nodes_that_do_not_share_the_folder_are_told_before_anything_is_trained(tiny_sdxl, strategy, monkeypatch):
+    monkeypatch.setattr(nodes, "VISIBLE", 0.5)
+
     def before(rank):
         Path(f"node{rank}").mkdir()
         os.chdir(f"node{rank}")
@@ -243,11 +245,12 @@ def test_what_goes_wrong_in_processes_of_our_own_is_one_line(tiny_sdxl):
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=500)
         return done.returncode, done.stderr.splitlines()
 
-    code, said = told("--set", "trainer.global_batch_size=6", "--set", "trainer.save_interval=9")
+    assert told("--set", "trainer.global_batch_size=6")[0] == 2
+    code, said = told("--prompts", "nowhere.txt", "--set", "trainer.save_interval=9")
     assert code == 2
     assert said[0].startswith("warning: trainer.save_interval 9 is beyond"), said
     assert len(said) == len({*said}), said
-    assert "the nearest that work: 4, 8" in said[-1]
+    assert "nowhere.txt" in said[-1]
     assert len([line for line in said if not line.startswith("warning: ")]) == 1, said
 
     code, said = told("--output", "run")

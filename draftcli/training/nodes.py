@@ -1,0 +1,60 @@
+"""What the processes of a run must have in common, wherever they are: settings, prompts and the run's folder."""
+
+from __future__ import annotations
+
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from draftcli.config import Config, dump_config
+from draftcli.core.ranks import Ranks
+from draftcli.errors import InputError
+from draftcli.prompts import Prompt, fingerprint
+from draftcli.runs import Run, beside, disk_errors
+
+VISIBLE = 60.0  # seconds: for so long NFS may remember that something was not there
+
+
+def check_alike(cfg: Config, prompts: Sequence[Sequence[Prompt]], ranks: Ranks) -> None:
+    """Raise InputError where the settings or prompts are not those of process 0, as from a file on another node."""
+    if ranks.size == 1:
+        return
+    own = {"settings": dump_config(cfg), "prompts": [fingerprint(some) for some in prompts]}
+    first = ranks.told(own)
+    with ranks.together():
+        if other := [what for what in own if own[what] != first[what]]:
+            raise InputError(
+                f"process {ranks.rank} on {socket.gethostname()} has other {' and '.join(other)} than process 0; give "
+                "all nodes the same files"
+            )
+
+
+def check_shared(run: Run, ranks: Ranks) -> None:
+    """Raise InputError where processes see different folders: each would keep its part of a checkpoint for itself."""
+    if ranks.size == 1:
+        return
+    probe = beside(run.folder / ranks.told(secrets.token_hex(8)))
+    with ranks.together(), disk_errors(run.folder):
+        if ranks.is_main:
+            probe.touch()
+    found = ranks.where(_appears(probe))
+    with ranks.together(), disk_errors(run.folder):
+        if ranks.is_main:
+            probe.unlink()
+    with ranks.together():
+        if missing := [str(rank) for rank in range(ranks.size) if rank not in found]:
+            raise InputError(
+                f"{run.folder} is another folder for process {', '.join(missing)} than for process 0; take an --output "
+                "on a file system that all nodes see"
+            )
+
+
+def _appears(path: Path) -> bool:
+    until = time.monotonic() + VISIBLE
+    while not path.exists():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.2)
+    return True

@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM: finish the step, save and leave."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from draftcli.core.ranks import Ranks
+
+PATIENCE = 10.0  # seconds after SIGTERM in which a step may still end; what is left of the usual 30 is for saving
+
+
+class OutOfPatience(Exception):
+    """What is being done takes too long for somebody who will kill this process."""
+
+
+class Stop:
+    """Whether somebody has asked to stop, and since when.
+
+    Attributes:
+        deadline: of time.monotonic, from when on nothing long is waited for; None: there is no hurry.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.deadline: float | None = None
+
+    def __bool__(self) -> bool:
+        return self.asked
+
+    def is_late(self) -> bool:
+        """Whether the deadline is over."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+
+@contextmanager
+def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
+    """Ctrl-C and SIGTERM ask to stop after the step at hand; a second one stops at once.
+
+    torchrun passes a Ctrl-C on as SIGINT and a second one as SIGTERM; any other second signal may be the first once
+    more, from a scheduler and from torchrun. After SIGTERM there is a hurry: schedulers kill after 30 seconds.
+    """
+    stop, first = Stop(), 0
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal first
+        first = first or number
+        if stop and (ranks.size == 1 or (first, number) == (signal.SIGINT, signal.SIGTERM)):
+            raise KeyboardInterrupt
+        if not stop and ranks.is_main:
+            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        stop.asked = True
+        if number == signal.SIGTERM:
+            stop.deadline = time.monotonic() + PATIENCE
+
+    previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
