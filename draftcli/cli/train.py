@@ -101,11 +101,19 @@ def train(
 
     console = open_console(quiet or not alone, debug)
     from draftcli.core.ranks import world_size
+    from draftcli.errors import InputError
 
     ranks = world_size() if "WORLD_SIZE" in os.environ else processes
+    if alone and processes not in (1, ranks):
+        typer.echo(f"warning: --processes {processes} has no effect: the launcher has started {ranks}", err=True)
     if fit:
         given = frozenset(text.partition("=")[0].strip() for text in override or [])
-        cfg = _fitted(cfg, fit, given, ranks, say=alone and not quiet)
+        try:
+            cfg = _fitted(cfg, fit, given, ranks, say=alone and not quiet)
+        except InputError as error:  # each process comes to it
+            if alone:
+                raise
+            raise typer.Exit(error.exit_code) from error
     if dry_run:
         typer.echo(dump_config(cfg))
         _print_plan(cfg, ranks)

@@ -13,7 +13,7 @@ from draftcli.core.draftp import Batch, SDXLDRaFTPModel
 from draftcli.core.live_bytes import LiveBytes, PeakMeter
 from draftcli.core.sdxl import load_parts, model_path
 from draftcli.rewards import get_reward_model
-from draftcli.training import memory, rehearsal, stand_ins
+from draftcli.training import launch, memory, rehearsal, stand_ins
 from draftcli.training.optimizer import make_optimizer
 from tests.command import draftp, recipe
 from tests.tiny import tiny_config
@@ -136,16 +136,20 @@ def test_a_batch_that_the_processes_cannot_share_is_refused_before_they_start(ti
 def test_processes_are_started_before_anything_is_said_or_fitted(tiny_sdxl, monkeypatch):
     """Each of them does it, and one of them talks."""
     started = []
-
-    def execv(program, arguments):
-        started.append(arguments)
-        raise SystemExit(0)
-
-    monkeypatch.setattr("os.execv", execv)
+    monkeypatch.setattr(launch, "launch", lambda count, arguments, patience: started.append((count, patience)) or 0)
     in_vain = ["--set", "trainer.save_interval=99"]
     result = draftp("train", "--preset", recipe(tiny_sdxl), "--processes", "2", "--fit", "1MB", *in_vain)
     assert (result.code, result.out, result.err) == (0, "", "")
-    assert "--nproc-per-node" in started[0]
+    assert started == [(2, 7200)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_the_processes_says_that_nothing_fits(tiny_sdxl, monkeypatch, rank):
+    for name, value in {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--fit", "1MB")
+    assert result.code == 2
+    assert ("nothing fits" in result.err) == (rank == 0)
 
 
 @pytest.fixture(scope="module")

@@ -285,6 +285,14 @@ def test_a_world_without_addresses_is_refused_rather_than_waited_for(tiny_sdxl, 
     assert draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run").code == 2
 
 
+def test_a_number_of_processes_that_the_launcher_does_not_start_is_said(tiny_sdxl, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    for count in (1, 2, 3):
+        told = draftp("train", "--preset", recipe(tiny_sdxl), "--processes", str(count), "--dry-run").err
+        assert ("--processes 3 has no effect: the launcher has started 2" in told) == (count == 3)
+
+
 def test_killed_in_the_middle_and_started_again_equals_undisturbed(tiny_sdxl):
     """A real SIGKILL, at once after the fifth step, with checkpoints every second one."""
     preset = recipe(tiny_sdxl, trainer={"max_steps": 10})
