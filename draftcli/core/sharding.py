@@ -123,9 +123,9 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return by_torch(*args, **kwargs)
         except TorchDynamoException as error:
-            raise InputError(
-                f"torch.compile does not work here, set sharding.compile=false ({first_line(error)})"
-            ) from error
+            cause = getattr(error, "inner_exception", error)  # what the compiler says, without torch's frame
+            reason = f"{type(cause).__name__}: {first_line(cause)}"
+            raise InputError(f"torch.compile does not work here, set sharding.compile=false ({reason})") from error
 
     return call
 

@@ -23,7 +23,7 @@ import draftcli
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
 from draftcli.runs import MAY_CHANGE, MAY_CHANGE_SECTIONS, Run
-from draftcli.training import checkpoint, loop
+from draftcli.training import checkpoint, loop, stop
 from tests.command import WITH_VALIDATION, draftp, in_child, recipe
 from tests.example_rewards import Red
 from tests.faults.kill import campaign, same_files
@@ -332,7 +332,7 @@ def test_a_scheduler_that_kills_soon_gets_what_is_done(tiny_sdxl, monkeypatch, w
         ema={"decay": 0.8},
     )
     whole = train_whole(preset)
-    monkeypatch.setattr(loop, "PATIENCE", 0.0)
+    monkeypatch.setattr(stop, "PATIENCE", 0.0)
     with monkeypatch.context() as patch:
         # The base and the first validation are 4 pictures, a step is 2.
         signal_at(patch, 4 + 2 * 2 + 1 if where == "step" else 4 + 3 * 2 + 1, signal.SIGTERM)
