@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from draftcli.metrics.thumbnails import pairwise_distance, thumbnail
 from draftcli.prompts import read_prompts
 from draftcli.rewards import load_reward
-from draftcli.sampling.diversity import pairwise_distance, thumbnail
 from draftcli.sampling.draw import Column, plan
 from draftcli.sampling.files import File, write_pictures
 from draftcli.sampling.source import find_source

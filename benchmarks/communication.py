@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from draftcli.config import Config, load_config
-from draftcli.training.plan import make_plan
+from draftcli.planning.plan import make_plan
 
 EVALUATION = 6.76e12  # FLOP of one UNet evaluation of one picture at 1024 x 1024, forward
 RATE = 400e12  # FLOP/s that a GPU is assumed to keep up in bfloat16: about 40 % of an H100's peak

@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import draftcli
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.eight_bit import EightBitLinear
+from draftcli.core.batch import Batch
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.engine.eight_bit import EightBitLinear
 from draftcli.training.optimizer import make_optimizer, moment_bytes
 
 PROMPTS = ["a red circle", "two blue squares on a lawn", "a small green triangle on the left", "night"]

@@ -24,8 +24,8 @@ from levers import Measured
 from meter import quiet_console
 
 import draftcli
-from draftcli.core.sdxl import SDXL_CONFIG, model_path
-from draftcli.training.memory import memory_plan
+from draftcli.core.models.sdxl import SDXL_CONFIG, model_path
+from draftcli.planning.memory import memory_plan
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt

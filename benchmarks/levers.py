@@ -24,8 +24,9 @@ from train_step import MOVED, SIZES, TEXTS
 
 import draftcli
 from draftcli.config import Config
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.sdxl import load_parts
+from draftcli.core.batch import Batch
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.models.sdxl import load_parts
 
 # The lever, and what has to be set on both sides for it to have something to do.
 LEVERS: list[tuple[str, str]] = [

@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from draftcli.core.adapters import DEFAULT_TARGETS
-from draftcli.core.meta import PARTS, modules_on_meta
-from draftcli.core.sdxl import SDXL_CONFIG
+from draftcli.core.lora.adapters import DEFAULT_TARGETS
+from draftcli.core.models.meta import PARTS, modules_on_meta
+from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.export.base import WEIGHT_NAMES
 from draftcli.export.tensors import Entry, write_safetensors
 

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 
 from draftcli.cli.console import open_console
-from draftcli.core.live_bytes import LiveBytes, PeakMeter
+from draftcli.planning.live_bytes import LiveBytes, PeakMeter
 
 __all__ = ["LiveBytes", "Meter", "PeakMeter", "clock", "matmul_rate", "quiet_console"]
 

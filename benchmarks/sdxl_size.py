@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from draftcli.config import Config
-from draftcli.core.runtime import DTYPES, choose_runtime
-from draftcli.core.sdxl import Parts
+from draftcli.core.engine.runtime import DTYPES, choose_runtime
+from draftcli.core.models.sdxl import Parts
+from draftcli.planning.plan import SDXL_CONFIG
 from draftcli.rewards.clip import CLIPReward
 from draftcli.rewards.pixels import Preprocess
-from draftcli.training.plan import SDXL_CONFIG
 
 BOS, EOS = 49406, 49407
 

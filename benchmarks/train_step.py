@@ -37,10 +37,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import draftcli
 from draftcli.config import Config
-from draftcli.core.adapters import load_lora_state_dict, lora_state_dict
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.folding import folded, lost_share
-from draftcli.core.sdxl import Parts, load_parts
+from draftcli.core.batch import Batch
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.engine.folding import folded, lost_share
+from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict
+from draftcli.core.models.sdxl import Parts, load_parts
 
 RECIPE = ["sampling.steps=25", "sampling.scale=5", "draftp.truncation_steps=1", "trainer.micro_batch_size=1"]
 SIZES = {

@@ -8,21 +8,33 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "draftcli"
 # What each part may import of draftcli, beside itself. `errors` may be used everywhere.
 ALLOWED = {
-    "__init__": {"config", "core", "rewards"},
+    "__init__": {"config", "core", "rewards", "sampling"},
     "__main__": {"cli"},
     "errors": set(),
     "config": set(),
     "prompts": {"config"},
     "runs": {"config"},
-    "statistics": set(),
-    "core": {"config", "prompts", "runs", "__init__"},
-    "rewards": {"config", "prompts", "runs"},
-    "sampling": {"core", "rewards", "config", "prompts", "runs", "__init__"},
-    "training": {"sampling", "core", "rewards", "config", "prompts", "runs", "statistics", "__init__"},
-    "evaluation": {"sampling", "core", "rewards", "config", "prompts", "runs", "statistics", "__init__"},
-    "export": {"sampling", "core", "rewards", "config", "prompts", "runs", "__init__"},
-    "cli": {"training", "evaluation", "export", "sampling", "core", "rewards", "config", "prompts", "runs", "__init__"},
-    "toy": {"rewards", "__init__"},
+    "core": {"config", "runs"},
+    "rewards": {"config"},
+    "metrics": {"core"},
+    "sampling": {"metrics", "core", "config", "prompts", "runs", "__init__"},
+    "training": {"sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
+    "planning": {"training", "core", "rewards", "config"},
+    "evaluation": {"sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
+    "export": {"sampling", "core", "config", "runs", "__init__"},
+    "cli": {
+        "training",
+        "planning",
+        "evaluation",
+        "export",
+        "sampling",
+        "core",
+        "rewards",
+        "config",
+        "prompts",
+        "__init__",
+    },
+    "toy": {"rewards", "core", "__init__"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

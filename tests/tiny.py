@@ -21,8 +21,9 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from draftcli.config import Config, ModelConfig, check_config
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.sdxl import Parts, load_parts
+from draftcli.core.batch import Batch
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.models.sdxl import Parts, load_parts
 
 WIDTHS = (32, 48)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

@@ -42,7 +42,7 @@ def doctor(
     from rich.markup import escape
     from rich.table import Table
 
-    from draftcli.training.doctor import examine
+    from draftcli.planning.doctor import examine
 
     with console.status("looking"):
         findings = list(examine(cfg, output))

@@ -100,7 +100,7 @@ def train(
     from draftcli.cli.console import open_console
 
     console = open_console(quiet or not alone, debug)
-    from draftcli.core.ranks import world_size
+    from draftcli.core.engine.ranks import world_size
     from draftcli.errors import InputError
 
     ranks = world_size() if "WORLD_SIZE" in os.environ else processes
@@ -127,13 +127,13 @@ def train(
 
 
 def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, say: bool) -> Config:
-    from draftcli.training.fit import fit, parse_size
+    from draftcli.planning.fit import fit, parse_size
 
     bytes_there = parse_size(size)
     from rich.console import Console
 
-    from draftcli.training.memory import GB, MemoryPlan, memory_plan
-    from draftcli.training.plan import configuration_folder
+    from draftcli.planning.memory import GB, MemoryPlan, memory_plan
+    from draftcli.planning.plan import configuration_folder
 
     folder = configuration_folder(cfg)
     with Console(stderr=True, quiet=not say).status("working out what fits") as status:
@@ -158,10 +158,10 @@ def _yaml(value: object) -> str:
 
 
 def _print_plan(cfg: Config, ranks: int) -> None:
+    from draftcli.planning.memory import memory_lines
+    from draftcli.planning.plan import make_plan
     from draftcli.prompts import read_prompts
     from draftcli.rewards import check_names
-    from draftcli.training.memory import memory_lines
-    from draftcli.training.plan import make_plan
 
     check_names([*cfg.rewards, *cfg.held_out_rewards])
     if cfg.data.validation_prompts:

@@ -3,7 +3,7 @@
 What each method adds:
 
 1. DRaFT (Clark et al., ICLR 2024): unroll the sampler, x_T ~ N(0, I), and ascend the gradient of reward(x_0).
-2. DRaFT-K: only the last K of N sampler steps carry gradient (core/gradient.py).
+2. DRaFT-K: only the last K of N sampler steps carry gradient (core/gradient/mode.py).
 3. DRaFT+ (NVIDIA NeMo-Aligner): a penalty to the frozen base keeps the network from hacking the reward:
 
        loss = -mean_b reward(x_0, prompt)  +  kl_coeff * mean_k mean (eps_tuned - eps_base)^2
@@ -14,7 +14,7 @@ What each method adds:
 
 A training step is three pieces, each of which can be batched or recomputed by itself: `rollout` (N - K steps without
 gradient) -> x_K; `tail` (the last K steps, tuned and base) -> x_0 and two eps stacks; `decode` and reward -> scores.
-core/two_stage.py puts them together so that a training step is fast and fits.
+core/backward.py puts them together so that a training step is fast and fits.
 
 Names: `tuned` and `base`, always. Shape legend: B images, K gradient steps, N sampler steps, C latent channels,
 H W latent size. Images are float in [0, 1], NCHW, except where `generate` and `annealed_guidance` return [0, 255], the
@@ -27,7 +27,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,58 +35,40 @@ import torch
 from torch import Tensor, nn
 
 from draftcli.config import Config
-from draftcli.core import adapters, sharding
-from draftcli.core.denoise import (
-    SOLVERS,
-    Level,
-    Predict,
-    Schedule,
-    denoise,
-    make_schedule,
-    network_input,
-    to_noise_estimate,
+from draftcli.core.annealing import (
+    Weighing,
+    drawn,
+    linear,
+    mixed,
+    step_weights,
 )
-from draftcli.core.eight_bit import quantize_blocks
-from draftcli.core.folding import folded
-from draftcli.core.gradient import check_sampler, first_gradient_step
-from draftcli.core.guidance import Weighing, drawn, guided, linear, mixed, step_weights
-from draftcli.core.lora_files import Lora, attach_loras
+from draftcli.core.backward import loss_and_gradient
+from draftcli.core.batch import Batch, ImageNoise, derived_seed
+from draftcli.core.denoise import SOLVERS, Predict, denoise
+from draftcli.core.engine import sharding
+from draftcli.core.engine.eight_bit import quantize_blocks
+from draftcli.core.engine.folding import folded
+from draftcli.core.engine.prompt_cache import PromptCache
+from draftcli.core.engine.residency import JUDGES, UNET, Residency
+from draftcli.core.engine.runtime import choose_runtime
+from draftcli.core.gradient.mode import check_sampler, first_gradient_step
+from draftcli.core.guidance import guided, network_input, to_noise_estimate
+from draftcli.core.lora import adapters
+from draftcli.core.lora.files import Lora, attach_loras
+from draftcli.core.models.sdxl import (
+    Conditioning,
+    Parts,
+    decode,
+    load_parts,
+    predict,
+)
+from draftcli.core.models.size_keys import size_keys, time_ids
 from draftcli.core.penalty import kl_penalty
-from draftcli.core.prompt_cache import PromptCache
-from draftcli.core.residency import JUDGES, UNET, Residency
-from draftcli.core.runtime import ImageNoise, choose_runtime, derived_seed
-from draftcli.core.sdxl import Conditioning, Parts, decode, load_parts, predict
-from draftcli.core.size_keys import size_keys, time_ids
-from draftcli.core.two_stage import loss_and_gradient
+from draftcli.core.schedule import Level, Schedule, make_schedule
 from draftcli.errors import InputError
 
 Metrics = dict[str, Any]
 NOT_FOLDED = "sharding.fold_lora has no effect: rounding would take more than sharding.fold_tolerance of the LoRA"
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures to draw together: all of one size.
-
-    Attributes:
-        prompts: B texts.
-        seeds: B numbers; an image's noise depends on its seed and size alone.
-        size: (height, width) in pixels.
-        negatives: B negative prompts; None where none is given.
-    """
-
-    prompts: Sequence[str]
-    seeds: Sequence[int]
-    size: tuple[int, int]
-    negatives: Sequence[str | None]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def split(self, count: int) -> list[Batch]:
-        """Consecutive batches of at most `count` pictures."""
-        cuts = [slice(i, i + count) for i in range(0, len(self), count)]
-        return [replace(self, prompts=self.prompts[c], seeds=self.seeds[c], negatives=self.negatives[c]) for c in cuts]
 
 
 class SDXLDRaFTPModel:
@@ -213,7 +195,7 @@ class SDXLDRaFTPModel:
 
     @contextmanager
     def without_gradient(self) -> Iterator[None]:
-        """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (core/folding.py)."""
+        """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (engine/folding.py)."""
         settings = self.cfg.sharding
         with torch.no_grad():
             if self._base_unet is not None or not settings.fold_lora:
@@ -517,7 +499,7 @@ class SDXLDRaFTPModel:
         """The loss of a batch in micro-batches, and unless `forward_only` its gradient, added to the weights' `.grad`.
 
         The gradient is that of the mean over the whole batch, times `grad_scaler`'s scale under fp16. It comes in two
-        stages (core/two_stage.py), unless `sharding.two_stage` is false or a subclass brings its own
+        stages (core/backward.py), unless `sharding.two_stage` is false or a subclass brings its own
         `get_forward_output_and_loss_func`: then by one backward per micro-batch through that function's loss.
 
         Returns:

@@ -1,38 +1,38 @@
-"""Classifier-free guidance, and the weightings of Annealed Importance Guidance (AIG).
+"""From a network's raw output to a guided noise estimate: input scaling, classifier-free guidance, prediction types.
 
-AIG (Jena et al., WACV 2025, arXiv 2409.06493) mixes two guided noise estimates at the same x:
-eps = w eps_tuned + (1 - w) eps_base, with w rising from noise to image. base, draft, linear, power_P and step_F are
-those of the reference (NeMo-Aligner, anneal_sdxl.py); the others are ours.
-
-A weight belongs to a sampler step: a solver that asks twice in a step (heun) mixes with the same weight both times, and
-one that looks back (dpmpp_2m) looks at the mixture. So a step with weight 0 or 1 asks one network with every solver.
+Shape legend: B images, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Sequence
-from importlib import import_module
-from itertools import pairwise
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from draftcli.core.denoise import Level, Predict, Schedule, Solver, denoise
-from draftcli.errors import InputError
+from draftcli.core.schedule import Level
 
-# weighing_fn(sigma_i, sigma_next, i, total) -> weight of the tuned model in [0, 1]
-Weighing = Callable[[float, float, int, int], float]
-# the same as a function of progress i / total alone
-Curve = Callable[[float], float]
+Prediction = Literal["epsilon", "v_prediction"]
 
-KINDS = (
-    "base, draft (or tuned), linear, cosine, power_P (P > 0), step_F (F in [0, 1]), constant_W (W in [0, 1]), "
-    "interval_A_B (0 <= A <= B <= 1), reverse_KIND, package.module:function"
-)
+
+def network_input(x: Tensor, level: Level) -> Tensor:
+    """c_in x: the variance-preserving sample that the network was trained on (EDM's EpsScaling)."""
+    return x * (1 / math.sqrt(level.table_sigma**2 + 1))
+
+
+def to_noise_estimate(output: Tensor, x: Tensor, level: Level, prediction: Prediction) -> Tensor:
+    """d = (x - D) / sigma from the network's guided output.
+
+    For an eps network D = x - sigma eps, hence d = eps. For a v network v = alpha n - s x_0 with
+    alpha = 1 / sqrt(1 + sigma^2) and s = sigma alpha, hence D = alpha^2 x - s v and d = sigma alpha^2 x + alpha v,
+    written so that nothing cancels at the sigma of 4096 of zero terminal SNR. With churn the level that the network
+    is told (table_sigma) differs from that of x (sigma), which leaves the factor table_sigma / sigma, as in the
+    reference.
+    """
+    sigma = level.table_sigma
+    if prediction == "v_prediction":
+        output = (sigma / (1 + sigma**2)) * x + (1 / math.sqrt(1 + sigma**2)) * output
+    return output if level.sigma == sigma else (sigma / level.sigma) * output
 
 
 def guided(output: Tensor, scale: float) -> Tensor:
@@ -47,186 +47,3 @@ def guided(output: Tensor, scale: float) -> Tensor:
     """
     uncond, cond = output.chunk(2)
     return uncond + scale * (cond - uncond)
-
-
-def linear(sigma: float, sigma_next: float, i: int, total: int) -> float:
-    """i / total: 0 at the first step, (total - 1) / total at the last."""
-    return i / total
-
-
-def weighing(kind: str) -> Weighing:
-    """The weighting named `kind`.
-
-    Raises:
-        InputError: an unknown kind, a number outside its range, or a function that cannot be had.
-    """
-    if ":" in kind:
-        return _imported(kind)
-    return _by_progress(_parse(kind)[1])
-
-
-def kind_name(kind: str) -> str:
-    """The one name of a kind that can be written in several ways: draft is tuned, power_2.0 is power_2.
-
-    Raises:
-        InputError: as `weighing`.
-    """
-    if ":" in kind:
-        weighing(kind)
-        return kind.replace(":", ".")
-    return _parse(kind)[0]
-
-
-def step_weights(weigh: Weighing, schedule: Schedule) -> list[float]:
-    """The tuned network's weight at each of the N steps.
-
-    Raises:
-        InputError: one is not in [0, 1].
-    """
-    total = len(schedule)
-    weights = []
-    for i, (sigma, sigma_next) in enumerate(pairwise(schedule.sigmas.tolist())):
-        weight = float(weigh(sigma, sigma_next, i, total))
-        if not 0 <= weight <= 1:
-            raise InputError(f"the weight at step {i} of {total} is {weight:g}; it must be in [0, 1]")
-        weights.append(weight)
-    return weights
-
-
-def mixed(tuned: Predict, base: Predict, weights: Sequence[float]) -> Predict:
-    """The mixed denoiser of AIG. A step with weight 0 or 1 asks one network only.
-
-    Args:
-        tuned: the tuned network's guided noise estimate.
-        base: the base's.
-        weights: (N,) of tuned, from `step_weights`.
-    """
-
-    def predict(x: Tensor, level: Level) -> Tensor:
-        weight = weights[level.index]
-        if weight == 0:
-            return base(x, level)
-        if weight == 1:
-            return tuned(x, level)
-        return (1 - weight) * base(x, level) + weight * tuned(x, level)
-
-    return predict
-
-
-def drawn(
-    tuned: Callable[[Tensor], Predict],
-    base: Callable[[Tensor], Predict],
-    weights: Sequence[float],
-    uniform: Tensor,
-) -> Predict:
-    """AIG at the price of plain sampling: a step asks one network, tuned with probability w.
-
-    After Diffusion Blend's DB-MPA-LS. The mean step is AIG's; pictures scatter around AIG's, less with more steps.
-
-    Args:
-        tuned: the pictures' rows (B,) bool -> the tuned network's guided noise estimate for them.
-        base: the base's, likewise.
-        weights: (N,) of tuned.
-        uniform: (B, N) in [0, 1): tuned where it is below the weight. Each picture has draws of its own.
-    """
-
-    def predict(x: Tensor, level: Level) -> Tensor:
-        chosen = (uniform[:, level.index] < weights[level.index]).to(x.device)
-        estimate = torch.empty_like(x)
-        for network, rows in ((tuned, chosen), (base, ~chosen)):
-            if rows.any():
-                estimate[rows] = network(rows)(x[rows], level)
-        return estimate
-
-    return predict
-
-
-def evaluations(
-    weights: Sequence[float],
-    schedule: Schedule,
-    solver: Solver,
-    stochastic: bool = False,
-    is_guided: Callable[[int], bool] = lambda step: True,
-) -> int:
-    """UNet evaluations a picture: found by walking the schedule with a network that counts. A step that is guided takes
-    two for each network.
-    """
-    count = 0
-
-    def predict(x: Tensor, level: Level) -> Tensor:
-        nonlocal count
-        networks = 1 if stochastic or weights[level.index] in (0, 1) else 2
-        count += networks * (1 + is_guided(level.index))
-        return x
-
-    denoise(predict, torch.zeros(1), schedule, solver=solver)
-    return count
-
-
-def _parse(kind: str) -> tuple[str, Curve]:
-    """A kind's one name, and its curve."""
-    if kind.startswith("reverse_"):
-        name, curve = _parse_forward(kind.removeprefix("reverse_"), kind)
-        return f"reverse_{name}", lambda x: 1 - curve(x)
-    return _parse_forward(kind, kind)
-
-
-def _parse_forward(kind: str, given: str) -> tuple[str, Curve]:
-    word, *texts = kind.split("_")
-    name = "tuned" if word == "draft" else word
-    try:
-        numbers = [float(text) for text in texts]
-    except ValueError:
-        numbers = [math.nan]
-    curve = _curve(name, numbers)
-    if curve is None:
-        raise InputError(f"unknown annealing weight {given!r}; known kinds: {KINDS}")
-    return "_".join([name, *(f"{number:g}" for number in numbers)]), curve
-
-
-def _curve(name: str, numbers: list[float]) -> Curve | None:  # noqa: PLR0911
-    match name, numbers:
-        case "base", []:
-            return lambda x: 0.0
-        case "tuned", []:
-            return lambda x: 1.0
-        case "linear", []:
-            return lambda x: x
-        case "cosine", []:
-            return lambda x: (1 - math.cos(math.pi * x)) / 2
-        case "power", [p] if 0 < p < math.inf:
-            return lambda x: x**p
-        case "step", [f] if 0 <= f <= 1:
-            return lambda x: float(x >= f)
-        case "constant", [w] if 0 <= w <= 1:
-            return lambda x: w
-        case "interval", [a, b] if 0 <= a <= b <= 1:
-            return lambda x: float(a <= x < b)
-    return None
-
-
-def _by_progress(curve: Curve) -> Weighing:
-    return lambda sigma, sigma_next, i, total: curve(i / total)
-
-
-def _imported(kind: str) -> Weighing:
-    module, _, name = kind.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # a console script does not look in the folder it is started from
-    try:
-        found: Any = getattr(import_module(module), name, None)
-    except Exception as error:  # whatever a user's own module raises while it is imported
-        reason = f"{type(error).__name__}: {error}"
-        raise InputError(f"annealing weight {kind!r}: cannot import {module!r} ({reason})") from error
-    if not callable(found):
-        raise InputError(f"annealing weight {kind!r}: {module} has no function {name!r}")
-
-    def weigh(sigma: float, sigma_next: float, i: int, total: int) -> float:
-        try:
-            weight: Any = found(sigma, sigma_next, i, total)
-            return float(weight)
-        except Exception as error:  # whatever a function of the user's can raise
-            reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"annealing weight {kind!r} failed at step {i} of {total} ({reason})") from error
-
-    return weigh

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from draftcli.evaluation.diversity import (
+from draftcli.evaluation.measure import Measured
+from draftcli.evaluation.pictures import Gallery, Item
+from draftcli.metrics.diversity import (
     NEIGHBOURS,
     cosine_diversity,
     frechet_distance,
@@ -23,11 +25,9 @@ from draftcli.evaluation.diversity import (
     squared_diversity,
     vendi_score,
 )
-from draftcli.evaluation.measure import Measured
-from draftcli.evaluation.pictures import Gallery, Item
-from draftcli.evaluation.signs import SIGNS, near_duplicates
-from draftcli.sampling.diversity import pairwise_distance
-from draftcli.statistics import estimate, paired, win_rate
+from draftcli.metrics.signs import SIGNS, near_duplicates
+from draftcli.metrics.statistics import estimate, paired, win_rate
+from draftcli.metrics.thumbnails import pairwise_distance
 
 FORMAT, VERSION = "draftp-eval", 1
 FEW_PROMPTS = 10  # below it intervals are rough

@@ -17,15 +17,15 @@ from rich.console import Console
 from draftcli import __version__
 from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.ranks import Ranks, open_ranks
-from draftcli.core.runtime import choose_runtime
+from draftcli.core.engine.ranks import Ranks, open_ranks
+from draftcli.core.engine.runtime import choose_runtime
 from draftcli.errors import InputError
 from draftcli.evaluation.compare import FORMAT, VERSION, compare
-from draftcli.evaluation.diversity import NEIGHBOURS
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_index
 from draftcli.evaluation.report import write_outputs
+from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
 from draftcli.rewards import check_names
 from draftcli.rewards.registry import load_from

@@ -21,10 +21,10 @@ from torch import nn
 from draftcli.errors import DraftpError, InputError
 from draftcli.evaluation.features import Features
 from draftcli.evaluation.pictures import Gallery, Item, read_picture
-from draftcli.evaluation.signs import SIGNS
+from draftcli.metrics.signs import SIGNS
+from draftcli.metrics.thumbnails import thumbnail
 from draftcli.rewards import Reward
 from draftcli.runs import disk_errors
-from draftcli.sampling.diversity import thumbnail
 
 CHUNK = 8
 VERSION = "1"  # of what a chunk holds: another one is measured anew

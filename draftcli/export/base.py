@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from draftcli.core.lora_files import with_text_model
-from draftcli.core.meta import PARTS, modules_on_meta, read_json
-from draftcli.core.sdxl import (
+from draftcli.core.lora.files import with_text_model
+from draftcli.core.models.meta import PARTS, modules_on_meta, read_json
+from draftcli.core.models.sdxl import (
     SDXL_CONFIG,
     check_folder,
     checked_file,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcli.core.lora_files import Lora, Update
+from draftcli.core.lora.files import Lora, Update
 from draftcli.export.base import Base
 from draftcli.export.inputs import Changes
 

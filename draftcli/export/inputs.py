@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor
 
 from draftcli.config import Config, check_config
-from draftcli.core.lora_files import Lora, read_lora
+from draftcli.core.lora.files import Lora, read_lora
 from draftcli.errors import InputError
 from draftcli.export.base import Base
 from draftcli.export.tensors import Stored, stored_tensors

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from draftcli.core.original_names import original_unet_names
+from draftcli.core.models.original_names import original_unet_names
 
 PREFIX = {
     "unet": "model.diffusion_model.",

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcli.core.lora_files import Lora, attach_loras, read_lora
-from draftcli.core.meta import PARTS, modules_on_meta
+from draftcli.core.lora.files import Lora, attach_loras, read_lora
+from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.errors import DraftpError, first_line
 from draftcli.export.base import Base, clean_key, weight_files
 from draftcli.export.inputs import Changes

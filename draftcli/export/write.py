@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from draftcli import __version__
-from draftcli.core.lora_files import Lora, Update
-from draftcli.core.original_names import original_unet_names
-from draftcli.core.sdxl import SDXL_BASE
+from draftcli.core.lora.files import Lora, Update
+from draftcli.core.models.original_names import original_unet_names
+from draftcli.core.models.sdxl import SDXL_BASE
 from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import PARTS, WEIGHT_NAMES, Base
 from draftcli.export.inputs import Changes

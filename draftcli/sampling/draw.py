@@ -9,10 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from draftcli.core.adapters import adapters_scaled, lora_layers
+from draftcli.core.annealing import (
+    Weighing,
+    evaluations,
+    kind_name,
+    step_weights,
+    weighing,
+)
+from draftcli.core.batch import Batch
 from draftcli.core.denoise import SOLVERS
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.guidance import Weighing, evaluations, kind_name, step_weights, weighing
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.lora.adapters import adapters_scaled, lora_layers
 from draftcli.errors import InputError
 from draftcli.prompts import SEEDS, Prompt
 

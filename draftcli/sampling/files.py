@@ -20,7 +20,7 @@ import torch
 
 from draftcli import __version__
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.ranks import Ranks
+from draftcli.core.engine.ranks import Ranks
 from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, batches, draw_batch
 from draftcli.sampling.embedded import KEY, parameters, read_key, save

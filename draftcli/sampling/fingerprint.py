@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from draftcli.core.adapters import lora_layers
 from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.lora.adapters import lora_layers
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SAMPLES = 256  # elements of a tensor whose places count; all of them count in the sum

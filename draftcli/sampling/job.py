@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.ranks import open_ranks
+from draftcli.core.engine.ranks import open_ranks
 from draftcli.errors import InputError, Interrupted
 from draftcli.prompts import Prompt, read_prompts
 from draftcli.runs import disk_errors

@@ -8,7 +8,7 @@ import yaml
 
 from draftcli import __version__
 from draftcli.config import Config
-from draftcli.core.sdxl import BUILT_IN
+from draftcli.core.models.sdxl import BUILT_IN
 
 LOADING = {
     "lora": 'pipe.load_lora_weights("PATH/TO/final")',
@@ -64,7 +64,7 @@ def model_card(cfg: Config, validation: dict[str, Any] | None, data: dict[str, A
         "```python",
         "import draftcli",
         "from diffusers import StableDiffusionXLPipeline" + ("" if lora else ", UNet2DConditionModel"),
-        *(["from draftcli.core.sdxl import model_path"] if cfg.model.pretrained in BUILT_IN else []),
+        *(["from draftcli.core.models.sdxl import model_path"] if cfg.model.pretrained in BUILT_IN else []),
         "",
         _base(cfg),
         LOADING[cfg.peft.peft_scheme],

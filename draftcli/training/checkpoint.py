@@ -32,10 +32,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from draftcli.core.adapters import load_lora_state_dict, lora_state_dict, save_lora
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.ranks import Ranks, is_lost_connection
-from draftcli.core.sharding import split_like, whole
+from draftcli.core.engine.ranks import Ranks, is_lost_connection
+from draftcli.core.engine.sharding import split_like, whole
+from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict, save_lora
 from draftcli.errors import DraftpError, first_line
 from draftcli.runs import Run, beside, disk_errors, remove_folder, set_aside, write_aside
 from draftcli.training.step import Trainer

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from draftcli.core.sharding import as_part_of, local
+from draftcli.core.engine.sharding import as_part_of, local
 
 
 class Ema:

@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 
 from draftcli.config import Config, check_batch_size
-from draftcli.core import sharding
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.eight_bit import check_installed
-from draftcli.core.gradient import check_sampler
-from draftcli.core.ranks import Ranks, open_ranks
+from draftcli.core.engine import sharding
+from draftcli.core.engine.eight_bit import check_installed
+from draftcli.core.engine.ranks import Ranks, open_ranks
+from draftcli.core.gradient.mode import check_sampler
 from draftcli.errors import InputError
 from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out

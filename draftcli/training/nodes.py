@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from draftcli.config import Config, dump_config
-from draftcli.core.ranks import Ranks
+from draftcli.core.engine.ranks import Ranks
 from draftcli.errors import InputError
 from draftcli.prompts import Prompt, fingerprint
 from draftcli.runs import Run, beside, disk_errors

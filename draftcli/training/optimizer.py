@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from draftcli.config import OptimConfig
-from draftcli.core.eight_bit import BLOCK, bitsandbytes
+from draftcli.core.engine.eight_bit import BLOCK, bitsandbytes
 
 SMALLEST = 4096  # elements: a tensor with fewer keeps its moments in float32
 

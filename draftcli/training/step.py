@@ -13,10 +13,10 @@ from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from draftcli.config import check_batch_size
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.ranks import Ranks
-from draftcli.core.runtime import derived_seed
-from draftcli.core.sharding import whole
+from draftcli.core.batch import Batch, derived_seed
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.engine.ranks import Ranks
+from draftcli.core.engine.sharding import whole
 from draftcli.errors import DraftpError
 from draftcli.prompts import Batches, Prompt, Shuffled
 from draftcli.rewards import WeightedSum

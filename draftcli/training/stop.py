@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from draftcli.core.ranks import Ranks
+from draftcli.core.engine.ranks import Ranks
 
 PATIENCE = 10.0  # seconds after SIGTERM in which a step may still end; what is left of the usual 30 is for saving
 

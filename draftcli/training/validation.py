@@ -17,14 +17,14 @@ from torch import Tensor
 from draftcli import __version__
 from draftcli.config import Config
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.ranks import Ranks
+from draftcli.core.engine.ranks import Ranks
+from draftcli.metrics.statistics import paired
+from draftcli.metrics.thumbnails import EDGE, pairwise_distance, thumbnail
 from draftcli.prompts import Prompt, fingerprint
 from draftcli.rewards import Reward
 from draftcli.runs import Run, disk_errors, write_aside
-from draftcli.sampling.diversity import EDGE, pairwise_distance, thumbnail
 from draftcli.sampling.draw import batches, draw, plan
 from draftcli.sampling.sheet import Cell, spread, write_sheet
-from draftcli.statistics import paired
 
 SHEET_CELLS = 12
 

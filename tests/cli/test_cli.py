@@ -10,7 +10,7 @@ import pytest
 
 from draftcli import __version__
 from draftcli.config import load_config, preset_names
-from draftcli.training.plan import make_plan
+from draftcli.planning.plan import make_plan
 from tests.command import draftp, recipe
 
 

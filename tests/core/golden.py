@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from draftcli.config import check_config
-from draftcli.core.adapters import lora_layers
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.sdxl import Conditioning, Parts
+from draftcli.core.lora.adapters import lora_layers
+from draftcli.core.models.sdxl import Conditioning, Parts
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())

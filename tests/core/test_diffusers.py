@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 import draftcli
-from draftcli.core.adapters import save_lora
-from draftcli.core.draftp import Batch
+from draftcli.core.batch import Batch
+from draftcli.core.lora.adapters import save_lora
 from tests.tiny import batch, make_sdxl, tiny_model
 
 TOLERANCE = 1e-5

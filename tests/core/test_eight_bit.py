@@ -14,14 +14,14 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from draftcli.config import check_config, load_config
-from draftcli.core import sharding
-from draftcli.core.adapters import lora_layers
-from draftcli.core.eight_bit import EightBitLinear, quantize_blocks
-from draftcli.core.folding import folded
-from draftcli.core.sdxl import model_path
+from draftcli.core.engine import sharding
+from draftcli.core.engine.eight_bit import EightBitLinear, quantize_blocks
+from draftcli.core.engine.folding import folded
+from draftcli.core.lora.adapters import lora_layers
+from draftcli.core.models.sdxl import model_path
 from draftcli.errors import InputError
+from draftcli.planning.memory import memory_plan
 from draftcli.sampling.source import find_source
-from draftcli.training.memory import memory_plan
 from tests.command import draftp, recipe
 from tests.tiny import batch, tiny_model
 

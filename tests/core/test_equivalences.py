@@ -11,10 +11,11 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 
 import draftcli
-from draftcli.core.adapters import adapters_off, lora_layers
-from draftcli.core.draftp import Batch, SDXLDRaFTPModel
-from draftcli.core.guidance import weighing
-from draftcli.core.sdxl import encode_prompts
+from draftcli.core.annealing import weighing
+from draftcli.core.batch import Batch
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.lora.adapters import adapters_off, lora_layers
+from draftcli.core.models.sdxl import encode_prompts
 from draftcli.rewards import Reward
 from tests.tiny import batch, move, prefers_red, tiny_model
 

@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 
 import draftcli
-from draftcli.core.denoise import make_schedule, sigma_table
+from draftcli.core.annealing import weighing
 from draftcli.core.draftp import kl_penalty
-from draftcli.core.guidance import weighing
+from draftcli.core.schedule import make_schedule, sigma_table
 from tests.core.golden import FOLDER, GOLDEN, flat_factors, golden_model
 
 SUGGESTED = GOLDEN["tolerance"]["float32_suggested"]

@@ -5,8 +5,14 @@ import math
 import pytest
 import torch
 
-from draftcli.core.denoise import Level, make_schedule
-from draftcli.core.guidance import guided, kind_name, mixed, step_weights, weighing
+from draftcli.core.annealing import (
+    kind_name,
+    mixed,
+    step_weights,
+    weighing,
+)
+from draftcli.core.guidance import guided
+from draftcli.core.schedule import Level, make_schedule
 from draftcli.errors import InputError
 
 NOT_A_FUNCTION = 3

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from draftcli.config import ModelConfig
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.sdxl import encode_prompts, load_parts
+from draftcli.core.models.sdxl import encode_prompts, load_parts
 from draftcli.errors import InputError
 from tests.tiny import batch, make_sdxl, tiny_config, tiny_model, write_single_file
 

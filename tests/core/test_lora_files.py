@@ -11,9 +11,15 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
-from draftcli.core.adapters import adapters_off, attach_lora, lora_layers
-from draftcli.core.lora_files import Lora, Update, attach_loras, read_lora, weight_shapes
-from draftcli.core.original_names import original_unet_names
+from draftcli.core.lora.adapters import adapters_off, attach_lora, lora_layers
+from draftcli.core.lora.files import (
+    Lora,
+    Update,
+    attach_loras,
+    read_lora,
+    weight_shapes,
+)
+from draftcli.core.models.original_names import original_unet_names
 from draftcli.errors import InputError
 
 # One of each kind of module that files name differently.

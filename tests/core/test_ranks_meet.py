@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from draftcli.core.ranks import open_ranks
+from draftcli.core.engine.ranks import open_ranks
 from draftcli.errors import DraftpError, InputError
 from tests.ranks import free_port, in_ranks
 

@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from draftcli.core.live_bytes import LiveBytes
-from draftcli.core.residency import JUDGES, UNET, Residency
+from draftcli.core.engine.residency import JUDGES, UNET, Residency
 from draftcli.errors import InputError
+from draftcli.planning.live_bytes import LiveBytes
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.tiny import batch, tiny_config, tiny_model
 

@@ -14,8 +14,15 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from draftcli.core.denoise import SOLVERS, Level, denoise, make_schedule, network_input
-from draftcli.core.guidance import evaluations, mixed, step_weights, weighing
+from draftcli.core.annealing import (
+    evaluations,
+    mixed,
+    step_weights,
+    weighing,
+)
+from draftcli.core.denoise import SOLVERS, denoise
+from draftcli.core.guidance import network_input
+from draftcli.core.schedule import Level, make_schedule
 from draftcli.errors import InputError
 from draftcli.sampling.draw import Column
 from tests.core.test_equivalences import count_calls

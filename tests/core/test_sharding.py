@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch.multiprocessing import start_processes
 
 from draftcli.config import ShardingConfig
-from draftcli.core import sharding
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.sdxl import load_parts
-from draftcli.core.sharding import make_mesh
+from draftcli.core.engine import sharding
+from draftcli.core.engine.sharding import make_mesh
+from draftcli.core.models.sdxl import load_parts
 from draftcli.errors import InputError
 from tests.tiny import batch, tiny_config, tiny_model
 

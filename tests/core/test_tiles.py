@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from draftcli.core.tiles import decode_in_tiles
+from draftcli.core.models.tiles import decode_in_tiles
 from tests.tiny import batch, tiny_model
 
 

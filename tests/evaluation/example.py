@@ -15,8 +15,8 @@ from PIL import Image, ImageDraw
 from draftcli.evaluation.compare import compare
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Gallery, Item
-from draftcli.evaluation.signs import SIGNS
-from draftcli.sampling.diversity import thumbnail
+from draftcli.metrics.signs import SIGNS
+from draftcli.metrics.thumbnails import thumbnail
 
 NASTY = "<script>document.title='hacked'</script> & \"quotes\" </script> {{ 7 * 7 }}"
 PROMPTS = [NASTY, *(f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("star", "ring", "egg"))]

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from draftcli.core.guidance import weighing
+from draftcli.core.annealing import weighing
 from draftcli.prompts import Prompt
 from draftcli.sampling import files
 from draftcli.sampling.draw import plan
@@ -329,7 +329,7 @@ def test_pictures_are_those_of_annealed_guidance_bit_for_bit(either_run, sampler
 
 
 def files_batch(prompts):
-    from draftcli.core.draftp import Batch
+    from draftcli.core.batch import Batch
 
     return Batch(prompts, [1234] * len(prompts), (64, 64), [None] * len(prompts))
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from draftcli.metrics.thumbnails import pairwise_distance, thumbnail
 from draftcli.runs import Run
-from draftcli.sampling.diversity import pairwise_distance, thumbnail
 from draftcli.training.ema import Ema
 from draftcli.training.validation import hacking
 from tests.command import WITH_VALIDATION, draftp, recipe

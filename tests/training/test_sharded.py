@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from draftcli.config import load_config
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.ranks import open_ranks
+from draftcli.core.engine.ranks import open_ranks
 from draftcli.rewards import get_reward_model
 from draftcli.runs import Run
 from draftcli.training.checkpoint import load_newest, load_tensors, save_checkpoint

@@ -13,7 +13,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 import draftcli
-from draftcli.core.draftp import Batch
+from draftcli.core.batch import Batch
 from draftcli.training.step import SKIPS_ALLOWED
 from draftcli.training.validation import paired
 from tests.command import WITH_VALIDATION, draftp, recipe

@@ -1,0 +1,63 @@
+"""What is drawn together, and one seed per image."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures to draw together: all of one size.
+
+    Attributes:
+        prompts: B texts.
+        seeds: B numbers; an image's noise depends on its seed and size alone.
+        size: (height, width) in pixels.
+        negatives: B negative prompts; None where none is given.
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    size: tuple[int, int]
+    negatives: Sequence[str | None]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def split(self, count: int) -> list[Batch]:
+        """Consecutive batches of at most `count` pictures."""
+        cuts = [slice(i, i + count) for i in range(0, len(self), count)]
+        return [replace(self, prompts=self.prompts[c], seeds=self.seeds[c], negatives=self.negatives[c]) for c in cuts]
+
+
+def derived_seed(*parts: object) -> int:
+    """A 32-bit seed from a tuple of names and numbers: the same on every machine, unlike `hash`.
+
+    32 bits because torch's CPU generator (mt19937) reads no more of a seed.
+    """
+    return int.from_bytes(hashlib.sha256("/".join(map(str, parts)).encode()).digest()[:4], "big")
+
+
+class ImageNoise:
+    """Unit normal noise with one CPU generator per image: image i's noise depends on its seed and the size alone, not
+    on the batch, its order, the rank or the device (after EDM2's StackedRandomGenerator).
+    """
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, shape: tuple[int, ...]) -> Tensor:
+        """(B, ...) float32 on the CPU; `shape[0]` must be the number of seeds."""
+        assert shape[0] == len(self.generators)
+        return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators])
+
+    def __getitem__(self, cut: slice) -> ImageNoise:
+        """The noise of some of the images; each goes on where it was, here as there."""
+        part = ImageNoise([])
+        part.generators = self.generators[cut]
+        return part

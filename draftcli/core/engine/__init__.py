@@ -1,0 +1,1 @@
+"""How it runs here: device, precision, placement, folding, caches, processes."""

@@ -1,0 +1,1 @@
+"""Which sampler steps carry gradient: one file a mode."""

@@ -1,0 +1,1 @@
+"""LoRA: adapters on the network, and the files that people have."""

@@ -1,0 +1,1 @@
+"""What is tuned: loading, conditioning, decoding."""

@@ -1,0 +1,192 @@
+"""How much memory a training takes, before it runs: what lies there all the time, and what each phase of a step adds
+(planning/rehearsal.py takes one without data).
+
+What cannot be seen this way is added as `allowance`: the CUDA context, the workspaces of libraries within their
+kernels, and what fragmentation wastes.
+
+Planned is one process of a GPU's, unless model.device says cpu. A GB is 10^9 bytes, as a card's maker counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftcli.config import Config, check_batch_size
+from draftcli.core.backward import prefix_batch_size, recomputes_steps
+from draftcli.planning.rehearsal import (
+    ALL,
+    BACKWARD,
+    BASE,
+    DECODE,
+    JUDGING,
+    OPTIMIZER,
+    PREFIX,
+    REWARD,
+    STEPS,
+    TEXT,
+    VALIDATION,
+    judging_of,
+    largest,
+    prefix_of,
+    steps_of,
+    validates,
+    weights_of,
+)
+from draftcli.planning.shares import per_rank
+
+GB = 1e9
+CONTEXT = 700_000_000  # a CUDA context with its loaded kernels, and the workspaces of cuBLAS and cuDNN
+FRAGMENTATION = 0.08  # of what comes and goes
+
+
+_JUDGE = (DECODE, REWARD, JUDGING, VALIDATION)
+_ASK_THE_UNET = (PREFIX, BASE, STEPS, DECODE, REWARD, JUDGING, BACKWARD, ALL)  # a split root stays gathered meanwhile
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes that one process will hold on its device.
+
+    Attributes:
+        resident: what is there all the time, by what it is.
+        phases: the most bytes alive at once in each phase of a training step, everything included.
+        allowance: for what is not seen; none on a CPU.
+        uncounted: rewards whose own networks are not known, and not in here.
+    """
+
+    resident: dict[str, int]
+    phases: dict[str, int]
+    allowance: int
+    uncounted: tuple[str, ...]
+
+    @property
+    def worst(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=lambda phase: self.phases[phase])
+
+    @property
+    def peak(self) -> int:
+        """The most bytes alive at once."""
+        return max(self.phases.values())
+
+    @property
+    def needed(self) -> int:
+        """What a device must have: the peak and the allowance."""
+        return self.peak + self.allowance
+
+
+def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
+    """Work out the memory of each of `ranks` processes.
+
+    Args:
+        cfg: the settings.
+        folder: with the configurations of the model's four networks.
+        ranks: processes that train together.
+
+    Raises:
+        InputError: sharding.shard_size does not divide `ranks`, or `ranks` cannot share the batch evenly.
+    """
+    check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks)
+    images = cfg.trainer.global_batch_size // ranks
+    split = cfg.sharding.strategy == "fsdp" and ranks > 1
+    if not split:  # one process alone has everything whole
+        cfg = cfg.model_copy(update={"sharding": cfg.sharding.model_copy(update={"strategy": "none"})})
+    weights, passing = weights_of(cfg, folder), _passing(cfg, folder, images)
+    resident, trained, gathered = dict(weights.parts), weights.trained, 0
+    if split:
+        share = per_rank(cfg, folder, (ranks,))[ranks]
+        resident |= {name: size for name, size in share.items() if name in resident}
+        trained, gathered = share["trained"], share["gathered"]
+    resident["AdamW's moments"] = 2 * trained if split else weights.moments  # fsdp splits none in 8 bits
+    if cfg.ema.decay is not None and cfg.ema.device == "same":
+        resident["moving average"] = trained
+    passing[OPTIMIZER] = weights.optimizer * trained // weights.trained
+    if cfg.peft.peft_scheme == "lora" and cfg.sharding.fold_lora and not split and cfg.model.quantize is None:
+        bases = prefix_of(cfg, folder, _prefix_batch(cfg, images), with_lora=False)
+        folded = bases[PREFIX] + weights.adapted  # a second copy of the weights that have a LoRA
+        # In half precision rounding may forbid the fold, at any step anew: then the LoRA acts by itself.
+        passing[PREFIX] = max(folded, passing[PREFIX]) if cfg.model.precision in ("bf16", "fp16") else folded
+    _add_gradient(passing, cfg, images, trained)
+    for phase in passing:
+        passing[phase] += gathered if phase in _ASK_THE_UNET else 0
+    for names, phases in _visitors(cfg):
+        size = sum(resident.pop(name, 0) for name in names)
+        for phase in filter(phases, passing):
+            passing[phase] += size
+    always = sum(resident.values())
+    phases = {phase: always + size for phase, size in passing.items()}
+    allowance = CONTEXT + int(FRAGMENTATION * max(passing.values())) if cfg.model.device != "cpu" else 0
+    return MemoryPlan(resident, phases, allowance, weights.uncounted)
+
+
+def _add_gradient(passing: dict[str, int], cfg: Config, images: int, size: int) -> None:
+    """Of the weights: there in the backward that makes it, and in all that comes between that and the optimizer."""
+    again = recomputes_steps(cfg)
+    several = images > cfg.trainer.micro_batch_size or cfg.draftp.low_variance_samples > 0
+    held = {OPTIMIZER, BACKWARD, ALL}
+    held |= {BASE, STEPS} if several or (again and cfg.draftp.truncation_steps > 1) else set()
+    held |= {DECODE, REWARD, JUDGING} if several and not again else set()  # again: all are judged before any backward
+    for phase in held & passing.keys():
+        passing[phase] += size
+
+
+def _visitors(cfg: Config) -> Iterator[tuple[Sequence[str], Callable[[str], bool]]]:
+    """Parts that are on the device in some phases alone, and in which."""
+    if cfg.model.offload_text_encoders:
+        yield ("text encoder", "text encoder 2"), lambda phase: phase == TEXT
+    if cfg.sharding.offload:
+        frozen = "unet" if cfg.peft.peft_scheme == "lora" else "frozen copy of the unet"
+        yield (frozen,), lambda phase: phase not in _JUDGE
+        yield ("vae decoder", "rewards"), lambda phase: phase in _JUDGE
+
+
+def _passing(cfg: Config, folder: Path, images: int) -> dict[str, int]:
+    """What comes and goes in each phase of a process that trains on `images` a step, gradients of others apart."""
+    micro = min(cfg.trainer.micro_batch_size, images)
+    prefix = prefix_of(cfg, folder, _prefix_batch(cfg, images), with_lora=True)
+    found = {TEXT: prefix[TEXT], PREFIX: prefix[PREFIX]}
+    steps = steps_of(cfg, folder, micro)
+    if cfg.sharding.two_stage:
+        # Decoder and reward come between the steps and their backward: on top of the graph, where that is kept.
+        graph = steps[DECODE]
+        judging = judging_of(cfg, folder, min(micro, cfg.sharding.decode_batch_size or micro))
+        found |= {name: size for name, size in steps.items() if name not in (TEXT, PREFIX, BACKWARD, *judging)}
+        found |= {name: graph + size for name, size in judging.items()}
+    found |= {name: size for name, size in steps.items() if name in (BACKWARD, ALL)}
+    if validates(cfg):
+        found |= judging_of(cfg, folder, micro, training=False)
+    return found
+
+
+def _prefix_batch(cfg: Config, images: int) -> int:
+    return min(images, prefix_batch_size(cfg) if cfg.sharding.two_stage else cfg.trainer.micro_batch_size)
+
+
+def memory_lines(cfg: Config, folder: Path, ranks: int = 1) -> list[str]:
+    """The plan for people: what is held all the time, the peak of each phase, and the table over ranks under fsdp."""
+    plan = memory_plan(cfg, folder, ranks)
+    size = largest(cfg)
+    where = "on a CPU" if cfg.model.device == "cpu" else "on a GPU"
+    whose = "of the process" if ranks == 1 else f"of each of {ranks} processes"
+    always, digits = sum(plan.resident.values()), 2 if plan.peak > GB else 3
+
+    def line(bytes_: int, name: str) -> str:
+        return f"{bytes_ / GB:>19.{digits}f} {name}"
+
+    lines = [f"memory       GB (10^9 bytes) {whose} {where} at {size[0]} x {size[1]}, worked out, not measured"]
+    lines.append(line(always, "load, there all the time:"))
+    lines += [line(part, f"  {name}") for name, part in plan.resident.items() if part >= 0.005 * always]
+    lines += [line(most, name) for name, most in plan.phases.items()]
+    lines.append(line(plan.needed, f"needed: the largest, and {plan.allowance / GB:.2f} for context and fragmentation"))
+    if plan.uncounted:
+        lines.append(f"             not counted: the networks of {', '.join(plan.uncounted)}")
+    if cfg.sharding.strategy == "fsdp":
+        lines.append("fsdp         GB of each process: trained, gradient, AdamW, frozen, whole (VAE, text, rewards)")
+        counts = [count for count in (1, 2, 4, 8, 16) if count == 1 or count % (cfg.sharding.shard_size or 1) == 0]
+        for count, share in per_rank(cfg, folder, counts).items():
+            trained = share["trained"] / GB
+            parts = (trained, trained, 2 * trained, share["frozen"] / GB, share["whole"] / GB)
+            lines.append(f"{count:>9} ranks" + "".join(f"{part:>8.2f}" for part in parts) + f"   sum {sum(parts):.2f}")
+    return lines

@@ -1,0 +1,104 @@
+"""What a run would load, train and compute, worked out without weights: on the meta device, offline.
+
+A model that is not a local folder is planned with SDXL's own configuration, which ships with the package.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from draftcli.config import Config
+from draftcli.core.backward import recomputes_steps
+from draftcli.core.gradient.mode import check_sampler
+from draftcli.core.lora import adapters
+from draftcli.core.models.meta import PARTS
+from draftcli.core.models.sdxl import SDXL_CONFIG, drop_vae_encoder, model_path
+from draftcli.planning.stand_ins import shortened_modules, tensors
+
+LABELS = {"unet": "unet", "vae": "vae decoder", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Counts of one run.
+
+    Attributes:
+        source: where the configuration was read.
+        trainable: weights that are trained.
+        frozen: weights that are loaded and never change, by part (a frozen copy of the UNet among them for full
+            fine-tuning).
+        images: per optimizer step.
+        forward: UNet evaluations per image in the tuned network's forward passes, a guided one counted twice.
+        with_gradient: how many of them carry gradient.
+        base: evaluations of the frozen base per image.
+        again: evaluations that activation checkpointing repeats in backward, per image.
+        folder: where the configuration of the networks lies.
+    """
+
+    source: str
+    trainable: int
+    frozen: dict[str, int]
+    images: int
+    forward: int
+    with_gradient: int
+    base: int
+    again: int
+    folder: Path
+
+
+def make_plan(cfg: Config) -> Plan:
+    """Work out the plan of `cfg`. No file is written, nothing is fetched.
+
+    Raises:
+        InputError: peft.target_modules fits nothing in the UNet, or the sampler cannot train.
+    """
+    check_sampler(cfg.sampling.sampler)
+    folder = configuration_folder(cfg)
+    modules = shortened_modules(folder, cfg.peft.target_modules)
+    drop_vae_encoder(modules["vae"])
+    frozen = {LABELS[part]: _count(module) for part, module in modules.items()}
+    if cfg.peft.peft_scheme == "lora":
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft says that meta weights are not initialised, which is the point
+            adapters.attach_lora(modules["unet"], cfg.peft.rank, cfg.peft.alpha, cfg.peft.target_modules)
+        trainable = _count(modules["unet"], trained=True)
+    else:
+        trainable = frozen.pop("unet")
+        frozen["frozen copy of the unet"] = trainable
+    return Plan(
+        source="SDXL's configuration" if folder == SDXL_CONFIG else str(folder),
+        trainable=trainable,
+        frozen=frozen,
+        images=cfg.trainer.global_batch_size,
+        **count_evaluations(cfg),
+        folder=folder,
+    )
+
+
+def count_evaluations(cfg: Config) -> dict[str, int]:
+    """UNet evaluations per image: `forward`, `with_gradient`, `base` and `again`, as in `Plan`."""
+    asked = [1 + cfg.sampling.is_guided(i) for i in range(cfg.sampling.steps)]
+    extra = cfg.draftp.low_variance_samples * asked[-1]  # each is the last step once more
+    with_gradient = sum(asked[-cfg.draftp.truncation_steps :]) + extra
+    walked = with_gradient if cfg.sharding.two_stage and recomputes_steps(cfg) else 0
+    return {
+        "forward": sum(asked) + extra + walked,
+        "with_gradient": with_gradient,
+        "base": with_gradient if cfg.draftp.needs_base else 0,
+        "again": with_gradient if cfg.sharding.activation_checkpointing else 0,
+    }
+
+
+def configuration_folder(cfg: Config) -> Path:
+    """Where the configuration of the model's networks lies: its own folder, else SDXL's, which ships with draftp."""
+    folder = Path(model_path(cfg.model.pretrained))
+    return folder if all((folder / part / "config.json").is_file() for part in PARTS) else SDXL_CONFIG
+
+
+def _count(network: torch.nn.Module, trained: bool = False) -> int:
+    found = tensors(network, buffers=False)
+    return sum(times * weight.numel() for weight, times in found if weight.requires_grad or not trained)
