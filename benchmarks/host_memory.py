@@ -106,12 +106,12 @@ def one_process(rank: int, processes: int, folder: Path, case: str, port: int) -
         with watch.watching():
             model = SDXLDRaFTPModel(cfg)
             loaded = watch.now()
-            with ranks.together():
+            with ranks.all_or_none():
                 pass
             model.configure_sharded_model()
         found = {"loaded": loaded, "peak": watch.peak}
         (folder / f"{rank}.json").write_text(json.dumps(found))
-        with ranks.together():
+        with ranks.all_or_none():
             pass
 
 

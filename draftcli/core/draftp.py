@@ -98,17 +98,17 @@ class SDXLDRaFTPModel:
         self.cfg = cfg
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
-        split = sharding.is_wanted(cfg.sharding)
-        self._reads_once = split and parts is None  # process 0 for all
-        hollow = self._reads_once and not sharding.is_source()
+        split = sharding.splits_weights(cfg.sharding)
+        self._rank0_loads = split and parts is None  # process 0 for all
+        hollow = self._rank0_loads and not sharding.is_source()
         self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
         device = self.runtime.device
         offload = cfg.sharding.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
         # A network that will be split stays on the CPU until then: no device need ever hold all of it.
         self.unet = self.parts.unet if offload or split else self.parts.unet.to(device)
-        copied = sharding.hollow if self._reads_once else copy.deepcopy
-        self._base_unet = copied(self.unet).eval() if in_full else None
+        copied = sharding.hollow if self._rank0_loads else copy.deepcopy
+        self.base_unet = copied(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
         elif loras is None:
@@ -118,10 +118,10 @@ class SDXLDRaFTPModel:
             attach_loras(network, loras or (), part=name)
         if cfg.model.quantize:
             quantize_blocks(self.unet)
-        sharding.speed_up(cfg.sharding, self.runtime, self.unet, self._base_unet, self.vae)
+        sharding.speed_up(cfg.sharding, self.runtime, self.unet, self.base_unet, self.vae)
         self._residency = Residency(device)
         if offload:
-            self._residency.add(UNET, filter(None, [self.unet, self._base_unet]))
+            self._residency.add(UNET, filter(None, [self.unet, self.base_unet]))
             self._residency.add(JUDGES, [self.vae])
         self._encoded = PromptCache(
             self.parts,
@@ -163,11 +163,11 @@ class SDXLDRaFTPModel:
 
         Whatever state adapters were in comes back afterwards, also after an exception.
         """
-        if self._base_unet is None:
+        if self.base_unet is None:
             with adapters.adapters_off(self.unet):
                 yield
             return
-        tuned, self.unet = self.unet, self._base_unet
+        tuned, self.unet = self.unet, self.base_unet
         try:
             yield
         finally:
@@ -186,19 +186,19 @@ class SDXLDRaFTPModel:
         device = self.runtime.device
         mesh = sharding.make_mesh(self.cfg.sharding, device)
         weights = {name: t.detach() for name, t in (*self.unet.named_parameters(), *self.unet.named_buffers())}
-        for unet in filter(None, [self.unet, self._base_unet]):
+        for unet in filter(None, [self.unet, self.base_unet]):
             sharding.shard(unet, mesh, self.runtime.dtype)
-        if self._reads_once:
+        if self._rank0_loads:
             sharding.hand_out(weights, self.unet, device)
-            if self._base_unet is not None:
-                sharding.copy_parts(self.unet, self._base_unet, device)
+            if self.base_unet is not None:
+                sharding.copy_parts(self.unet, self.base_unet, device)
 
     @contextmanager
     def without_gradient(self) -> Iterator[None]:
         """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (engine/folding.py)."""
         settings = self.cfg.sharding
         with torch.no_grad():
-            if self._base_unet is not None or not settings.fold_lora:
+            if self.base_unet is not None or not settings.fold_lora:
                 yield
                 return
             self._residency.need(UNET)

@@ -284,7 +284,7 @@ def _measure(
     console: Console,
 ) -> dict[str, Measured]:
     share = -(-len(galleries) * len(items) // ranks.size)
-    with progress_bar(console, "measuring", share) as advance, ranks.together():
+    with progress_bar(console, "measuring", share) as advance, ranks.all_or_none():
         measure(galleries, items, judges, cache, (ranks.rank, ranks.size), advance)
     if not ranks.is_main:
         return {}

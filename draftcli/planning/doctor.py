@@ -25,7 +25,7 @@ from draftcli.core.engine.sharding import compiled, working_attention
 from draftcli.errors import DraftpError, InputError
 
 State = Literal["ok", "warning", "failed"]
-PATIENCE = 3.0  # seconds for the hub to answer
+HUB_TIMEOUT = 3.0  # seconds for the hub to answer
 ROOM = 20e9  # bytes: a download of SDXL and a reward, and a run's checkpoints
 
 
@@ -138,11 +138,11 @@ def _hub(is_needed: bool) -> Finding:
     offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on")
     address = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     host, port = address.hostname or "huggingface.co", address.port or (80 if address.scheme == "http" else 443)
-    reasons = ["HF_HUB_OFFLINE is set"] if offline else [f"{host} does not answer within {PATIENCE:g} s"]
+    reasons = ["HF_HUB_OFFLINE is set"] if offline else [f"{host} does not answer within {HUB_TIMEOUT:g} s"]
 
     def call() -> None:
         try:
-            socket.create_connection((host, port), timeout=PATIENCE).close()
+            socket.create_connection((host, port), timeout=HUB_TIMEOUT).close()
             reasons.clear()
         except OSError as error:
             reasons[:] = [f"{host} does not answer ({error.strerror or type(error).__name__})"]
@@ -150,7 +150,7 @@ def _hub(is_needed: bool) -> Finding:
     if not offline:  # in a thread, as looking up a name knows no time-out
         caller = threading.Thread(target=call, daemon=True)
         caller.start()
-        caller.join(PATIENCE)
+        caller.join(HUB_TIMEOUT)
     if not reasons:
         return Finding("hub", "ok", f"{host} answers")
     need = "this model must be in the cache already" if is_needed else "this model is a folder here"

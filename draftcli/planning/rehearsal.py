@@ -33,7 +33,7 @@ from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.sdxl import Parts
 from draftcli.planning.live_bytes import PeakMeter
 from draftcli.planning.stand_ins import (
-    Others,
+    RepeatedLayers,
     StandInReward,
     WithoutData,
     autocast_to,
@@ -95,7 +95,7 @@ def weights_of(cfg: Config, folder: Path) -> Weights:
         found["held-out rewards"] = held_out_size
     moments = sum(times * moment_bytes([p], cfg.optim.name) for p, times in weights)
     layers = [(layer, 1) for layer in lora_layers(parts.unet)]
-    for others in (module for module in parts.unet.modules() if isinstance(module, Others)):
+    for others in (module for module in parts.unet.modules() if isinstance(module, RepeatedLayers)):
         layers += [(layer, others.count) for layer in lora_layers(others.like)]
     # Those in 8 bits are never folded into.
     bases = [(layer.get_base_layer(), times) for layer, times in layers]
@@ -215,7 +215,7 @@ def _stand_ins(key: str, folder: Path) -> Parts:
         autocast_to(parts.unet, DTYPES[cfg.model.precision])
     if cfg.sharding.activation_checkpointing:
         checkpoint_activations(parts.unet, parts.vae)
-        for others in (module for module in parts.unet.modules() if isinstance(module, Others)):
+        for others in (module for module in parts.unet.modules() if isinstance(module, RepeatedLayers)):
             others.recomputed = True
     return parts
 
@@ -322,13 +322,13 @@ def _batch(cfg: Config) -> Batch:
 @contextmanager
 def _counted(model: SDXLDRaFTPModel, *more: nn.Module, fused: bool = True) -> Iterator[tuple[PeakMeter, Any]]:
     """Inside, what is alive is counted by the model's phases; the second thing given says what came beside weights."""
-    networks = [*model.parts.modules.values(), *filter(None, [model._base_unet]), *more]
+    networks = [*model.parts.modules.values(), *filter(None, [model.base_unet]), *more]
     known = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     gradients = [p.grad for p in model.trainable_parameters if p.grad is not None]
     live = WithoutData([*known, *gradients], fused=fused)
     before = live.now
     model.phase = meter = PeakMeter(live)
-    others = [module for network in networks for module in network.modules() if isinstance(module, Others)]
+    others = [module for network in networks for module in network.modules() if isinstance(module, RepeatedLayers)]
     for module in others:
         module.live = live
     try:

@@ -1,7 +1,7 @@
 """Networks with every shape and dtype of a run and no data, on the meta device: what a training would hold can be seen
 before anything is fetched. They work inside `WithoutData`.
 
-Of many equal layers one after another two are there, and `Others` keeps in memory what those between would.
+Of many equal layers one after another two are there, and `RepeatedLayers` keeps in memory what those between would.
 """
 
 from __future__ import annotations
@@ -155,11 +155,11 @@ REPEATED = ("BasicTransformerBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "
 
 
 def shorten(network: nn.Module) -> None:
-    """Leave the first and the last of many equal layers, in place; `Others` stands for those between."""
+    """Leave the first and the last of many equal layers, in place; `RepeatedLayers` stands for those between."""
     for module in list(network.modules()):
         for name, layers in module.named_children():
             if isinstance(layers, nn.ModuleList) and len(layers) > 3 and type(layers[0]).__name__ in REPEATED:
-                between = Others(layers[0], len(layers) - 2)
+                between = RepeatedLayers(layers[0], len(layers) - 2)
                 setattr(module, name, nn.ModuleList([layers[0], between, layers[-1]]))
     network.register_forward_hook(_let_go)
 
@@ -167,7 +167,7 @@ def shorten(network: nn.Module) -> None:
 def tensors(network: nn.Module, buffers: bool = True) -> Iterator[tuple[Tensor, int]]:
     """Every parameter (and buffer) of a network, and how often the whole network has one like it."""
     yield from ((tensor, 1) for tensor in (*network.parameters(), *(network.buffers() if buffers else ())))
-    for others in (module for module in network.modules() if isinstance(module, Others)):
+    for others in (module for module in network.modules() if isinstance(module, RepeatedLayers)):
         own = (*others.like.parameters(), *(others.like.buffers() if buffers else ()))
         yield from ((tensor, others.count) for tensor in own)
 
@@ -177,7 +177,7 @@ def size_of(found: Iterable[tuple[Tensor, int]]) -> int:
     return sum(times * tensor.numel() * tensor.element_size() for tensor, times in found)
 
 
-class Others(nn.Module):
+class RepeatedLayers(nn.Module):
     """Stands for `count` layers that are like the one before it: it computes nothing, and keeps in memory as much as
     each of them would have kept, which is seen on that layer: what a graph needs until backward, autocast's casts of
     trained weights until the network is done.
@@ -231,7 +231,7 @@ class Others(nn.Module):
 
 def _let_go(network: nn.Module, *_: Any) -> None:
     for module in network.modules():
-        if isinstance(module, Others | _Autocast):
+        if isinstance(module, RepeatedLayers | _Autocast):
             module.let_go()
 
 

@@ -115,7 +115,7 @@ def write_pictures(
     done: list[File] = []
     drawn = torch.zeros(1, dtype=torch.int64)
     try:
-        with ranks.together():
+        with ranks.all_or_none():
             for group in groups[ranks.rank :: ranks.size]:
                 for c, column in enumerate(columns):
                     wanted = [files[i * len(columns) + c] for i in group]

@@ -161,13 +161,13 @@ def save_checkpoint(
 
     with disk_errors(target):
         try:
-            with ranks.together():
+            with ranks.all_or_none():
                 if ranks.is_main:
                     shutil.rmtree(aside, ignore_errors=True)  # left by a process that was killed
                     aside.mkdir()
             save_weights(trainer.model, aside, write=ranks.is_main)
             save_tensors(trainer.tensors(), aside / "training", ranks)
-            with ranks.together():
+            with ranks.all_or_none():
                 if ranks.is_main:
                     write_aside(target, finish)
                     for old in run.checkpoints()[keep:]:
@@ -196,7 +196,7 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
     """
     damaged: list[str] = []
     newest = None
-    with trainer.ranks.together():
+    with trainer.ranks.all_or_none():
         found: list[tuple[Path, str]] = []
         for folder in run.checkpoints() if trainer.ranks.is_main else []:
             problem = _problem(folder)
@@ -208,7 +208,7 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
             # Under its name it would be the newest for every command, and push whole ones out.
             where = f"; it is {set_aside(folder)} now" if newest is not None else ""
             damaged.append(f"{folder} is damaged ({problem}) and is passed over{where}")
-    newest, damaged = trainer.ranks.told((newest, damaged))
+    newest, damaged = trainer.ranks.broadcast((newest, damaged))
     if newest is None and damaged:
         raise DraftpError(
             f"every checkpoint of {run.folder} is damaged, the newest: {damaged[0]}; put one back from a copy, remove "

@@ -32,7 +32,7 @@ from draftcli.training.log import RunLog
 from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
 from draftcli.training.step import Trainer
-from draftcli.training.stop import OutOfPatience, Stop, stop_on_signal
+from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
 from draftcli.training.validation import Validation, hacking, score
 
 
@@ -73,8 +73,8 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
     with open_ranks(timeout) as ranks, ExitStack() as held:
         if not ranks.is_main:
             console = Console(quiet=True)
-        ranks.at("reading settings and prompts")
-        with ranks.together():
+        ranks.heartbeat("reading settings and prompts")
+        with ranks.all_or_none():
             check_sampler(cfg.sampling.sampler)
             check_installed(cfg)
             check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
@@ -82,18 +82,18 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             check_names([*cfg.rewards, *cfg.held_out_rewards])
         run = Run(folder)
         check_alike(cfg, [prompts, held_out_prompts], ranks)
-        with ranks.together():
+        with ranks.all_or_none():
             if ranks.is_main:
                 held.enter_context(run.locked())
                 for change in run.open(cfg):
                     console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
         check_shared(run, ranks)
-        if ranks.told(run.finished(cfg.trainer.max_steps)):
+        if ranks.broadcast(run.finished(cfg.trainer.max_steps)):
             return Outcome(cfg.trainer.max_steps, finished=True, already_done=True, written=_written(run))
-        ranks.at("loading the networks")
-        with ranks.together():
+        ranks.heartbeat("loading the networks")
+        with ranks.all_or_none():
             session = _Session(cfg, run, prompts, held_out_prompts, ranks, console)
-        with ranks.together():
+        with ranks.all_or_none():
             session.start()
         with session, stop_on_signal(ranks) as asked_to_stop:
             outcome = session.go(asked_to_stop)
@@ -127,7 +127,7 @@ class _Session:
         held_out = load_held_out(cfg)
         self.model = model = SDXLDRaFTPModel(cfg)
         processes = f", {ranks.size} processes" if ranks.size > 1 else ""
-        split = ", weights split over them" if sharding.is_wanted(cfg.sharding) else ""
+        split = ", weights split over them" if sharding.splits_weights(cfg.sharding) else ""
         console.print(f"running on {model.runtime.reason}{processes}{split}", highlight=False)
         if cfg.sharding.offload and model.runtime.device.type == "cpu":
             self._warn("sharding.offload saves nothing on a CPU: the same memory holds the weights twice")
@@ -145,9 +145,9 @@ class _Session:
         """Split the network, where it is to be, and resume. From here on the processes work together."""
         if self.ranks.size == 1 and self.cfg.sharding.strategy == "fsdp":
             self._warn("sharding.strategy fsdp has no effect with one process")
-        if sharding.is_wanted(self.cfg.sharding):
+        if sharding.splits_weights(self.cfg.sharding):
             self.ranks.lockstep = True
-            self.ranks.at("splitting the weights")
+            self.ranks.heartbeat("splitting the weights")
             self.model.configure_sharded_model()
         self.trainer = Trainer(self.model, self.rewards, self.prompts, self.ranks)
         if self.cfg.optim.name == "adamw8bit" and all(w.numel() < SMALLEST for w in self.trainer.weights):
@@ -162,7 +162,7 @@ class _Session:
         self.live = LiveView(self.console, self.run.folder.name, self.first, self.cfg.trainer.max_steps, past)
 
     def __enter__(self) -> _Session:
-        with ExitStack() as stack, self.ranks.together():
+        with ExitStack() as stack, self.ranks.all_or_none():
             if self.ranks.is_main:
                 stack.enter_context(self.log)
                 stack.enter_context(self.live)
@@ -176,7 +176,7 @@ class _Session:
         """The loop: one round more than there are steps, so that the end is handled by the lines of the middle."""
         cfg, outcome = self.cfg.trainer, Outcome(self.first, validation=next(reversed(self.run.validations()), None))
         last = cfg.max_steps
-        self._limit_patience(asked_to_stop)
+        self._stop_late_work(asked_to_stop)
         validated = {line["step"] for line in self.run.validations()} if self.ranks.is_main else set()
         for step in range(self.first, last + 1):
             outcome.step = step
@@ -191,7 +191,7 @@ class _Session:
             ):
                 try:
                     outcome.validation, is_best = self._validate(step)
-                except OutOfPatience:
+                except DeadlinePassed:
                     break
             if step > self.first and (step % cfg.save_interval == 0 or step == last or stopping or is_best):
                 self._save(step)
@@ -200,20 +200,21 @@ class _Session:
                 break
             try:
                 self._step(step + 1)
-            except OutOfPatience:
+            except DeadlinePassed:
                 break
         outcome.interrupted = not outcome.finished
         outcome.skipped = self.trainer.skipped
-        self.ranks.at("writing final/")
-        with self.ranks.together():
+        self.ranks.heartbeat("writing final/")
+        with self.ranks.all_or_none():
             if outcome.finished and (self.ranks.is_main or self.ranks.lockstep):
                 self._write_final(outcome)
         outcome.written = _written(self.run)
         return outcome
 
-    def _limit_patience(self, asked_to_stop: Stop) -> None:
-        """Whoever sends SIGTERM kills soon: what takes longer than PATIENCE from then on is given up between two of
-        its phases, and the step before it saved. Several processes finish the step: they must stop at the same place.
+    def _stop_late_work(self, asked_to_stop: Stop) -> None:
+        """Whoever sends SIGTERM kills soon: what takes longer than SAVE_DEADLINE from then on is given up between two
+        of its phases, and the step before it saved. Several processes finish the step: they must stop at the same
+        place.
         """
         if self.ranks.size > 1:
             return
@@ -221,7 +222,7 @@ class _Session:
 
         def check() -> None:
             if asked_to_stop.is_late():
-                raise OutOfPatience
+                raise DeadlinePassed
 
         def phase(name: str) -> AbstractContextManager[Any]:
             check()
@@ -250,7 +251,7 @@ class _Session:
     def _step(self, step: int) -> None:
         with self._keeping(step - 1):
             line = self.trainer.step(step)
-        with self.ranks.together():
+        with self.ranks.all_or_none():
             if self.ranks.is_main:
                 self.log.step(line)
                 self.live.step(line, self.trainer.skipped)
@@ -260,11 +261,11 @@ class _Session:
     def _validate(self, step: int) -> tuple[dict[str, Any], bool]:
         assert self.validation is not None
         ema = self.trainer.ema
-        self.ranks.at(f"validation after step {step}")
+        self.ranks.heartbeat(f"validation after step {step}")
         averaged = ema is not None and self.cfg.ema.in_validation
         with self._keeping(step), ema.in_place() if ema is not None and averaged else nullcontext():
             result, sheet = self.validation(self.run, step, self.live.note)
-        with self.ranks.together():
+        with self.ranks.all_or_none():
             if self.ranks.is_main:
                 weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
                 result["score"] = score(result, weights, list(self.cfg.held_out_rewards))
@@ -284,8 +285,8 @@ class _Session:
 
     def _save(self, step: int) -> None:
         self.live.note(f"saving step {step}")
-        self.ranks.at(f"saving step {step}")
-        with self.ranks.together():
+        self.ranks.heartbeat(f"saving step {step}")
+        with self.ranks.all_or_none():
             if self.ranks.is_main or self.ranks.lockstep:
                 self._write_checkpoint(step)
         self._saved = step
@@ -300,7 +301,7 @@ class _Session:
 
     def _resume(self) -> int:
         """Put back the newest whole checkpoint; the step it is of, 0 where there is none."""
-        self.ranks.at("resuming")
+        self.ranks.heartbeat("resuming")
         state, damaged = load_newest(self.run, self.trainer)
         for line in damaged:
             self._warn(line)

@@ -22,8 +22,8 @@ def check_alike(cfg: Config, prompts: Sequence[Sequence[Prompt]], ranks: Ranks) 
     if ranks.size == 1:
         return
     own = {"settings": dump_config(cfg), "prompts": [fingerprint(some) for some in prompts]}
-    first = ranks.told(own)
-    with ranks.together():
+    first = ranks.broadcast(own)
+    with ranks.all_or_none():
         if other := [what for what in own if own[what] != first[what]]:
             raise InputError(
                 f"process {ranks.rank} on {socket.gethostname()} has other {' and '.join(other)} than process 0; give "
@@ -35,15 +35,15 @@ def check_shared(run: Run, ranks: Ranks) -> None:
     """Raise InputError where processes see different folders: each would keep its part of a checkpoint for itself."""
     if ranks.size == 1:
         return
-    probe = beside(run.folder / ranks.told(secrets.token_hex(8)))
-    with ranks.together(), disk_errors(run.folder):
+    probe = beside(run.folder / ranks.broadcast(secrets.token_hex(8)))
+    with ranks.all_or_none(), disk_errors(run.folder):
         if ranks.is_main:
             probe.touch()
     found = ranks.where(_appears(probe))
-    with ranks.together(), disk_errors(run.folder):
+    with ranks.all_or_none(), disk_errors(run.folder):
         if ranks.is_main:
             probe.unlink()
-    with ranks.together():
+    with ranks.all_or_none():
         if missing := [str(rank) for rank in range(ranks.size) if rank not in found]:
             raise InputError(
                 f"{run.folder} is another folder for process {', '.join(missing)} than for process 0; take an --output "

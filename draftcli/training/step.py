@@ -89,7 +89,7 @@ class Trainer:
             DraftpError: the third step in a row whose reward, loss or gradient is not finite.
         """
         began, self._step = time.perf_counter(), step
-        self.ranks.at(f"step {step}, drawing its pictures")
+        self.ranks.heartbeat(f"step {step}, drawing its pictures")
         batch, scaler = self.batch(step), self.model.grad_scaler
         metrics, scores = self._gradient(batch)
         scaler.unscale_(self.optimizer)
@@ -138,9 +138,9 @@ class Trainer:
         mine = self.ranks.share(len(batch))
         part = batch.split(len(mine))[self.ranks.rank]
         try:
-            with self.ranks.together():
+            with self.ranks.all_or_none():
                 _, metrics = self.model.get_loss_and_metrics(part)
-                self.ranks.at(f"step {self._step}, waiting for the others' gradients")
+                self.ranks.heartbeat(f"step {self._step}, waiting for the others' gradients")
         except BaseException:  # the step did not happen
             self.optimizer.zero_grad(set_to_none=True)
             self.rewards.pop_scores()

@@ -11,10 +11,10 @@ from typing import Any
 
 from draftcli.core.engine.ranks import Ranks
 
-PATIENCE = 10.0  # seconds after SIGTERM in which a step may still end; what is left of the usual 30 is for saving
+SAVE_DEADLINE = 10.0  # seconds after SIGTERM in which a step may still end; what is left of the usual 30 is for saving
 
 
-class OutOfPatience(Exception):
+class DeadlinePassed(Exception):
     """What is being done takes too long for somebody who will kill this process."""
 
 
@@ -55,7 +55,7 @@ def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
             print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
         stop.asked = True
         if number == signal.SIGTERM:
-            stop.deadline = time.monotonic() + PATIENCE
+            stop.deadline = time.monotonic() + SAVE_DEADLINE
 
     previous = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -84,7 +84,7 @@ class Validation:
         """
         if self._base is None:
             self._base = self._kept(run.base) or self._judge("base", progress)
-            with self.ranks.together():
+            with self.ranks.all_or_none():
                 if self.ranks.is_main and not run.base.is_file():
                     self._keep(run.base, self._base)
         # Before the first step the tuned network is the base: there is nothing to draw.
@@ -94,7 +94,7 @@ class Validation:
         }
         diversity = paired(*(pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)))
         sheet = run.samples / f"step-{step:06d}-sheet.png"
-        with self.ranks.together():
+        with self.ranks.all_or_none():
             if self.ranks.is_main:
                 self._write_sheet(sheet, step, base, tuned)
         return {"step": step, "images": len(self.pictures), "rewards": figures, "diversity": diversity}, sheet
@@ -104,7 +104,7 @@ class Validation:
         judged = Judged(
             torch.zeros(count, len(self.rewards), dtype=torch.float64), torch.zeros(count, 3 * EDGE * EDGE), {}
         )
-        with self.ranks.together(), torch.no_grad():
+        with self.ranks.all_or_none(), torch.no_grad():
             done = mine.start
             pictures = self.pictures[mine.start : mine.stop]
             for images, prompts in draw(self.model, pictures, kind, self.model.cfg.trainer.micro_batch_size):

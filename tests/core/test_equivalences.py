@@ -113,7 +113,7 @@ def test_frozen_parts_get_no_gradient(tiny_sdxl, scheme):
     model.get_loss_and_metrics(batch(2))
     trained = {id(p) for p in model.trainable_parameters}
     frozen = [p for m in model.parts.modules.values() for p in m.parameters() if id(p) not in trained]
-    frozen += list(model._base_unet.parameters()) if scheme else []
+    frozen += list(model.base_unet.parameters()) if scheme else []
     assert len(frozen) > 300
     assert not any(p.requires_grad or p.grad is not None for p in frozen)
     assert all(p.grad is not None for p in model.trainable_parameters)
@@ -205,15 +205,15 @@ def test_the_base_is_the_model_before_training(tiny_sdxl, scheme):
 
 def test_the_base_of_full_fine_tuning_stays_behind(tiny_sdxl):
     model = tiny_model(tiny_sdxl, **FULL)
-    base = {name: p.clone() for name, p in model._base_unet.named_parameters()}
+    base = {name: p.clone() for name, p in model.base_unet.named_parameters()}
     optimizer = torch.optim.SGD(model.trainable_parameters, lr=0.1)
     model.get_loss_and_metrics(batch(2))
     optimizer.step()
-    assert all(torch.equal(p, base[name]) for name, p in model._base_unet.named_parameters())
+    assert all(torch.equal(p, base[name]) for name, p in model.base_unet.named_parameters())
     assert any(not torch.equal(p, base[name]) for name, p in model.unet.named_parameters())
     tuned = model.unet
     with model.base_weights():
-        assert model.unet is model._base_unet
+        assert model.unet is model.base_unet
     assert model.unet is tuned
     with pytest.raises(RuntimeError, match="from inside"), model.base_weights():
         raise RuntimeError("from inside")
@@ -368,7 +368,7 @@ def test_annealing_with_weight_0_is_base_and_with_1_tuned(tiny_sdxl, scheme, chu
 )
 def test_a_step_with_weight_0_or_1_asks_one_network(tiny_sdxl, kind, tuned, base):
     model = tiny_model(tiny_sdxl, 0.02, **FULL)
-    tuned_calls, base_calls = count_calls(model.unet), count_calls(model._base_unet)
+    tuned_calls, base_calls = count_calls(model.unet), count_calls(model.base_unet)
     model.annealed_guidance(batch(1), model.initial_noise(batch(1)), weighing(kind))
     assert (len(tuned_calls), len(base_calls)) == (tuned, base)
 

@@ -56,7 +56,7 @@ def test_a_step_holds_one_group_at_a_time(tiny_sdxl, scheme):
     """The second copy of frozen weights that is there is the UNet's, then decoder and reward's, then the UNet's."""
     model = tiny_model(tiny_sdxl, sharding={"offload": True}, peft={"peft_scheme": scheme})
     judge = model.reward_model = Judge()
-    unets = [model.unet] if model._base_unet is None else [model.unet, model._base_unet]
+    unets = [model.unet] if model.base_unet is None else [model.unet, model.base_unet]
     copies = []
     live = LiveBytes([t for n in (*unets, model.vae, judge) for t in (*n.parameters(), *n.buffers())])
     need = model._residency.need

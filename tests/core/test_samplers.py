@@ -213,7 +213,7 @@ def test_stochastic_asks_tuned_as_often_as_the_weight_says(tiny_sdxl):
     model = tiny_model(
         tiny_sdxl, 0.02, sampling={"steps": 40}, peft={"peft_scheme": "none"}, draftp={"truncation_steps": 1}
     )
-    tuned, base = count_calls(model.unet), count_calls(model._base_unet)
+    tuned, base = count_calls(model.unet), count_calls(model.base_unet)
     for seed in range(4):
         one = batch(1, first=seed)
         model.annealed_guidance(one, model.initial_noise(one), weighing("constant_0.25"), stochastic=True)

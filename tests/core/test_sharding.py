@@ -57,7 +57,7 @@ def read_once(rank: int, folder: Path) -> dict[str, bool]:
     """Whether a process has no weights where it should have none, and the right ones once they are split."""
     cfg = tiny_config(folder, peft={"peft_scheme": "none"}, sharding={"strategy": "fsdp"})
     model = SDXLDRaFTPModel(cfg)
-    base = model._base_unet
+    base = model.base_unet
     held = [any(not p.is_meta for p in network.parameters()) for network in (model.unet, base)]
     model.configure_sharded_model()
     expected = load_parts(cfg.model, trained_in_full=True).unet.state_dict()

@@ -324,7 +324,7 @@ def signal_at(monkeypatch, call: int, number: int) -> None:
 
 @pytest.mark.parametrize("where", ["step", "validation"])
 def test_a_scheduler_that_kills_soon_gets_what_is_done(tiny_sdxl, monkeypatch, where):
-    """A step, or a validation, that takes longer than PATIENCE after SIGTERM is given up, and nothing is lost."""
+    """A step, or a validation, that takes longer than SAVE_DEADLINE after SIGTERM is given up, and nothing is lost."""
     preset = recipe(
         tiny_sdxl,
         data=WITH_VALIDATION,
@@ -332,7 +332,7 @@ def test_a_scheduler_that_kills_soon_gets_what_is_done(tiny_sdxl, monkeypatch, w
         ema={"decay": 0.8},
     )
     whole = train_whole(preset)
-    monkeypatch.setattr(stop, "PATIENCE", 0.0)
+    monkeypatch.setattr(stop, "SAVE_DEADLINE", 0.0)
     with monkeypatch.context() as patch:
         # The base and the first validation are 4 pictures, a step is 2.
         signal_at(patch, 4 + 2 * 2 + 1 if where == "step" else 4 + 3 * 2 + 1, signal.SIGTERM)

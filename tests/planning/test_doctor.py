@@ -36,7 +36,7 @@ def test_a_healthy_model_passes_without_gpu_and_hub(tiny_sdxl, scheme):
     assert lines[-1] == "healthy"
 
 
-def test_compile_is_tried_where_it_is_wanted(tiny_sdxl, monkeypatch):
+def test_compile_is_tried_where_it_splits_weights(tiny_sdxl, monkeypatch):
     def without_compiler(graph, inputs):
         raise RuntimeError("no C++ compiler")
 
@@ -85,7 +85,7 @@ def test_the_hub_is_asked_for_a_bounded_time_only(tiny_sdxl, monkeypatch):
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     monkeypatch.setenv("HF_ENDPOINT", "http://192.0.2.1:9")
-    monkeypatch.setattr(doctor, "PATIENCE", 0.3)
+    monkeypatch.setattr(doctor, "HUB_TIMEOUT", 0.3)
     began = time.monotonic()
     finding = doctor._hub(is_needed=True)
     assert finding.state == "warning"

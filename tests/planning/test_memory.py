@@ -68,7 +68,7 @@ def measured(cfg) -> tuple[int, dict[str, int]]:
     batch = Batch(["a red circle"] * count, list(range(count)), size, [None] * count)
     optimizer = make_optimizer(model.trainable_parameters, cfg.optim)
     networks = [*model.parts.modules.values(), *reward.rewards.values()]
-    networks += [] if model._base_unet is None else [model._base_unet]
+    networks += [] if model.base_unet is None else [model.base_unet]
     weights = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     live = LiveBytes(weights)
     model.phase = meter = PeakMeter(live)
@@ -201,10 +201,10 @@ def test_equal_layers_left_out_hardly_change_the_plan(deep, whole, case):
     sections = {name: base.get(name, {}) | DEEP[case].get(name, {}) for name in base | DEEP[case]}
     cfg = tiny_config(deep, **sections)
     short = memory.memory_plan(cfg, deep)
-    assert any(isinstance(m, stand_ins.Others) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
+    assert any(isinstance(m, stand_ins.RepeatedLayers) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
     whole()
     long = memory.memory_plan(cfg, deep)
-    assert not any(isinstance(m, stand_ins.Others) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
+    assert not any(isinstance(m, stand_ins.RepeatedLayers) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
     assert short.resident == long.resident
     assert short.phases.keys() == long.phases.keys()
     always = sum(long.resident.values())

@@ -40,7 +40,7 @@ def one_rank(rank: int, folder: str, out: str) -> None:
         model.configure_sharded_model()
         weights = model.trainable_parameters
         optimizer = torch.optim.AdamW(weights)
-        networks = [model.unet, *filter(None, [model._base_unet])]
+        networks = [model.unet, *filter(None, [model.base_unet])]
         frozen = local_bytes(p for network in networks for p in network.parameters() if not p.requires_grad)
         model.get_loss_and_metrics(batch(4).split(2)[rank])
         optimizer.step()

@@ -17,7 +17,7 @@ from torch import Tensor
 from draftcli.errors import DraftpError, InputError
 
 # Longer than any validation or checkpoint that other processes wait for.
-PATIENCE = timedelta(hours=2)
+DEFAULT_TIMEOUT = timedelta(hours=2)
 NOTICE = 5.0  # seconds that a process which misses another gives the rest to miss it too
 NOTICED = "missed another"
 
@@ -72,25 +72,25 @@ class Ranks:
 
     def where(self, here: bool) -> list[int]:
         """The processes in which it is so."""
-        return [rank for rank, flag in enumerate(self.each(int(here))) if flag]
+        return [rank for rank, flag in enumerate(self.all_gather(int(here))) if flag]
 
-    def each(self, number: int) -> list[int]:
-        """The numbers of all processes."""
+    def all_gather(self, number: int) -> list[int]:
+        """The number that each process gives, in every process (collective)."""
         numbers = torch.zeros(self.size, dtype=torch.int64)
         numbers[self.rank] = number
         self.sum_([numbers])
         return numbers.tolist()
 
-    def told(self, what: Any) -> Any:
-        """What the main process says, in every process."""
-        said = [what]
+    def broadcast(self, value: Any) -> Any:
+        """Process 0's value, in every process (collective)."""
+        values = [value]
         if self.size > 1:
-            dist.broadcast_object_list(said, src=0, device=torch.device("cpu"))
-        return said[0]
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Work that each process does by itself, or one for all: when it fails in one, all of them raise.
+    def all_or_none(self) -> Iterator[None]:
+        """Work that each process does by itself, or one for all: if it fails in one, all of them raise (collective).
 
         Without it the others would wait for the one that failed. When all of them fail the main one speaks for all.
         """
@@ -101,7 +101,7 @@ class Ranks:
             if self.lockstep or is_lost_connection(error):
                 raise
             failure = error
-        codes = self.each(0 if failure is None else getattr(failure, "exit_code", 1))
+        codes = self.all_gather(0 if failure is None else getattr(failure, "exit_code", 1))
         failed = [rank for rank, code in enumerate(codes) if code]
         if isinstance(failure, DraftpError) and self.rank and len(failed) == self.size:
             raise SystemExit(failure.exit_code) from failure  # process 0 says it for all
@@ -111,7 +111,7 @@ class Ranks:
             kind = InputError if InputError.exit_code in codes else DraftpError
             raise kind(f"{_processes(failed)} of this run failed; see above what it said")
 
-    def at(self, what: str) -> None:
+    def heartbeat(self, what: str) -> None:
         """Note what this process is doing, for the others to read should they wait for it in vain."""
         self._at = what
         if self._board is not None and self.size > 1:
@@ -161,7 +161,7 @@ def _processes(ranks: Sequence[int]) -> str:
 
 
 @contextmanager
-def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
+def open_ranks(timeout: timedelta = DEFAULT_TIMEOUT) -> Iterator[Ranks]:
     """The processes of this run; a process group is made where there are several and none is there yet.
 
     Args:
@@ -181,7 +181,7 @@ def open_ranks(timeout: timedelta = PATIENCE) -> Iterator[Ranks]:
     ranks, failed = Ranks(int(os.environ["RANK"]) if ours else dist.get_rank(), size, board), False
     try:
         if ours:
-            ranks.at("connecting")
+            ranks.heartbeat("connecting")
             backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
             if torch.cuda.is_available():
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -151,7 +151,7 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def is_wanted(settings: ShardingConfig) -> bool:
+def splits_weights(settings: ShardingConfig) -> bool:
     """Whether the networks are to be split over the processes: fsdp, and there are several."""
     return settings.strategy == "fsdp" and dist.is_initialized() and dist.get_world_size() > 1
 
