@@ -126,8 +126,8 @@ def make_sides(
     prompts, seeds = [TEXTS[i % len(TEXTS)] for i in range(count)], list(range(count))
 
     def ours(phase: Phase) -> float:
-        model.phase = phase
-        return model.get_loss_and_metrics(Batch(prompts, seeds, size, [None] * count))[0]
+        with model.watched(phase):
+            return model.get_loss_and_metrics(Batch(prompts, seeds, size))[0]
 
     def theirs(phase: Phase) -> float:
         plain.phase = phase
@@ -182,10 +182,11 @@ def folding_error(model: SDXLDRaFTPModel) -> str:
     """How far folding moves x_K of one picture, and what rounding takes from the LoRA, in words."""
     cfg = model.cfg
     batch = Batch(TEXTS[:1], [0], (cfg.sampling.height, cfg.sampling.width), [None])
-    cond, start = model.encode(batch), model.start(model.initial_noise(batch))
-    plain, share = model.rollout(start, cond), lost_share(model.unet)
+    tuned, start = model.networks.tuned(model.encode(batch)), model.networks.start(batch)
+    until = cfg.sampling.steps - cfg.draftp.truncation_steps
+    plain, share = model.sampler.walk(tuned, start, stop=until), lost_share(model.unet)
     with folded(model.unet, math.inf):
-        error = float((model.rollout(start, cond) - plain).norm() / plain.norm())
+        error = float((model.sampler.walk(tuned, start, stop=until) - plain).norm() / plain.norm())
     verdict = "folded" if share <= cfg.sharding.fold_tolerance else "refused"
     return f"folding moves x_K by {error:.1e} of its norm, rounding takes {share:.1e} of the LoRA: {verdict}"
 

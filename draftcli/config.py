@@ -103,13 +103,24 @@ class DraftpConfig(Section):
     """eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
     log_kl: bool = True
     """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
+    gradient: str | dict[str, Any] = "last_k"
+    """Which steps carry gradient: a mode's NAME, or {mode: NAME, option: value}; last_k or low_variance {samples}."""
     low_variance_samples: CountFromZero = 0
-    """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean."""
+    """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean. The
+    same as gradient {mode: low_variance, samples: n}."""
 
     @property
     def needs_base(self) -> bool:
         """Whether training asks the base at all: for the penalty, or to log it."""
         return self.kl_coeff > 0 or self.log_kl
+
+    @property
+    def gradient_mode(self) -> tuple[str, dict[str, Any]]:
+        """The gradient mode's name, and its options."""
+        if self.low_variance_samples:
+            return "low_variance", {"samples": self.low_variance_samples}
+        options = {"mode": self.gradient} if isinstance(self.gradient, str) else dict(self.gradient)
+        return options.pop("mode", "last_k"), options
 
 
 class PeftConfig(Section):

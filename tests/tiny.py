@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from draftcli.config import Config, ModelConfig, check_config
+from draftcli.core.backward import KeptGraph, Piece, Walked
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.models.sdxl import Parts, load_parts
@@ -98,6 +99,18 @@ def move(model: SDXLDRaFTPModel, by: float) -> None:
         for parameter in model.trainable_parameters:
             step = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_(by * step.to(parameter))
+
+
+@torch.no_grad()
+def latents_at(model: SDXLDRaFTPModel, cond: Any, x: Tensor, step: int) -> Tensor:
+    """The latents at level `step` of the tuned network's walk from x at level 0."""
+    return model.sampler.walk(model.networks.tuned(cond), x, stop=step)
+
+
+def gradient_steps(model: SDXLDRaFTPModel, cond: Any, x: Tensor, first: int) -> Walked:
+    """The steps from `first` to the image from x at that level, tuned beside base, in the grad mode of the caller."""
+    piece = Piece([""] * len(x), cond, model.sampler.levels(first), [x])
+    return KeptGraph().walk(model.networks, piece, with_base=True)
 
 
 def prefers_red(images: Tensor, prompts: Sequence[str]) -> Tensor:

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcli.core.denoise import Predict, Solver, denoise
+from draftcli.core.batch import derived_seed
+from draftcli.core.denoise import Predict, Sampler, Solver
 from draftcli.core.schedule import Level, Schedule
 from draftcli.errors import InputError
 
@@ -78,6 +79,30 @@ def step_weights(weigh: Weighing, schedule: Schedule) -> list[float]:
             raise InputError(f"the weight at step {i} of {total} is {weight:g}; it must be in [0, 1]")
         weights.append(weight)
     return weights
+
+
+def annealed_denoiser(
+    tuned: Callable[[Any], Predict],
+    base: Callable[[Any], Predict],
+    conds: tuple[Any, Any],
+    weights: Sequence[float],
+    seeds: Sequence[int] | None = None,
+) -> Predict:
+    """The denoiser of AIG for B pictures. Weight 1 is tuned, weight 0 base.
+
+    Args:
+        tuned: a condition (core/networks.py) -> the tuned network's guided noise estimate.
+        base: the base's, likewise.
+        conds: what tuned gets, and what the base gets: the text encoders of tuned may have a LoRA.
+        weights: (N,) of tuned, from `step_weights`.
+        seeds: B; None mixes both networks. Else each step asks one of them, tuned with its weight as probability; a
+            picture's draws depend on its seed alone.
+    """
+    if seeds is None:
+        return mixed(tuned(conds[0]), base(conds[1]), weights)
+    generators = [torch.Generator().manual_seed(derived_seed(seed, "network")) for seed in seeds]
+    uniform = torch.stack([torch.rand(len(weights), generator=g) for g in generators])
+    return drawn(lambda rows: tuned(conds[0][rows]), lambda rows: base(conds[1][rows]), weights, uniform)
 
 
 def mixed(tuned: Predict, base: Predict, weights: Sequence[float]) -> Predict:
@@ -146,7 +171,7 @@ def evaluations(
         count += networks * (1 + is_guided(level.index))
         return x
 
-    denoise(predict, torch.zeros(1), schedule, solver=solver)
+    Sampler(schedule, solver).walk(predict, torch.zeros(1))
     return count
 
 

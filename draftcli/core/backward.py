@@ -1,199 +1,257 @@
-"""The loss of a batch and its gradient in two stages, so that memory peaks at the larger of the two, not at their sum.
+"""The gradient of one piece of a trajectory, in two stages, so that memory peaks at the larger, not at their sum.
 
-    rollout    without gradient, in large batches, LoRA folded      -> x_K (and x of every step, where steps recompute)
-    stage one  decoder, reward and their backward, a few images at a time   -> d loss / d x_0, then all of it is freed
-    stage two  the gradient steps receive it, with the KL penalty, which hangs on them alone
+    stage one  decoder, reward and their backward      -> s = d r / d x_0, then all of it is freed
+    stage two  the gradient steps receive it:  d (-<s, x_0> + beta KL) / d weights
 
-Stage two either keeps the graph of the K steps over stage one (`tail`, and one backward), or runs step after step again
-from the x that the rollout passed through, from the last to the first, each with a backward of its own: then memory
-does not grow with K. Either way the gradient is that of one backward through everything (float64: 1e-9).
-
-DRaFT-LV (Clark et al. 2024, arXiv 2309.17400) draws n more samples of the last step from one rollout: x_0 is detached,
-noised again to the last level, x_0 + sigma eps, and denoised once. The loss is the mean over all 1 + n samples (the
-paper's listing sums them, which rescales reward and penalty alike).
+Stage two is done in one of two ways, with the same gradient (float64: 1e-9). `KeptGraph` runs the gradient steps once
+and keeps their graph over stage one. `RecomputedSteps` knows x_0 already, from a walk without gradient, and runs step
+after step again, the last one first, each with a backward of its own: memory does not grow with the number of steps.
 
 Shape legend: B images, K gradient steps, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from draftcli.config import Config
-from draftcli.core.batch import ImageNoise, derived_seed
-from draftcli.core.denoise import euler_step
-from draftcli.core.models.sdxl import Conditioning
-from draftcli.core.penalty import kl_penalty
-
-if TYPE_CHECKING:
-    from draftcli.core.batch import Batch
-    from draftcli.core.draftp import SDXLDRaFTPModel
-
-
-_Scored = tuple[Tensor, Tensor | None]  # mean reward and KL of a micro-batch
+from draftcli.core.denoise import denoise, euler_step
+from draftcli.core.networks import Judge, Networks
+from draftcli.core.penalty import Penalty, objective
+from draftcli.core.phase import Phase
+from draftcli.core.schedule import Level
 
 
 @dataclass(frozen=True)
-class Path:
-    """What a rollout leaves for the two stages. Nothing here has a graph.
+class Piece:
+    """Gradient steps of B images, and where they lead: values, nothing of which has a graph.
 
     Attributes:
-        batch: B pictures.
-        cond: what the UNet is told of them.
-        noise: goes on where the rollout's churn ended.
-        first: the first gradient step.
-        x: (B, C, H, W) at each gradient step, after churn; where the graph is kept, x_K before churn alone.
-        x_0: (B, C, H, W) at the end, where steps recompute.
+        prompts: B texts, for the reward.
+        cond: what the networks get for them.
+        levels: of the K steps that carry gradient, in order.
+        x: latents (B, C, H, W) that the network sees in each of the steps, after churn; KeptGraph needs only the first.
+        x_0: (B, C, H, W) that the reward sees; KeptGraph finds it out by itself.
+        churn: with sampling.s_churn, unit noise (B, C, H, W) for each step but the first, whose level has none left.
+        reach: None: the steps follow each other, and the gradient runs through x from one to the next. Else
+            d x_0 / d eps of each: its input is detached, and x_0 moves by `reach` times the change of its estimate.
     """
 
-    batch: Batch
-    cond: Conditioning
-    noise: ImageNoise
-    first: int
-    x: list[Tensor]
-    x_0: Tensor | None
+    prompts: Sequence[str]
+    cond: Any
+    levels: Sequence[Level]
+    x: Sequence[Tensor]
+    x_0: Tensor | None = None
+    churn: Sequence[Tensor] = ()
+    reach: Sequence[float] | None = None
 
-    def split(self, count: int) -> Iterator[Path]:
-        """Parts of at most `count` pictures."""
-        for part, i in zip(self.batch.split(count), range(0, len(self.batch), count), strict=True):
-            cut = slice(i, i + count)
-            x_0 = None if self.x_0 is None else self.x_0[cut]
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def split(self, count: int) -> Iterator[Piece]:
+        """Parts of at most `count` images."""
+        for i in range(0, len(self), count):
+            some = slice(i, i + count)
             yield replace(
-                self, batch=part, cond=self.cond[cut], noise=self.noise[cut], x=[x[cut] for x in self.x], x_0=x_0
+                self,
+                prompts=self.prompts[some],
+                cond=self.cond[some],
+                x=[x[some] for x in self.x],
+                x_0=None if self.x_0 is None else self.x_0[some],
+                churn=[noise[some] for noise in self.churn],
             )
 
 
-def loss_and_gradient(model: SDXLDRaFTPModel, batch: Batch) -> dict[str, Any]:
-    """Add the gradient of the batch's mean loss to the weights' `.grad`, times `grad_scaler`'s scale under fp16.
+@dataclass(frozen=True)
+class Work:
+    """How a training step is cut up and computed. None of it changes the gradient beyond rounding.
 
-    Returns:
-        "loss", "reward" and "kl_penalty" (None where it was not measured), means over the batch; with DRaFT-LV over
-        all of its samples.
+    Attributes:
+        micro: images per backward.
+        prefix: images drawn together where no gradient is needed.
+        decode: images per backward of decoder and reward.
+        recompute: gradient steps run again when their backward comes, rather than keep their graph.
+        scale: of the loss, under fp16.
     """
-    draftp, micro = model.cfg.draftp, model.cfg.trainer.micro_batch_size
-    groups = [(group, model.encode(group)) for group in batch.split(prefix_batch_size(model.cfg))]
-    with model.phase("prefix"), model.without_gradient():
-        paths = [path for group, cond in groups for path in _rollouts(model, group, cond)]
-    samples = len(batch) * (1 + draftp.low_variance_samples)
-    parts = [(part, len(part.batch) / samples) for path in paths for part in path.split(micro)]
-    backward = _backward_of_recomputed_steps if recomputes_steps(model.cfg) else _backward_of_kept_steps
-    rewards: list[Tensor] = []
-    penalties: list[Tensor] = []
-    for (_, share), (reward, kl) in zip(parts, backward(model, parts), strict=True):
-        rewards.append(share * reward)
-        penalties += [] if kl is None else [share * kl]
-    reward = float(torch.stack(rewards).sum())
-    kl = float(torch.stack(penalties).sum()) if penalties else None
-    return {"loss": -reward + draftp.kl_coeff * (kl or 0.0), "reward": reward, "kl_penalty": kl}
+
+    micro: int
+    prefix: int
+    decode: int
+    recompute: bool
+    scale: Callable[[Tensor], Tensor]
+
+    @classmethod
+    def of(cls, cfg: Config, recomputes: bool = False, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> Work:
+        """As `cfg.sharding` and `cfg.trainer` say.
+
+        Args:
+            cfg: the settings.
+            recomputes: whether the gradient mode cannot do otherwise.
+            scale: see the class.
+        """
+        settings, micro = cfg.sharding, cfg.trainer.micro_batch_size
+        asked = settings.recompute_steps
+        if asked is None:
+            asked = settings.offload or (settings.activation_checkpointing and cfg.draftp.truncation_steps > 1)
+        return cls(
+            micro=micro,
+            # Whole micro-batches.
+            prefix=max(micro, (settings.prefix_batch_size or 8) // micro * micro),
+            decode=settings.decode_batch_size or micro,
+            recompute=asked or recomputes,
+            scale=scale,
+        )
+
+    @property
+    def executor(self) -> Executor:
+        """What runs pieces in this way."""
+        return RecomputedSteps() if self.recompute else KeptGraph()
 
 
-def prefix_batch_size(cfg: Config) -> int:
-    """Images drawn together where no gradient is needed and no activation is kept: whole micro-batches."""
-    micro = cfg.trainer.micro_batch_size
-    return max(micro, (cfg.sharding.prefix_batch_size or 8) // micro * micro)
-
-
-def recomputes_steps(cfg: Config) -> bool:
-    """Whether gradient steps run again when their backward comes, rather than keep their graph."""
-    draftp, settings = cfg.draftp, cfg.sharding
-    asked = settings.recompute_steps
-    if asked is None:
-        asked = settings.offload or (settings.activation_checkpointing and draftp.truncation_steps > 1)
-    return asked or draftp.low_variance_samples > 0
-
-
-def _rollouts(model: SDXLDRaFTPModel, batch: Batch, cond: Conditioning) -> Iterator[Path]:
-    """Without gradient: the path of `batch`, and of its DRaFT-LV samples."""
-    noise, first = model._churn_noise(batch), model.first_gradient_step
-    x = model.rollout(model.start(model.initial_noise(batch)), cond, noise)
-    if not recomputes_steps(model.cfg):
-        yield Path(batch, cond, noise, first, [x], None)
-        return
-    passed, x_0 = model.walk(x, cond, noise, first)
-    yield Path(batch, cond, noise, first, passed, x_0)
-    last = len(model.schedule) - 1
-    for j in range(model.cfg.draftp.low_variance_samples):
-        fresh = ImageNoise([derived_seed(seed, "low variance", j) for seed in batch.seeds])(tuple(x_0.shape))
-        again = x_0 + float(model.schedule.sigmas[last]) * fresh.to(x_0)
-        passed, sample = model.walk(again, cond, noise, last)
-        yield Path(batch, cond, noise, last, passed, sample)
-
-
-def reward_gradient(model: SDXLDRaFTPModel, x_0: Tensor, prompts: list[str], share: float) -> tuple[Tensor, Tensor]:
-    """Stage one: the mean reward, and d (-share * mean reward) / d x_0 (B, C, H, W), scaled under fp16."""
-    assert model.reward_model is not None, "assign model.reward_model before training"
-    count = model.cfg.sharding.decode_batch_size or len(prompts)
-    gradients: list[Tensor] = []
+def judge(nets: Networks, reward: Judge, x_0: Tensor, prompts: Sequence[str], share: float, work: Work) -> Judged:
+    """Stage one: the mean reward r of B images, and s = d (share r) / d x_0 (B, C, H, W), scaled under fp16."""
+    slopes: list[Tensor] = []
     total = torch.zeros((), device=x_0.device, dtype=x_0.dtype)
-    for i in range(0, len(prompts), count):
-        latents = x_0[i : i + count].detach().requires_grad_()
-        with model.phase("decode"):
-            image = model.decode(latents)
-        with model.phase("reward"):
-            reward = model.reward_model(image, prompts[i : i + count]).sum() / len(prompts)
-        with model.phase("backward of decoder and reward"):
-            model.grad_scaler.scale(-share * reward).backward()
-        gradients.append(torch.zeros_like(latents) if latents.grad is None else latents.grad)
-        total = total + reward.detach()
-    return total, torch.cat(gradients)
+    for i in range(0, len(prompts), work.decode):
+        some = list(prompts[i : i + work.decode])
+        latents = x_0[i : i + work.decode].detach().requires_grad_()
+        with nets.phase(Phase.DECODE):
+            image = nets.decode(latents)
+        with nets.phase(Phase.REWARD):
+            r = reward(image, some).sum() / len(prompts)
+        with nets.phase(Phase.JUDGING):
+            work.scale(share * r).backward()
+        # A reward that does not look at the picture, at least not here, has no gradient.
+        slopes.append(torch.zeros_like(latents) if latents.grad is None else latents.grad)
+        total = total + r.detach()
+    return Judged(total, torch.cat(slopes), share)
 
 
-def _backward_of_kept_steps(model: SDXLDRaFTPModel, parts: Sequence[tuple[Path, float]]) -> Iterator[_Scored]:
-    """Both stages of one micro-batch after the other; the K steps' graph is kept from their one forward pass.
+@dataclass(frozen=True)
+class Judged:
+    """What stage one found out.
 
-    Args:
-        model: whose weights get the gradient.
-        parts: micro-batches, and the share of each in the loss.
+    Attributes:
+        reward: mean of B images, a scalar.
+        slope: s = d (share r) / d x_0 (B, C, H, W).
+        share: of the B images in the loss of the whole step.
     """
-    for path, share in parts:
-        with model.phase("gradient steps"):
-            x_0, eps, eps_base = model.tail(path.x[0], path.cond, path.noise, with_base=model.cfg.draftp.needs_base)
-        reward, gradient = reward_gradient(model, x_0, list(path.batch.prompts), share)
-        with model.phase("backward of gradient steps"):
-            surrogate, kl = (gradient * x_0).sum(), None
-            if eps_base is not None:
-                kl = kl_penalty(eps, eps_base)
-                surrogate = surrogate + _penalty(model, kl, share)
-            surrogate.backward()
-        yield reward, None if kl is None else kl.detach()
+
+    reward: Tensor
+    slope: Tensor
+    share: float
 
 
-def _backward_of_recomputed_steps(model: SDXLDRaFTPModel, parts: Sequence[tuple[Path, float]]) -> Iterator[_Scored]:
-    """Stage one of all micro-batches, then stage two of all: decoder and rewards are asked for once."""
-    judged: list[tuple[Tensor, Tensor]] = []
-    for path, share in parts:
-        assert path.x_0 is not None
-        judged.append(reward_gradient(model, path.x_0, list(path.batch.prompts), share))
-    for (path, share), (reward, gradient) in zip(parts, judged, strict=True):
-        yield reward, _backward_step_by_step(model, path, share, gradient)
+@dataclass(frozen=True)
+class Walked:
+    """Where the steps of a piece led.
+
+    Attributes:
+        x_0: (B, C, H, W), with its graph where that is kept.
+        eps: guided noise estimates of the tuned network (K, B, C, H, W), where the graph is kept.
+        eps_base: of the base.
+    """
+
+    x_0: Tensor
+    eps: Tensor | None = None
+    eps_base: Tensor | None = None
 
 
-def _backward_step_by_step(model: SDXLDRaFTPModel, path: Path, share: float, gradient: Tensor) -> Tensor | None:
-    """Stage two of one micro-batch from the gradient at x_0: each step again, from the last to the first. Its KL."""
-    tuned, base = model.denoiser(path.cond), model.base_denoiser(path.cond)
-    penalties: list[Tensor] = []
-    for k in reversed(range(len(path.x))):
-        level = model.schedule.level(path.first + k, model.cfg.sampling.s_churn)
-        x = path.x[k].detach().requires_grad_(k > 0)
-        with model.phase("gradient steps"):
-            eps = tuned(x, level)
-            surrogate = (gradient * euler_step(x, eps, level)).sum()
-        if model.cfg.draftp.needs_base:
-            kl = kl_penalty(eps, base(x, level)) / len(path.x)
-            surrogate = surrogate + _penalty(model, kl, share)
-            penalties.append(kl.detach())
-        with model.phase("backward of gradient steps"):
-            surrogate.backward()
-        if k:
-            assert x.grad is not None
-            gradient = x.grad
-    return torch.stack(penalties).sum() if penalties else None
+class Executor(Protocol):
+    """Runs the gradient steps of pieces."""
+
+    def groups(self, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+        """The pieces, as many together as go through stage one before any goes through stage two."""
+        ...
+
+    def walk(self, nets: Networks, piece: Piece, with_base: bool) -> Walked:
+        """x_0 of a piece. `with_base`: the base is needed as well, for the penalty."""
+        ...
+
+    def backward(
+        self, nets: Networks, piece: Piece, walked: Walked, judged: Judged, penalty: Penalty, work: Work
+    ) -> Tensor | None:
+        """Stage two: adds the gradient to the weights' `.grad`. The penalty, without graph; None: not measured."""
+        ...
 
 
-def _penalty(model: SDXLDRaFTPModel, kl: Tensor, share: float) -> Tensor:
-    return model.grad_scaler.scale(share * model.cfg.draftp.kl_coeff * kl)
+class KeptGraph:
+    """One forward pass, whose graph is kept over stage one; one piece after the other."""
+
+    def groups(self, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+        """See `Executor`."""
+        for piece in pieces:
+            yield [piece]
+
+    def walk(self, nets: Networks, piece: Piece, with_base: bool) -> Walked:
+        """See `Executor`. The base is asked at the same x; its estimate does not steer x."""
+        tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
+        eps: list[Tensor] = []
+        eps_base: list[Tensor] = []
+
+        def predict(x: Tensor, level: Level) -> Tensor:
+            eps.append(tuned(x, level))
+            if with_base:
+                eps_base.append(base(x, level))
+            return eps[-1]
+
+        churn = iter(piece.churn)
+        with nets.phase(Phase.STEPS):
+            x_0 = denoise(predict, piece.x[0], piece.levels, noise=lambda shape: next(churn))
+        return Walked(x_0, torch.stack(eps), torch.stack(eps_base) if with_base else None)
+
+    def backward(
+        self, nets: Networks, piece: Piece, walked: Walked, judged: Judged, penalty: Penalty, work: Work
+    ) -> Tensor | None:
+        """See `Executor`."""
+        with nets.phase(Phase.BACKWARD):
+            kl = None
+            if walked.eps is not None and walked.eps_base is not None:
+                kl = penalty(walked.eps, walked.eps_base, piece.levels)
+            scaled = None if kl is None else work.scale(kl)
+            objective((judged.slope * walked.x_0).sum(), scaled, judged.share * penalty.beta).backward()
+        return None if kl is None else kl.detach()
+
+
+class RecomputedSteps:
+    """Stage one of all pieces, then stage two of all: the networks of each stage are needed once a training step."""
+
+    def groups(self, pieces: Sequence[Piece]) -> Iterator[Sequence[Piece]]:
+        """See `Executor`."""
+        yield pieces
+
+    def walk(self, nets: Networks, piece: Piece, with_base: bool) -> Walked:
+        """See `Executor`: it has been walked already."""
+        assert piece.x_0 is not None, "a piece for recomputed steps knows its x_0"
+        return Walked(piece.x_0)
+
+    def backward(
+        self, nets: Networks, piece: Piece, walked: Walked, judged: Judged, penalty: Penalty, work: Work
+    ) -> Tensor | None:
+        """See `Executor`. In every step d loss / d x is handed on to the step before."""
+        tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
+        slope, count = judged.slope, len(piece.levels)
+        penalties: list[Tensor] = []
+        for k in reversed(range(count)):
+            level, follows = piece.levels[k], piece.reach is None and k > 0
+            x = piece.x[k].detach().requires_grad_(follows)
+            with nets.phase(Phase.STEPS):
+                eps = tuned(x, level)
+                moved = euler_step(x, eps, level) if piece.reach is None else piece.reach[k] * eps
+                gain, kl = (slope * moved).sum(), None
+            if penalty.is_measured:
+                kl = penalty(eps[None], base(x, level)[None], [level]) / count
+                penalties.append(kl.detach())
+            scaled = None if kl is None else work.scale(kl)
+            loss = objective(gain, scaled, judged.share * penalty.beta)
+            with nets.phase(Phase.BACKWARD):
+                loss.backward()
+            if follows:
+                assert x.grad is not None
+                slope = -x.grad  # the reward rises where the loss falls
+        return torch.stack(penalties).sum() if penalties else None

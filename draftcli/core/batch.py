@@ -18,13 +18,17 @@ class Batch:
         prompts: B texts.
         seeds: B numbers; an image's noise depends on its seed and size alone.
         size: (height, width) in pixels.
-        negatives: B negative prompts; None where none is given.
+        negatives: B negative prompts; None where none is given. Left out: none at all.
     """
 
     prompts: Sequence[str]
     seeds: Sequence[int]
     size: tuple[int, int]
-    negatives: Sequence[str | None]
+    negatives: Sequence[str | None] = ()
+
+    def __post_init__(self) -> None:
+        if not self.negatives:
+            object.__setattr__(self, "negatives", [None] * len(self.prompts))
 
     def __len__(self) -> int:
         return len(self.prompts)

@@ -8,7 +8,8 @@ one line. Shape legend: B images, N sampler steps, C latent channels, H W latent
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ Predict = Callable[[Tensor, Level], Tensor]
 # solver(predict, x, level, earlier) -> x at level.sigma_next. `earlier` is a list of its own that lives as long as the
 # trajectory: (sigma, x_0 estimate) of the step before, for solvers that look back.
 Solver = Callable[[Predict, Tensor, Level, list[tuple[float, Tensor]]], Tensor]
+
+# noise(shape) -> unit normal noise, for churn
+Noise = Callable[[tuple[int, ...]], Tensor]
 
 
 def euler(predict: Predict, x: Tensor, level: Level, earlier: list[tuple[float, Tensor]]) -> Tensor:
@@ -63,39 +67,50 @@ def dpmpp_2m(predict: Predict, x: Tensor, level: Level, earlier: list[tuple[floa
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
 
 
+@dataclass(frozen=True)
+class Sampler:
+    """How trajectories are walked.
+
+    Attributes:
+        schedule: their levels.
+        solver: takes a step.
+        churn: the reference's s_churn: fresh noise before each step; 0 is deterministic.
+    """
+
+    schedule: Schedule
+    solver: Solver = euler
+    churn: float = 0.0
+
+    def levels(self, start: int = 0, stop: int | None = None) -> list[Level]:
+        """The levels of the steps from `start` to before `stop`; None: to the image."""
+        return [self.schedule.level(i, self.churn) for i in range(start, len(self.schedule) if stop is None else stop)]
+
+    def walk(
+        self, predict: Predict, x: Tensor, noise: Noise | None = None, *, start: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """Walk x (B, C, H, W), latents at level `start`, to level `stop`; see `denoise`."""
+        return denoise(predict, x, self.levels(start, stop), solver=self.solver, noise=noise)
+
+
 def denoise(
-    predict: Predict,
-    x: Tensor,
-    schedule: Schedule,
-    *,
-    solver: Solver = euler,
-    start: int = 0,
-    stop: int | None = None,
-    churn: float = 0.0,
-    noise: Callable[[tuple[int, ...]], Tensor] | None = None,
+    predict: Predict, x: Tensor, levels: Sequence[Level], *, solver: Solver = euler, noise: Noise | None = None
 ) -> Tensor:
-    """Walk x from step `start` to before step `stop`.
+    """Walk x through `levels`, a step at each.
 
     Args:
         predict: guided noise estimate at a level; it alone decides whose it is and whether it has gradient.
-        x: (B, C, H, W) latents at level `start`, already times `schedule.init_scale` when start is 0.
-        schedule: the noise levels.
+        x: (B, C, H, W) latents before the first of them, already times `schedule.init_scale` where that is step 0.
+        levels: of neighbouring steps. A solver that looks back (dpmpp_2m) begins with a step of order 1.
         solver: takes a step.
-        start: first step to take. One that looks back (dpmpp_2m) then begins anew, with a step of order 1.
-        stop: step to stop before; None walks to the image.
-        churn: the reference's s_churn: fresh noise added before each step; 0 is deterministic.
-        noise: draws unit noise of a shape for churn; the global CPU generator where None.
+        noise: draws unit noise for levels with churn; the global CPU generator where None.
 
     Returns:
-        (B, C, H, W) latents at level `stop`, in the dtype of x.
+        (B, C, H, W) latents after the last of them, in the dtype of x.
     """
     earlier: list[tuple[float, Tensor]] = []
-    for i in range(start, len(schedule) if stop is None else stop):
-        level = schedule.level(i, churn)
-        if churn > 0:
-            before = float(schedule.sigmas[i])
-            fresh = (noise or torch.randn)(tuple(x.shape)).to(x)
-            x = x + fresh * math.sqrt(level.sigma**2 - before**2)
+    for level in levels:
+        if level.churn > 0:
+            x = x + (noise or torch.randn)(tuple(x.shape)).to(x) * level.churn
         x = solver(predict, x, level, earlier)
     return x
 

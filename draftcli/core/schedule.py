@@ -31,6 +31,7 @@ class Level:
         table_sigma: the nearest level that the network was trained on; equal to sigma without churn.
         timestep: its index in the table, 0 .. 999: what the network is told.
         timestep_next: that of sigma_next; None where the step ends at the image.
+        churn: deviation of the fresh noise that raises x to sigma before the step; 0: none.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Level:
     table_sigma: float
     timestep: int
     timestep_next: int | None = None
+    churn: float = 0.0
 
     @property
     def end(self) -> Level:
@@ -73,13 +75,15 @@ class Schedule:
     def level(self, index: int, churn: float = 0.0) -> Level:
         """The level of step `index`, raised by the reference's gamma where `churn` (s_churn) is above 0."""
         sigma, sigma_next = self.sigmas[index], self.sigmas[index + 1]
-        timestep, table_sigma = int(self.timesteps[index]), sigma
+        timestep, table_sigma, added = int(self.timesteps[index]), sigma, 0.0
         if churn > 0:
-            sigma = sigma * (1 + min(churn / len(self), math.sqrt(2) - 1))
+            before, sigma = float(sigma), sigma * (1 + min(churn / len(self), math.sqrt(2) - 1))
             timestep = int((self.table - sigma).abs().argmin())
-            table_sigma = self.table[timestep]
+            table_sigma, added = self.table[timestep], math.sqrt(float(sigma) ** 2 - before**2)
         timestep_next = int(self.timesteps[index + 1]) if index + 1 < len(self) else None
-        return Level(index, len(self), float(sigma), float(sigma_next), float(table_sigma), timestep, timestep_next)
+        return Level(
+            index, len(self), float(sigma), float(sigma_next), float(table_sigma), timestep, timestep_next, added
+        )
 
 
 def sigma_table(zero_terminal_snr: bool = False) -> Tensor:

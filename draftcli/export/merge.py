@@ -15,10 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from draftcli import __version__
-from draftcli.core.engine.runtime import DTYPES
 from draftcli.core.lora.files import Lora
 from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.core.models.sdxl import SDXL_CONFIG
+from draftcli.core.precision import DTYPES
 from draftcli.errors import DraftpError, InputError
 from draftcli.export import verify
 from draftcli.export.base import Base, clean_key, open_base

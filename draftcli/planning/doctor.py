@@ -191,12 +191,12 @@ def _off_is_base(model: SDXLDRaFTPModel) -> Finding:
     """What the frozen base says must not move by a bit when the trained weights do."""
     batch = _batch(model)
     cond = model.encode(batch)
-    x, level = model.start(model.initial_noise(batch)), model.schedule.level(len(model.schedule) - 1)
+    x, level = model.networks.at_first_level(model.initial_noise(batch)), model.schedule.level(len(model.schedule) - 1)
     x = x / model.schedule.init_scale
-    base = model.base_denoiser(cond)
+    base = model.networks.base(cond)
     before = base(x, level)
     with _moved(model):
-        after, tuned = base(x, level), model.denoiser(cond)(x, level)
+        after, tuned = base(x, level), model.networks.tuned(cond)(x, level)
     if not torch.equal(before, after):
         return Finding("adapters off", "failed", "the base changes with the trained weights: the KL penalty is wrong")
     if torch.equal(tuned, before):
@@ -208,9 +208,9 @@ def _every_weight_gets_gradient(model: SDXLDRaFTPModel) -> Finding:
     """Of one UNet call, with every trained weight moved first: while a LoRA's B is 0 its A has no gradient."""
     batch = _batch(model)
     cond = model.encode(batch)
-    x, level = model.start(model.initial_noise(batch)), model.schedule.level(len(model.schedule) - 1)
+    x, level = model.networks.at_first_level(model.initial_noise(batch)), model.schedule.level(len(model.schedule) - 1)
     with _moved(model):
-        eps = model.denoiser(cond)(x / model.schedule.init_scale, level)
+        eps = model.networks.tuned(cond)(x / model.schedule.init_scale, level)
         (eps * torch.randn(eps.shape, generator=torch.Generator().manual_seed(0)).to(eps)).sum().backward()
     trained = [(name, p) for name, p in model.unet.named_parameters() if p.requires_grad]
     without = [n for n, p in trained if p.grad is None or not bool(p.grad.any())]

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from draftcli.config import Config, check_batch_size
-from draftcli.core.backward import prefix_batch_size, recomputes_steps
+from draftcli.core.backward import Work
+from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.planning.rehearsal import (
     ALL,
     BACKWARD,
@@ -123,10 +124,11 @@ def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
 
 def _add_gradient(passing: dict[str, int], cfg: Config, images: int, size: int) -> None:
     """Of the weights: there in the backward that makes it, and in all that comes between that and the optimizer."""
+    mode = make_mode(cfg)
     again = recomputes_steps(cfg)
-    several = images > cfg.trainer.micro_batch_size or cfg.draftp.low_variance_samples > 0
+    several = images > cfg.trainer.micro_batch_size or mode.pieces_per_image > 1
     held = {OPTIMIZER, BACKWARD, ALL}
-    held |= {BASE, STEPS} if several or (again and cfg.draftp.truncation_steps > 1) else set()
+    held |= {BASE, STEPS} if several or (again and mode.longest > 1) else set()
     held |= {DECODE, REWARD, JUDGING} if several and not again else set()  # again: all are judged before any backward
     for phase in held & passing.keys():
         passing[phase] += size
@@ -161,7 +163,7 @@ def _passing(cfg: Config, folder: Path, images: int) -> dict[str, int]:
 
 
 def _prefix_batch(cfg: Config, images: int) -> int:
-    return min(images, prefix_batch_size(cfg) if cfg.sharding.two_stage else cfg.trainer.micro_batch_size)
+    return min(images, Work.of(cfg).prefix if cfg.sharding.two_stage else cfg.trainer.micro_batch_size)
 
 
 def memory_lines(cfg: Config, folder: Path, ranks: int = 1) -> list[str]:

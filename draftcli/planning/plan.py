@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 
 from draftcli.config import Config
-from draftcli.core.backward import recomputes_steps
-from draftcli.core.gradient.mode import check_sampler
+from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora import adapters
 from draftcli.core.models.meta import PARTS
 from draftcli.core.models.sdxl import SDXL_CONFIG, drop_vae_encoder, model_path
@@ -56,7 +55,7 @@ def make_plan(cfg: Config) -> Plan:
     Raises:
         InputError: peft.target_modules fits nothing in the UNet, or the sampler cannot train.
     """
-    check_sampler(cfg.sampling.sampler)
+    make_mode(cfg)
     folder = configuration_folder(cfg)
     modules = shortened_modules(folder, cfg.peft.target_modules)
     drop_vae_encoder(modules["vae"])
@@ -81,15 +80,14 @@ def make_plan(cfg: Config) -> Plan:
 
 def count_evaluations(cfg: Config) -> dict[str, int]:
     """UNet evaluations per image: `forward`, `with_gradient`, `base` and `again`, as in `Plan`."""
-    asked = [1 + cfg.sampling.is_guided(i) for i in range(cfg.sampling.steps)]
-    extra = cfg.draftp.low_variance_samples * asked[-1]  # each is the last step once more
-    with_gradient = sum(asked[-cfg.draftp.truncation_steps :]) + extra
-    walked = with_gradient if cfg.sharding.two_stage and recomputes_steps(cfg) else 0
+    mode, sampling = make_mode(cfg), cfg.sampling
+    per_step = [1 + sampling.is_guided(i) for i in range(sampling.steps)]
+    found = mode.evaluations(per_step, cfg.sharding.two_stage and recomputes_steps(cfg))
     return {
-        "forward": sum(asked) + extra + walked,
-        "with_gradient": with_gradient,
-        "base": with_gradient if cfg.draftp.needs_base else 0,
-        "again": with_gradient if cfg.sharding.activation_checkpointing else 0,
+        "forward": found.without_gradient + found.with_gradient,
+        "with_gradient": found.with_gradient,
+        "base": found.with_gradient if cfg.draftp.needs_base else 0,
+        "again": found.with_gradient if cfg.sharding.activation_checkpointing else 0,
     }
 
 

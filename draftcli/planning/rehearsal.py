@@ -23,14 +23,15 @@ import torch
 from torch import nn
 
 from draftcli.config import Config, RewardConfig, check_config
-from draftcli.core.backward import recomputes_steps, reward_gradient
+from draftcli.core.backward import Work, judge
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.eight_bit import EightBitLinear
-from draftcli.core.engine.runtime import DTYPES
 from draftcli.core.engine.sharding import checkpoint_activations
+from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.sdxl import Parts
+from draftcli.core.precision import DTYPES
 from draftcli.planning.live_bytes import PeakMeter
 from draftcli.planning.stand_ins import (
     RepeatedLayers,
@@ -116,7 +117,7 @@ def validates(cfg: Config) -> bool:
 
 def prefix_of(cfg: Config, folder: Path, images: int, with_lora: bool) -> dict[str, int]:
     """Bytes that come and go while prompts are encoded and while no gradient is needed, for `images` at a time."""
-    draftp = {"truncation_steps": 1, "low_variance_samples": 0}
+    draftp = _LAST_STEP
     sampling = {**_SHORT, **_guidance(cfg, range(cfg.sampling.steps))}
     key = _key(cfg, images, draftp=draftp, sampling=sampling, sharding=_PLAIN, model={"vae_tile": None})
     return _prefix(key, folder, with_lora)
@@ -129,7 +130,7 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[str, int]:
     Graphs that are kept grow by as much with each gradient step: beyond three they are counted at two and three. Where
     some of the steps are guided they are counted as if all were.
     """
-    k, again = cfg.draftp.truncation_steps, recomputes_steps(cfg)
+    k, again = make_mode(cfg).longest, recomputes_steps(cfg)
     sampling = _guidance(cfg, range(cfg.sampling.steps - k, cfg.sampling.steps))
     key = _key(cfg, images, sampling=sampling, model={"vae_tile": None} if cfg.sharding.two_stage else {})
     rewards = "{}" if cfg.sharding.two_stage else _as_key(cfg.rewards)
@@ -146,7 +147,7 @@ def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) ->
     training: while held-out rewards judge them as well, without gradient, at the size of validation.
     """
     size = {} if training else {"height": cfg.sampling.height, "width": cfg.sampling.width}
-    draftp = {"truncation_steps": 1, "low_variance_samples": 0, "kl_coeff": 0.0}
+    draftp = {**_LAST_STEP, "kl_coeff": 0.0}
     kept = {"activation_checkpointing": cfg.sharding.activation_checkpointing and training, "two_stage": True}
     key = _key(cfg, images, draftp=draftp, sampling={**_SHORT, **size}, sharding={**_PLAIN, **kept})
     rewards = {**cfg.rewards, **({} if training else cfg.held_out_rewards)}
@@ -156,6 +157,7 @@ def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) ->
 # --------------------------------------------------------------------------------------------------------- settings
 
 _PLAIN: dict[str, Any] = {"activation_checkpointing": False, "two_stage": True, "recompute_steps": False}
+_LAST_STEP: dict[str, Any] = {"truncation_steps": 1, "gradient": "last_k", "low_variance_samples": 0}
 _SHORT: dict[str, Any] = {"steps": 2, "s_churn": 0.0}
 
 
@@ -197,7 +199,17 @@ def _as_key(settings: Any) -> str:
 
 def stand_ins(cfg: Config, folder: Path) -> Parts:
     """The networks of `cfg`, shortened and without data."""
-    key = _key(cfg, 1, draftp={"truncation_steps": 1, "low_variance_samples": 0, "kl_coeff": 0.0, "log_kl": False})
+    key = _key(
+        cfg,
+        1,
+        draftp={
+            "truncation_steps": 1,
+            "gradient": "last_k",
+            "low_variance_samples": 0,
+            "kl_coeff": 0.0,
+            "log_kl": False,
+        },
+    )
     sections = json.loads(key)
     kept = {name: sections["sharding"][name] for name in ("strategy", "activation_checkpointing")}
     model = {**sections["model"], "vae_tile": None}
@@ -258,7 +270,7 @@ def _prefix(key: str, folder: Path, with_lora: bool) -> dict[str, int]:
         with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
             cond = model.encode(batch)
             with meter(PREFIX), torch.no_grad(), nullcontext() if with_lora else model.base_weights():
-                model.rollout(model.start(model.initial_noise(batch)), cond)
+                model.sampler.walk(model.networks.tuned(cond), model.networks.start(batch), stop=cfg.sampling.steps - 1)
             return passing()
 
 
@@ -270,7 +282,7 @@ def _steps(key: str, folder: Path, k: int, rewards: str) -> dict[str, int]:
     cfg = check_config(sections)
     with _model(cfg, folder) as model:
         if cfg.sharding.two_stage:
-            model.decode = lambda x_0: x_0[:, :3]
+            model.networks.decode = lambda x_0: x_0[:, :3]
             model.reward_model = lambda images, prompts: images.mean((1, 2, 3))
         else:
             model.reward_model = _rewards(rewards)
@@ -294,7 +306,7 @@ def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[str, 
         with _counted(model, reward) as (meter, passing):
             x_0 = model.initial_noise(batch).to(model.runtime.latent_dtype)
             if training:
-                reward_gradient(model, x_0, prompts, 1.0)
+                judge(model.networks, reward, x_0, prompts, 1.0, Work.of(cfg))
             else:
                 with meter(VALIDATION), torch.no_grad():
                     reward(model.decode(x_0), prompts)
@@ -327,12 +339,12 @@ def _counted(model: SDXLDRaFTPModel, *more: nn.Module, fused: bool = True) -> It
     gradients = [p.grad for p in model.trainable_parameters if p.grad is not None]
     live = WithoutData([*known, *gradients], fused=fused)
     before = live.now
-    model.phase = meter = PeakMeter(live)
+    meter = PeakMeter(live)
     others = [module for network in networks for module in network.modules() if isinstance(module, RepeatedLayers)]
     for module in others:
         module.live = live
     try:
-        with live:
+        with live, model.watched(meter):
             yield meter, lambda: {name: peak - before for name, peak in meter.peaks.items()}
     finally:
         for module in others:

@@ -12,8 +12,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from draftcli.config import Config
-from draftcli.core.engine.runtime import DTYPES
 from draftcli.core.engine.sharding import BLOCKS
+from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
 from draftcli.planning.rehearsal import Weights, stand_ins, weights_of
 from draftcli.planning.stand_ins import tensors

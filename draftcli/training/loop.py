@@ -13,6 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 
 from draftcli.config import Config, check_batch_size
@@ -20,7 +21,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine import sharding
 from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks, open_ranks
-from draftcli.core.gradient.mode import check_sampler
+from draftcli.core.gradient.mode import make_mode
 from draftcli.errors import InputError
 from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
@@ -75,7 +76,7 @@ def train(cfg: Config, folder: Path, console: Console) -> Outcome:
             console = Console(quiet=True)
         ranks.heartbeat("reading settings and prompts")
         with ranks.all_or_none():
-            check_sampler(cfg.sampling.sampler)
+            make_mode(cfg)
             check_installed(cfg)
             check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
             prompts, held_out_prompts = _prompts(cfg)
@@ -218,7 +219,7 @@ class _Session:
         """
         if self.ranks.size > 1:
             return
-        label, note = self.model.phase, self.live.note
+        note = self.live.note
 
         def check() -> None:
             if asked_to_stop.is_late():
@@ -226,14 +227,15 @@ class _Session:
 
         def phase(name: str) -> AbstractContextManager[Any]:
             check()
-            return label(name)
+            return torch.profiler.record_function(name)
 
         def noted(text: str) -> None:
             if text.startswith("validating"):
                 check()
             note(text)
 
-        self.model.phase, self.live.note = phase, noted
+        self.live.note = noted
+        self._stack.enter_context(self.model.watched(phase))
 
     @contextmanager
     def _keeping(self, step: int) -> Iterator[None]:

@@ -107,6 +107,8 @@ class Trainer:
             if self.ema is not None:
                 self.ema.update()
             self.rewards.end_step(scores)
+            if metrics["kl_penalty"] is not None:
+                self.model.penalty.end_step(metrics["kl_penalty"])
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(broken, searching)
@@ -182,6 +184,7 @@ class Trainer:
             "grad_scaler": self.model.grad_scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.updates,
             "rewards": self.rewards.state_dict(),
+            "penalty": self.model.penalty.state_dict(),
             "skipped": [self.skipped, self._skipped_in_a_row],
         }
 
@@ -218,6 +221,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.load(state["ema"], [tensors[f"{name}/average"] for name in self.names])
         self.rewards.load_state_dict(state["rewards"])
+        self.model.penalty.load_state_dict(state.get("penalty", {}))  # checkpoints of version 0.1 have none
         self.skipped, self._skipped_in_a_row = state["skipped"]
 
     def _optimizer_state(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from draftcli.core.engine import sharding
 from draftcli.core.engine.folding import folded, lost_share
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models import sdxl
+from draftcli.core.models.sdxl import load_parts
 from draftcli.errors import InputError
-from tests.tiny import batch, prefers_red, tiny_config, tiny_model
+from tests.tiny import batch, gradient_steps, latents_at, move, prefers_red, tiny_config, tiny_model
 
 ON_ALL = {"rank": 2, "target_modules": ["to_q", "to_v", "ff.net.2", "conv1", "proj_in"]}
 FULL = {"peft_scheme": "none"}
@@ -110,9 +111,9 @@ def test_an_attention_that_does_not_work_here_is_refused(tiny_sdxl):
 
 def test_the_chosen_attention_is_what_runs(tiny_sdxl):
     model = tiny_model(tiny_sdxl, sharding={"attention": "math"}, model={"precision": "fp32"})
-    cond, x = model.encode(batch(1)), model.start(model.initial_noise(batch(1)))
+    cond, x = model.encode(batch(1)), model.networks.at_first_level(model.initial_noise(batch(1)))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        model.rollout(x, cond)
+        latents_at(model, cond, x, 2)
     kernels = {event.name for event in profile.events() if "scaled_dot_product_" in event.name}
     assert kernels == {"aten::scaled_dot_product_attention", "aten::_scaled_dot_product_attention_math"}
 
@@ -126,22 +127,19 @@ def test_compile_says_in_one_line_what_is_missing(tiny_sdxl, monkeypatch):
         step(tiny_model(tiny_sdxl, sharding={"compile": True}), batch(1))
 
 
-def test_an_own_loss_of_a_subclass_is_used(tiny_sdxl):
-    class Doubled(SDXLDRaFTPModel):
-        def get_forward_output_and_loss_func(self, validation_step=False):
-            forward = super().get_forward_output_and_loss_func(validation_step)
-
-            def doubled(data_iterator, model):
-                image, loss_func = forward(data_iterator, model)
-                return image, lambda image: (2 * (found := loss_func(image))[0], found[1])
-
-            return doubled
-
+def test_a_loss_of_ones_own_is_used(tiny_sdxl):
     plain = tiny_model(tiny_sdxl, 0.1)
     expected = step(plain, batch(2))[2]
     plain.unet.zero_grad()
-    plain.__class__ = Doubled
-    torch.testing.assert_close(step(plain, batch(2))[2], 2 * expected, atol=1e-9, rtol=1e-9)
+
+    def doubled(data_iterator, model):
+        image, loss_func = model.get_forward_output_and_loss_func()(data_iterator, model)
+        return image, lambda image: (2 * (found := loss_func(image))[0], found[1])
+
+    own = SDXLDRaFTPModel(plain.cfg, load_parts(plain.cfg.model), loss=doubled)
+    own.reward_model = prefers_red
+    move(own, 0.1)
+    torch.testing.assert_close(step(own, batch(2))[2], 2 * expected, atol=1e-9, rtol=1e-9)
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -160,14 +158,14 @@ class Marker:
 def live_graphs(model, monkeypatch):
     """How many decoded pictures are alive with their graph whenever the UNet runs with gradient."""
     alive, seen = weakref.WeakSet(), []
-    decode = model.decode
+    decode = model.networks.decode
 
     def watched(x_0):
         image = decode(x_0)
         Marker.on(image, alive)
         return image
 
-    monkeypatch.setattr(model, "decode", watched)
+    monkeypatch.setattr(model.networks, "decode", watched)
     model.unet.register_forward_pre_hook(lambda *_: seen.append(len(alive)) if torch.is_grad_enabled() else None)
     return seen
 
@@ -223,10 +221,10 @@ def test_folding_never_drifts(tiny_sdxl):
 
 def folding_error(model, prompts):
     """Of x_K: rms of folded minus unfolded, over the rms of unfolded."""
-    cond, start = model.encode(prompts), model.start(model.initial_noise(prompts))
-    plain = model.rollout(start, cond)
+    cond, start = model.encode(prompts), model.networks.start(prompts)
+    plain = latents_at(model, cond, start, 2)
     with folded(model.unet, 1.0):
-        return float((model.rollout(start, cond) - plain).norm() / plain.norm())
+        return float((latents_at(model, cond, start, 2) - plain).norm() / plain.norm())
 
 
 @pytest.mark.parametrize(("precision", "most"), [("fp64", 1e-13), ("fp32", 1e-5)])
@@ -249,7 +247,7 @@ def test_a_lora_that_bf16_would_swallow_is_not_folded(tiny_sdxl):
 
 def test_folding_that_was_asked_for_and_is_not_done_is_said(tiny_sdxl):
     model = tiny_model(tiny_sdxl, 1e-4, peft=ON_ALL, model={"precision": "bf16"}, sharding={"fold_lora": True})
-    with pytest.warns(UserWarning, match="fold_lora has no effect: rounding"), model.without_gradient():
+    with pytest.warns(UserWarning, match="fold_lora has no effect: rounding"), model.networks.without_gradient():
         pass
 
 
@@ -260,7 +258,7 @@ def test_a_lora_that_is_zero_loses_nothing(tiny_sdxl):
 @pytest.mark.parametrize("fold", [True, False])
 def test_folding_can_be_switched_off(tiny_sdxl, fold):
     model = tiny_model(tiny_sdxl, 0.1, sharding={"fold_lora": fold})
-    with model.without_gradient():
+    with model.networks.without_gradient():
         assert {layer.disable_adapters for layer in lora_layers(model.unet)} == {fold}
         assert not torch.is_grad_enabled()
 
@@ -368,17 +366,17 @@ def low_variance_loss_by_hand(model, prompts, n):
     """DRaFT-LV's listing, in latent space, with the mean over the 1 + n samples."""
     cond, last = model.encode(prompts), len(model.schedule) - 1
     sigma = float(model.schedule.sigmas[last])
-    x = model.rollout(model.start(model.initial_noise(prompts)), cond)
+    x = latents_at(model, cond, model.networks.start(prompts), last)
     rewards, penalties, starts = [], [], [x]
     for j in range(n):
         with torch.no_grad():
-            x_0 = model.tail(x, cond, with_base=False)[0]
+            x_0 = gradient_steps(model, cond, x, last).x_0
         noise = ImageNoise([derived_seed(seed, "low variance", j) for seed in prompts.seeds])(tuple(x.shape))
         starts.append(x_0 + sigma * noise.to(x))
     for start in starts:
-        x_0, tuned, base = model.tail(start, cond)
-        rewards.append(prefers_red(model.decode(x_0), prompts.prompts).mean())
-        penalties.append((tuned - base).square().mean())
+        walked = gradient_steps(model, cond, start, last)
+        rewards.append(prefers_red(model.decode(walked.x_0), prompts.prompts).mean())
+        penalties.append((walked.eps - walked.eps_base).square().mean())
     return -sum(rewards) / (n + 1) + model.cfg.draftp.kl_coeff * sum(penalties) / (n + 1)
 
 

@@ -163,8 +163,8 @@ def test_the_estimate_is_within_three_percent(tiny_sdxl):
     for settings in (IN_FLOAT32, IN_8_BITS):
         model = tiny_model(tiny_sdxl, 0.1, **settings)
         cond = model.encode(batch(4))
-        x, level = model.start(model.initial_noise(batch(4))), model.schedule.level(1)
-        estimates.append(model.denoiser(cond)(x, level))
+        x, level = model.networks.at_first_level(model.initial_noise(batch(4))), model.schedule.level(1)
+        estimates.append(model.networks.tuned(cond)(x, level))
     plain, ours = estimates
     assert 0 < (ours - plain).norm() < 0.03 * plain.norm()
 

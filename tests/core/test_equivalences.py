@@ -17,7 +17,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.lora.adapters import adapters_off, lora_layers
 from draftcli.core.models.sdxl import encode_prompts
 from draftcli.rewards import Reward
-from tests.tiny import batch, move, prefers_red, tiny_model
+from tests.tiny import batch, latents_at, move, prefers_red, tiny_model
 
 FULL = {"peft": {"peft_scheme": "none"}}
 LORA_ON_ALL = {"peft": {"rank": 2, "target_modules": ["to_q", "to_v", "ff.net.2", "conv1", "proj_in"]}}
@@ -240,7 +240,7 @@ def test_a_batch_of_4_equals_4_batches_of_1(tiny_sdxl):
     def latents(prompts):
         with torch.no_grad():
             cond = model.encode(prompts)
-            return model.tail(model.rollout(model.start(model.initial_noise(prompts)), cond), cond)[0]
+            return latents_at(model, cond, model.networks.start(prompts), len(model.schedule))
 
     apart = torch.cat([latents(one) for one in together.split(1)])
     torch.testing.assert_close(latents(together), apart, rtol=1e-4, atol=1e-4 * apart.abs().max().item())
@@ -433,9 +433,9 @@ def test_a_wide_picture_is_not_told_that_it_is_tall(tiny_sdxl):
     # generate takes the size of the noise, so a plain list is told the same as the batch
     assert torch.equal(picture(model, list(wide.prompts), noise), right)
     cond, transposed = model.encode(wide), model.encode(replace(wide, size=(128, 64)))
-    x, level = model.start(noise), model.schedule.level(0)
+    x, level = model.networks.at_first_level(noise), model.schedule.level(0)
     with torch.no_grad():
-        assert (model.denoiser(cond)(x, level) - model.denoiser(transposed)(x, level)).abs().max() > 0.01
+        assert (model.networks.tuned(cond)(x, level) - model.networks.tuned(transposed)(x, level)).abs().max() > 0.01
 
 
 def test_one_model_trains_on_several_sizes(tiny_sdxl):

@@ -7,10 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 import draftcli
-from draftcli.core.annealing import weighing
-from draftcli.core.draftp import kl_penalty
+from draftcli.core.annealing import annealed_denoiser, step_weights, weighing
+from draftcli.core.penalty import kl_penalty
 from draftcli.core.schedule import make_schedule, sigma_table
 from tests.core.golden import FOLDER, GOLDEN, flat_factors, golden_model
+from tests.tiny import gradient_steps, latents_at
 
 SUGGESTED = GOLDEN["tolerance"]["float32_suggested"]
 TOLERANCE = {
@@ -50,9 +51,9 @@ def test_sigma_table_is_exact():
 @both_networks
 def test_base_trajectory(name, dtype):
     model, cond, data = golden_model(name, dtype)
-    x = model.start(data["inputs/x_T"])
+    x = model.networks.at_first_level(data["inputs/x_T"])
     seen, eps = [x], []
-    predict = model.base_denoiser(cond)
+    predict = model.networks.base(cond)
 
     def record(x, level):
         if level.index:
@@ -60,7 +61,7 @@ def test_base_trajectory(name, dtype):
         eps.append(predict(x, level))
         return eps[-1]
 
-    seen.append(model._denoise(record, x, None))
+    seen.append(model.sampler.walk(record, x))
     close(torch.stack(seen), data["base/latents"], TOLERANCE[dtype]["latents"])
     close(torch.stack(eps), data["base/eps"], TOLERANCE[dtype]["eps"])
 
@@ -72,9 +73,11 @@ def test_base_trajectory(name, dtype):
 def test_loss_kl_and_lora_gradient(name, dtype, k, kl_coeff):
     tolerance, expected = TOLERANCE[dtype], GOLDEN[name]["losses"][f"K{k}/kl{kl_coeff}"]
     model, cond, data = golden_model(name, dtype, k, float(kl_coeff))
-    x = model.rollout(model.start(data["inputs/x_T"]), cond)
+    first = model.cfg.sampling.steps - k
+    x = latents_at(model, cond, model.networks.at_first_level(data["inputs/x_T"]), first)
     assert not x.requires_grad
-    x_0, eps_tuned, eps_base = model.tail(x, cond)
+    walked = gradient_steps(model, cond, x, first)
+    x_0, eps_tuned, eps_base = walked.x_0, walked.eps, walked.eps_base
     close(x_0, data["generate/x0"], tolerance["latents"])
     close(eps_tuned, data[f"generate/K{k}/eps_draft"], tolerance["eps"])
     close(eps_base, data[f"generate/K{k}/eps_init"], tolerance["eps"])
@@ -100,7 +103,9 @@ def test_annealed_guidance(name, dtype, kind):
     steps = GOLDEN["steps"]
     weights = [weigh(0.0, 0.0, i, steps) for i in range(steps)]
     assert weights == pytest.approx(GOLDEN[name]["annealed_weights"][kind], abs=1e-15)
-    x_0 = model.annealed_latents(model.start(data["inputs/x_T"]), cond, weigh)
+    nets, weights = model.networks, step_weights(weigh, model.schedule)
+    annealed = annealed_denoiser(nets.tuned, nets.base, (cond, cond), weights)
+    x_0 = model.sampler.walk(annealed, nets.at_first_level(data["inputs/x_T"]))
     close(x_0, data[f"annealed/{kind}"], TOLERANCE[dtype]["latents"])
 
 

@@ -59,14 +59,14 @@ def test_a_step_holds_one_group_at_a_time(tiny_sdxl, scheme):
     unets = [model.unet] if model.base_unet is None else [model.unet, model.base_unet]
     copies = []
     live = LiveBytes([t for n in (*unets, model.vae, judge) for t in (*n.parameters(), *n.buffers())])
-    need = model._residency.need
+    need = model.networks.residency.need
 
     def watched(group):
         before = live.now
         need(group)
         copies.append((group, live.now - before))
 
-    model._residency.need = watched
+    model.networks.residency.need = watched
     with live:
         model.get_loss_and_metrics(batch(4))
     moves = [(group, size) for group, size in copies if size]

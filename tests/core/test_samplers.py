@@ -20,7 +20,7 @@ from draftcli.core.annealing import (
     step_weights,
     weighing,
 )
-from draftcli.core.denoise import SOLVERS, denoise
+from draftcli.core.denoise import SOLVERS, Sampler
 from draftcli.core.guidance import network_input
 from draftcli.core.schedule import Level, make_schedule
 from draftcli.errors import InputError
@@ -57,7 +57,7 @@ def noise():
 
 def walk(sampler, network, steps):
     schedule = make_schedule(steps)
-    return denoise(network, noise() * schedule.init_scale, schedule, solver=SOLVERS[sampler])
+    return Sampler(schedule, SOLVERS[sampler]).walk(network, noise() * schedule.init_scale)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])

@@ -71,8 +71,8 @@ def measured(cfg) -> tuple[int, dict[str, int]]:
     networks += [] if model.base_unet is None else [model.base_unet]
     weights = [t for network in networks for t in (*network.parameters(), *network.buffers())]
     live = LiveBytes(weights)
-    model.phase = meter = PeakMeter(live)
-    with live:
+    meter = PeakMeter(live)
+    with live, model.watched(meter):
         for _ in range(2):
             meter.peaks.clear()
             live.peak = live.now

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
-
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from draftcli.config import ModelConfig
-from draftcli.core.engine.runtime import DTYPES
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.tiles import decode_in_tiles
+from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
 
 # Models that ship with the package, by name: each is a diffusers folder like any other.

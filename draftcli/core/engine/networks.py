@@ -1,0 +1,266 @@
+"""The networks on this machine: tuned and base as two callables; whatever makes them fit or run faster is behind them.
+
+Placement, offloading, folding, 8 bits, caches, autocast and FSDP2 are done here and nowhere else; the method
+(core/networks.py) sees callables.
+
+Shape legend: B images, C latent channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from draftcli.config import Config
+from draftcli.core.batch import Batch, ImageNoise
+from draftcli.core.denoise import Predict
+from draftcli.core.engine import sharding
+from draftcli.core.engine.eight_bit import quantize_blocks
+from draftcli.core.engine.folding import folded
+from draftcli.core.engine.prompt_cache import PromptCache
+from draftcli.core.engine.residency import JUDGES, UNET, Residency
+from draftcli.core.engine.runtime import choose_runtime
+from draftcli.core.guidance import guided, network_input, to_noise_estimate
+from draftcli.core.lora import adapters
+from draftcli.core.lora.files import Lora, attach_loras
+from draftcli.core.models.sdxl import Conditioning, Parts, decode, load_parts, predict
+from draftcli.core.models.size_keys import size_keys, time_ids
+from draftcli.core.phase import Phase
+from draftcli.core.schedule import Level, make_schedule
+from draftcli.errors import InputError
+
+NOT_FOLDED = "sharding.fold_lora has no effect: rounding would take more than sharding.fold_tolerance of the LoRA"
+
+# watch(phase) -> a context around each phase of a step
+Watch = Callable[[Phase], AbstractContextManager[Any]]
+
+
+class PlacedNetworks:
+    """Tuned and base as `core.networks.Networks`, on this machine.
+
+    Args:
+        cfg: the settings.
+        parts: loaded modules; None loads `cfg.model`.
+        loras: None attaches what is to be trained, a new LoRA or the whole UNet. Else nothing is trained: these frozen
+            LoRAs, each with its scale, are what tuned is; with none of them tuned is the base.
+
+    Attributes:
+        unet: the tuned network; inside `base_weights()` it is the base.
+        base_unet: the frozen copy of full fine-tuning; None: the base is the UNet with its adapters off.
+        vae: the decoder.
+        schedule: noise levels of the run's N steps.
+
+    Raises:
+        InputError: the model cannot be loaded, or the settings do not fit it.
+    """
+
+    def __init__(self, cfg: Config, parts: Parts | None, loras: Sequence[tuple[Lora, float]] | None) -> None:
+        self.cfg = cfg
+        self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
+        in_full = cfg.peft.peft_scheme == "none"
+        split = sharding.splits_weights(cfg.sharding)
+        # Of a network that will be split process 0 reads the weights, and sends the others their part.
+        self._rank0_loads = split and parts is None
+        hollow = self._rank0_loads and not sharding.is_source()
+        self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
+        device, offload = self.runtime.device, cfg.sharding.offload
+        self.vae = self.parts.vae if offload else self.parts.vae.to(device)
+        # A network that will be split stays on the CPU until then: no device need ever hold all of it.
+        self.unet = self.parts.unet if offload or split else self.parts.unet.to(device)
+        copied = sharding.hollow if self._rank0_loads else copy.deepcopy
+        self.base_unet = copied(self.unet).eval() if in_full else None
+        if in_full:
+            self.unet.requires_grad_(True)
+        elif loras is None:
+            peft = cfg.peft
+            adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
+        for name, network in self.parts.modules.items() if loras else ():
+            attach_loras(network, loras or (), part=name)
+        if cfg.model.quantize:
+            quantize_blocks(self.unet)
+        sharding.speed_up(cfg.sharding, self.runtime, self.unet, self.base_unet, self.vae)
+        self.residency = Residency(device)
+        if offload:
+            self.residency.add(UNET, filter(None, [self.unet, self.base_unet]))
+            self.residency.add(JUDGES, [self.vae])
+        cache = cfg.sharding.prompt_cache
+        self._encoded = PromptCache(
+            self.parts, device, offload=cfg.model.offload_text_encoders, folder=None if cache is None else Path(cache)
+        )
+        sampling = cfg.sampling
+        self.schedule = make_schedule(sampling.steps, sampling.schedule, self.parts.zero_terminal_snr)
+        self._watch: Watch = torch.profiler.record_function
+
+    # ------------------------------------------------------------------------------------------- tuned and base
+
+    def tuned(self, cond: Conditioning) -> Predict:
+        """The guided noise estimate of what `unet` is when called: tuned, or base in `base_weights()`."""
+        sampling, conditional = self.cfg.sampling, cond.conditional
+
+        def predict_guided(x: Tensor, level: Level) -> Tensor:
+            self.residency.need(UNET)
+            with self.runtime.autocast():
+                if sampling.is_guided(level.index):
+                    doubled = network_input(torch.cat([x, x]), level)
+                    output = guided(predict(self.unet, doubled, level.timestep, cond), sampling.scale)
+                else:
+                    output = predict(self.unet, network_input(x, level), level.timestep, conditional)
+            return to_noise_estimate(output, x, level, self.parts.prediction)
+
+        return predict_guided
+
+    def base(self, cond: Conditioning) -> Predict:
+        """The base's guided noise estimate; never carries gradient."""
+        tuned = self.tuned(cond)
+
+        @torch.no_grad()
+        def predict_base(x: Tensor, level: Level) -> Tensor:
+            with self.phase(Phase.BASE), self.base_weights():
+                return tuned(x, level)
+
+        return predict_base
+
+    @contextmanager
+    def base_weights(self) -> Iterator[None]:
+        """Inside, `unet` is the frozen base: adapters off, or the frozen copy of full fine-tuning.
+
+        Whatever state adapters were in comes back afterwards, also after an exception.
+        """
+        if self.base_unet is None:
+            with adapters.adapters_off(self.unet):
+                yield
+            return
+        tuned, self.unet = self.unet, self.base_unet
+        try:
+            yield
+        finally:
+            self.unet = tuned
+
+    @contextmanager
+    def without_gradient(self) -> Iterator[None]:
+        """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (engine/folding.py)."""
+        settings = self.cfg.sharding
+        with torch.no_grad():
+            if self.base_unet is not None or not settings.fold_lora:
+                yield
+                return
+            self.residency.need(UNET)
+            with folded(self.unet, settings.fold_tolerance) as done:
+                if not done and "fold_lora" in settings.model_fields_set:
+                    warnings.warn(NOT_FOLDED, stacklevel=1)
+                yield
+
+    # --------------------------------------------------------------------------------- what stands before and behind
+
+    @torch.no_grad()
+    def encode(self, batch: Batch) -> Conditioning:
+        """What the UNet gets for [unconditional ; conditional], on its device and in its dtype."""
+        device = self.runtime.device
+        with self.phase(Phase.TEXT):
+            sequence, pooled = self._encoded(batch.prompts)
+        negatives = [self.cfg.sampling.negative_prompt if n is None else n for n in batch.negatives]
+        absent = torch.tensor([n is None and self.parts.zeros_for_empty for n in negatives], device=device)
+        if absent.all():
+            uncond, uncond_pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
+        else:
+            uncond, uncond_pooled = self._encoded([n or "" for n in negatives])
+            uncond = uncond.masked_fill(absent[:, None, None], 0)
+            uncond_pooled = uncond_pooled.masked_fill(absent[:, None], 0)
+        ids = time_ids(size_keys(len(batch), *batch.size))
+        cond = Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
+        return cond.to(device, self.runtime.dtype)
+
+    def encode_base(self, batch: Batch) -> Conditioning:
+        """What the base gets: the same, unless a LoRA changes the text encoders as well."""
+        with ExitStack() as stack:
+            for encoder in self.parts.text_encoders:
+                stack.enter_context(adapters.adapters_off(encoder))
+            return self.encode(batch)
+
+    @property
+    def factor(self) -> int:
+        """Pixels by latent, along an edge."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def noise(self, batch: Batch) -> Tensor:
+        """x_T (B, C, H, W) unit normal, float32 on the CPU, from the batch's seeds."""
+        height, width = batch.size
+        shape = (len(batch), self.unet.config.in_channels, height // self.factor, width // self.factor)
+        return ImageNoise(batch.seeds)(shape)
+
+    def at_first_level(self, noise: Tensor) -> Tensor:
+        """Unit noise (B, C, H, W) -> latents at the first level, on the device. The noise is left as it is."""
+        return noise.to(self.runtime.device, self.runtime.latent_dtype) * self.schedule.init_scale
+
+    def start(self, batch: Batch) -> Tensor:
+        """x_T (B, C, H, W) of a batch at the first level."""
+        return self.at_first_level(self.noise(batch))
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Latents (B, C, H, W) -> images (B, 3, 8 H, 8 W) in [0, 1], differentiable.
+
+        Raises:
+            InputError: `x_0` has a graph through the UNet, whose weights `sharding.offload` takes away here.
+        """
+        if self.cfg.sharding.offload and x_0.grad_fn is not None:
+            raise InputError(
+                "sharding.offload takes the UNet's weights away before a backward through decoder and UNet at once: "
+                "leave it out, or take the gradient by get_loss_and_metrics"
+            )
+        self.residency.need(JUDGES)
+        return decode(self.vae, x_0, self.cfg.model.vae_tile)
+
+    # ----------------------------------------------------------------------------------------------------- placement
+
+    def place_reward(self, reward: Any) -> None:
+        """Move a reward that is a network to the device, or let it wait with the decoder under `sharding.offload`.
+
+        Args:
+            reward: a callable; where it consists of several they are in its `rewards`, by name.
+        """
+        if self.cfg.sharding.offload:
+            judges = getattr(reward, "rewards", {"": reward}).values()
+            self.residency.add(JUDGES, (judge for judge in judges if isinstance(judge, nn.Module)))
+        elif hasattr(reward, "to"):
+            reward.to(self.runtime.device)
+
+    def split(self) -> None:
+        """FSDP2 on the UNet and on the frozen base of full fine-tuning; VAE, text encoders and rewards stay whole.
+
+        Collective, and so is every use of the UNet from here on. No process but 0 ever holds a whole network, and that
+        one but one: the others get their parts from it, and the base's are copies of the tuned one's.
+
+        Raises:
+            InputError: no process group is initialised, or sharding.shard_size does not divide the processes.
+        """
+        device = self.runtime.device
+        mesh = sharding.make_mesh(self.cfg.sharding, device)
+        weights = {name: t.detach() for name, t in (*self.unet.named_parameters(), *self.unet.named_buffers())}
+        for unet in filter(None, [self.unet, self.base_unet]):
+            sharding.shard(unet, mesh, self.runtime.dtype)
+        if self._rank0_loads:
+            sharding.hand_out(weights, self.unet, device)
+            if self.base_unet is not None:
+                sharding.copy_parts(self.unet, self.base_unet, device)
+
+    # ------------------------------------------------------------------------------------------------------ profiling
+
+    def phase(self, phase: Phase) -> AbstractContextManager[Any]:
+        """Around each phase of a step: a label in torch's profiler, or what `watched` has installed."""
+        return self._watch(phase)
+
+    @contextmanager
+    def watched(self, watch: Watch) -> Iterator[None]:
+        """Inside, `watch(phase)` is the context around each phase."""
+        before, self._watch = self._watch, watch
+        try:
+            yield
+        finally:
+            self._watch = before

@@ -1,0 +1,51 @@
+"""DRaFT-K (Clark et al. 2024, arXiv 2309.17400, algorithm 1): the last K steps carry gradient.
+
+The first N - K steps run without a graph; the gradient of the others runs through the network and through x from step
+to step. K = N is full backpropagation (DRaFT); K = 1 is the default of DRaFT+.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from draftcli.core.backward import Piece
+from draftcli.core.gradient.mode import Evaluations, Rollout
+from draftcli.errors import InputError
+
+
+class LastK:
+    """`draftp.gradient: last_k`, the default.
+
+    Args:
+        steps: N.
+        k: draftp.truncation_steps.
+
+    Raises:
+        InputError: K is outside 1 .. N.
+    """
+
+    recomputes = False
+    pieces_per_image = 1
+
+    def __init__(self, steps: int, k: int) -> None:
+        if not 1 <= k <= steps:
+            raise InputError(
+                f"draftp.truncation_steps is {k} with sampling.steps {steps}: between 1 and {steps} steps can carry "
+                "gradient"
+            )
+        self.steps = steps
+        self.k = self.longest = k
+
+    def pieces(self, rollout: Rollout) -> Iterator[Piece]:
+        """See `GradientMode`."""
+        first = self.steps - self.k
+        yield rollout.piece(rollout.to(first), first)
+
+    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+        """See `GradientMode`."""
+        with_gradient = sum(per_step[-self.k :])
+        return Evaluations(sum(per_step) - (0 if recompute else with_gradient), with_gradient)
+
+    def describe(self) -> str:
+        """See `GradientMode`."""
+        return f"gradient through the last {self.k} of {self.steps} sampler steps"
