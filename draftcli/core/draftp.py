@@ -68,7 +68,8 @@ def training_step(
     """
     parts = [(part, nets.encode(part)) for part in batch.split(work.prefix)]
     with nets.phase(Phase.PREFIX), nets.without_gradient():  # x_T ~ N(0, I), then x <- x + (sigma' - sigma) eps(x)
-        rollouts = (Rollout(nets, sampler, part, cond, work.recompute) for part, cond in parts)
+        walked = work.recompute or mode.recomputes
+        rollouts = (Rollout(nets, sampler, part, cond, walked) for part, cond in parts)
         pieces = [piece for rollout in rollouts for piece in mode.pieces(rollout)]
     count = sum(map(len, pieces))
     figures, executor = StepFigures(), work.executor
