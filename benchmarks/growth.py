@@ -24,7 +24,8 @@ from levers import Measured
 from meter import quiet_console
 
 import draftcli
-from draftcli.core.models.sdxl import SDXL_CONFIG, model_path
+from draftcli.core.models.loading import model_path
+from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.planning.memory import memory_plan
 
 mpl.use("Agg")

@@ -26,7 +26,7 @@ from torch.multiprocessing import start_processes
 from draftcli.config import Config, load_config
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
-from draftcli.core.models.sdxl import model_path
+from draftcli.core.models.loading import model_path
 
 MB = 1e6
 FULL = ["peft.peft_scheme=none"]

@@ -26,7 +26,7 @@ import draftcli
 from draftcli.config import Config
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.models.sdxl import load_parts
+from draftcli.core.models.loading import load_parts
 
 # The lever, and what has to be set on both sides for it to have something to do.
 LEVERS: list[tuple[str, str]] = [

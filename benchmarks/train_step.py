@@ -41,7 +41,8 @@ from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.folding import folded, lost_share
 from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict
-from draftcli.core.models.sdxl import Parts, load_parts
+from draftcli.core.models.family import Parts
+from draftcli.core.models.loading import load_parts
 
 RECIPE = ["sampling.steps=25", "sampling.scale=5", "draftp.truncation_steps=1", "trainer.micro_batch_size=1"]
 SIZES = {

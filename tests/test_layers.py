@@ -1,6 +1,7 @@
 """The arrows of the design, read from the imports: dependencies point down only."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,26 @@ ALLOWED = {
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
+# The same inside core, from below: what each layer may import of core, beside itself. The values and formulas that all
+# share, the method on them, then what it is done with and how it runs. draftp.py alone puts them together.
+CORE_LAYERS = {
+    "values": {"grid", "schedule", "batch", "phase", "precision"},
+    "method": {"denoise", "guidance", "annealing", "networks", "penalty", "backward", "gradient"},
+    "models": {"models"},
+    "lora": {"lora"},
+    "engine": {"engine"},
+    "facade": {"draftp"},
+}
+CORE_ALLOWED = {
+    "values": set(),
+    "method": {"values"},
+    "models": {"values", "method"},
+    "lora": {"values", "models"},
+    "engine": {"values", "method", "models", "lora"},
+    "facade": {"values", "method", "models", "lora", "engine"},
+}
+
+
 def part(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
@@ -66,6 +87,39 @@ def imported_parts(path: Path) -> set[str]:
 def test_imports_point_down(path):
     own = part(path)
     assert imported_parts(path) <= ALLOWED[own] | {own, "errors"}
+
+
+def core_layer(name: str) -> str:
+    return next(layer for layer, names in CORE_LAYERS.items() if name in names)
+
+
+CORE_FILES = [f for f in FILES if part(f) == "core" and f.parent.name + f.name != "core__init__.py"]
+
+
+@pytest.mark.parametrize("path", CORE_FILES, ids=[str(f.relative_to(PACKAGE)) for f in CORE_FILES])
+def test_layers_inside_core(path):
+    own = core_layer(path.relative_to(PACKAGE / "core").parts[0].removesuffix(".py"))
+    imported = re.findall(
+        r"^\s*from draftcli\.core(?:\.(\w+))?\S* import (\w+)", path.read_text(encoding="utf-8"), re.M
+    )
+    found = {core_layer(module or name) for module, name in imported}
+    assert found <= CORE_ALLOWED[own] | {own}
+
+
+def test_no_import_dodges_the_layers():
+    """An import under TYPE_CHECKING would be refused in the open; it is there only to keep a start without torch."""
+    light = {PACKAGE / "__init__.py", PACKAGE / "rewards" / "__init__.py", *(PACKAGE / "cli").glob("*.py")}
+    hidden = [f for f in FILES if f not in light and "TYPE_CHECKING" in f.read_text(encoding="utf-8")]
+    assert not hidden
+
+
+def test_files_and_classes_stay_readable():
+    """At most 400 lines a file and 250 a class."""
+    sources = {str(f): f.read_text(encoding="utf-8") for f in FILES}
+    long = [(name, lines) for name, text in sources.items() if (lines := len(text.splitlines())) > 400]
+    classes = [n for text in sources.values() for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ClassDef)]
+    long += [(n.name, n.end_lineno - n.lineno + 1) for n in classes if n.end_lineno - n.lineno >= 250]
+    assert not long
 
 
 def test_there_are_no_drawers():

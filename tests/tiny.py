@@ -24,7 +24,8 @@ from draftcli.config import Config, ModelConfig, check_config
 from draftcli.core.backward import KeptGraph, Piece, Walked
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.models.sdxl import Parts, load_parts
+from draftcli.core.models.family import Parts
+from draftcli.core.models.loading import load_parts
 
 WIDTHS = (32, 48)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"

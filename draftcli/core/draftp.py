@@ -40,7 +40,7 @@ from draftcli.core.denoise import SOLVERS, Sampler
 from draftcli.core.engine.networks import PlacedNetworks, Watch
 from draftcli.core.gradient.mode import GradientMode, Rollout, churn_noise, make_mode
 from draftcli.core.lora.files import Lora
-from draftcli.core.models.sdxl import Conditioning, Parts
+from draftcli.core.models.family import Conditioning, Parts
 from draftcli.core.models.size_keys import size_keys
 from draftcli.core.networks import Judge, Networks
 from draftcli.core.penalty import Penalty, make_penalty, objective
@@ -122,8 +122,7 @@ class SDXLDRaFTPModel:
         cfg: the settings, from `draftcli.load_config`.
         parts: loaded modules; None loads `cfg.model`.
         loras: what is tuned instead of a new LoRA to train: LoRAs with the scale of each, frozen. May be none.
-        loss: an objective of one's own, as `get_forward_output_and_loss_func` returns it: get_loss_and_metrics then
-            takes its gradient, by one backward per micro-batch.
+        loss: an objective of one's own, as `get_forward_output_and_loss_func` returns it, for get_loss_and_metrics.
 
     Raises:
         InputError: the model cannot be loaded, or the settings do not fit it.
@@ -243,11 +242,7 @@ class SDXLDRaFTPModel:
 
     @torch.no_grad()
     def annealed_guidance(
-        self,
-        batch: Batch | Sequence[str],
-        x_T: Tensor,
-        weighing_fn: Weighing | None = None,
-        stochastic: bool = False,
+        self, batch: Batch | Sequence[str], x_T: Tensor, weighing_fn: Weighing | None = None, stochastic: bool = False
     ) -> Tensor:
         """Draw pictures with AIG.
 
@@ -268,11 +263,7 @@ class SDXLDRaFTPModel:
 
     @torch.no_grad()
     def annealed_images(
-        self,
-        batch: Batch | Sequence[str],
-        x_T: Tensor,
-        weighing_fn: Weighing | None = None,
-        stochastic: bool = False,
+        self, batch: Batch | Sequence[str], x_T: Tensor, weighing_fn: Weighing | None = None, stochastic: bool = False
     ) -> Tensor:
         """What `annealed_guidance` draws, (B, 3, 8 H, 8 W) in [0, 1]: the form that everything here works with."""
         batch, nets = self._sized(batch, x_T), self.networks

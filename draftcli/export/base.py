@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 from draftcli.core.lora.files import with_text_model
-from draftcli.core.models.meta import PARTS, modules_on_meta, read_json
-from draftcli.core.models.sdxl import (
-    SDXL_CONFIG,
+from draftcli.core.models.loading import (
     check_folder,
     checked_file,
     model_path,
     single_file_prediction,
 )
+from draftcli.core.models.meta import PARTS, modules_on_meta, read_json
+from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.errors import InputError, brief, first_line
 from draftcli.export.layout import Original, original_layout, original_shape
 from draftcli.export.tensors import Stored, stored_tensors

@@ -14,11 +14,11 @@ import torch
 from draftcli.config import Config
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora import adapters
+from draftcli.core.models.family import drop_vae_encoder, find_family
+from draftcli.core.models.loading import model_path
 from draftcli.core.models.meta import PARTS
-from draftcli.core.models.sdxl import SDXL_CONFIG, drop_vae_encoder, model_path
+from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.planning.stand_ins import shortened_modules, tensors
-
-LABELS = {"unet": "unet", "vae": "vae decoder", "text_encoder": "text encoder", "text_encoder_2": "text encoder 2"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ def make_plan(cfg: Config) -> Plan:
     folder = configuration_folder(cfg)
     modules = shortened_modules(folder, cfg.peft.target_modules)
     drop_vae_encoder(modules["vae"])
-    frozen = {LABELS[part]: _count(module) for part, module in modules.items()}
+    labels = find_family("sdxl").networks
+    frozen = {labels[part]: _count(module) for part, module in modules.items()}
     if cfg.peft.peft_scheme == "lora":
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft says that meta weights are not initialised, which is the point

@@ -30,7 +30,7 @@ from draftcli.core.engine.eight_bit import EightBitLinear
 from draftcli.core.engine.sharding import checkpoint_activations
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora.adapters import lora_layers
-from draftcli.core.models.sdxl import Parts
+from draftcli.core.models.family import Parts
 from draftcli.core.precision import DTYPES
 from draftcli.planning.live_bytes import PeakMeter
 from draftcli.planning.stand_ins import (

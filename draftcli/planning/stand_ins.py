@@ -19,8 +19,8 @@ from transformers import BatchEncoding
 from draftcli.config import Config, RewardSource
 from draftcli.core.engine.eight_bit import EightBitLinear, quantize_blocks
 from draftcli.core.lora.adapters import attach_lora
+from draftcli.core.models.family import Parts
 from draftcli.core.models.meta import modules_on_meta
-from draftcli.core.models.sdxl import Parts
 from draftcli.core.precision import DTYPES
 from draftcli.planning.live_bytes import LiveBytes
 from draftcli.rewards.aesthetic import AestheticReward, scoring_head

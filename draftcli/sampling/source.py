@@ -55,7 +55,7 @@ class Source:
         """
         from draftcli.core.draftp import SDXLDRaFTPModel
         from draftcli.core.lora.files import PARTS, read_lora, weight_shapes
-        from draftcli.core.models.sdxl import load_parts
+        from draftcli.core.models.loading import load_parts
 
         parts = load_parts(self.cfg.model, trained_in_full=self.unet is not None)
         shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in PARTS}

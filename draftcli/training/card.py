@@ -8,7 +8,7 @@ import yaml
 
 from draftcli import __version__
 from draftcli.config import Config
-from draftcli.core.models.sdxl import BUILT_IN
+from draftcli.core.models.loading import BUILT_IN
 
 LOADING = {
     "lora": 'pipe.load_lora_weights("PATH/TO/final")',

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from draftcli.config import check_config
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.lora.adapters import lora_layers
-from draftcli.core.models.sdxl import Conditioning, Parts
+from draftcli.core.models.family import Conditioning, Parts
 
 FOLDER = Path(__file__).parents[1] / "golden"
 GOLDEN = json.loads((FOLDER / "golden.json").read_text())

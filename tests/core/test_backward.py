@@ -15,8 +15,8 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine import sharding
 from draftcli.core.engine.folding import folded, lost_share
 from draftcli.core.lora.adapters import lora_layers
-from draftcli.core.models import sdxl
-from draftcli.core.models.sdxl import load_parts
+from draftcli.core.models.loading import load_parts
+from draftcli.core.models.sdxl import SDXL
 from draftcli.errors import InputError
 from tests.tiny import batch, gradient_steps, latents_at, move, prefers_red, tiny_config, tiny_model
 
@@ -315,13 +315,13 @@ def test_a_larger_prefix_batch_means_fewer_calls(tiny_sdxl):
 @pytest.fixture
 def encoded(monkeypatch):
     """The prompts that the text encoders were asked for."""
-    asked, plain = [], sdxl.encode_prompts
+    asked, plain = [], SDXL.encode_prompts
 
-    def spy(parts, prompts):
+    def spy(family, parts, prompts):
         asked.extend(prompts)
-        return plain(parts, prompts)
+        return plain(family, parts, prompts)
 
-    monkeypatch.setattr("draftcli.core.engine.prompt_cache.encode_prompts", spy)
+    monkeypatch.setattr(SDXL, "encode_prompts", spy)
     return asked
 
 

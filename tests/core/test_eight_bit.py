@@ -18,7 +18,7 @@ from draftcli.core.engine import sharding
 from draftcli.core.engine.eight_bit import EightBitLinear, quantize_blocks
 from draftcli.core.engine.folding import folded
 from draftcli.core.lora.adapters import lora_layers
-from draftcli.core.models.sdxl import model_path
+from draftcli.core.models.loading import model_path
 from draftcli.errors import InputError
 from draftcli.planning.memory import memory_plan
 from draftcli.sampling.source import find_source

@@ -15,7 +15,7 @@ from draftcli.core.annealing import weighing
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.lora.adapters import adapters_off, lora_layers
-from draftcli.core.models.sdxl import encode_prompts
+from draftcli.core.models.sdxl import SDXL
 from draftcli.rewards import Reward
 from tests.tiny import batch, latents_at, move, prefers_red, tiny_model
 
@@ -390,7 +390,7 @@ def test_negative_prompts_mix_with_absent_ones(tiny_sdxl):
     model = tiny_model(tiny_sdxl)
     cond = model.encode(batch(4, negatives=[None, "blurry", "", None]))
     uncond, pooled = cond.prompt_embeds[:4], cond.text_embeds[:4]
-    sequence, vector = encode_prompts(model.parts, ["blurry", ""])
+    sequence, vector = SDXL().encode_prompts(model.parts, ["blurry", ""])
     assert torch.equal(uncond[[0, 3]], torch.zeros_like(uncond[[0, 3]]))
     assert torch.equal(pooled[[0, 3]], torch.zeros_like(pooled[[0, 3]]))
     close(uncond[[1, 2]], sequence)
@@ -402,11 +402,11 @@ def test_negative_prompts_mix_with_absent_ones(tiny_sdxl):
 def test_a_model_that_encodes_the_empty_prompt_gets_no_zeros(tiny_sdxl):
     model = tiny_model(tiny_sdxl)
     model.parts.zeros_for_empty = False
-    close(model.encode(batch(1)).prompt_embeds[:1], encode_prompts(model.parts, [""])[0])
+    close(model.encode(batch(1)).prompt_embeds[:1], SDXL().encode_prompts(model.parts, [""])[0])
 
 
 def test_prompts_of_other_languages_and_endless_ones_are_encoded(tiny_sdxl):
-    sequence, pooled = encode_prompts(tiny_model(tiny_sdxl).parts, ["", "日本語 🎨", "red " * 500])
+    sequence, pooled = SDXL().encode_prompts(tiny_model(tiny_sdxl).parts, ["", "日本語 🎨", "red " * 500])
     assert sequence.shape == (3, 77, 32 + 48)
     assert pooled.shape == (3, 48)
     assert sequence.isfinite().all()

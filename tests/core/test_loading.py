@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from draftcli.config import ModelConfig
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.models.sdxl import encode_prompts, load_parts
+from draftcli.core.models.loading import load_parts
+from draftcli.core.models.sdxl import SDXL
 from draftcli.errors import InputError
 from tests.tiny import batch, make_sdxl, tiny_config, tiny_model, write_single_file
 
@@ -61,7 +62,9 @@ def test_a_single_file_is_the_same_model(tiny_sdxl, single_file):
         expected, found = module.state_dict(), file.modules[name].state_dict()
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
-    for ours, theirs in zip(encode_prompts(file, ["red!", ""]), encode_prompts(folder, ["red!", ""]), strict=True):
+    for ours, theirs in zip(
+        SDXL().encode_prompts(file, ["red!", ""]), SDXL().encode_prompts(folder, ["red!", ""]), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 

@@ -22,7 +22,7 @@ from draftcli.config import ShardingConfig
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine import sharding
 from draftcli.core.engine.sharding import make_mesh
-from draftcli.core.models.sdxl import load_parts
+from draftcli.core.models.loading import load_parts
 from draftcli.errors import InputError
 from tests.tiny import batch, tiny_config, tiny_model
 

@@ -13,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from draftcli.core.lora.files import read_lora, weight_shapes
+from draftcli.core.models.loading import load_parts
 from draftcli.core.models.meta import modules_on_meta
-from draftcli.core.models.sdxl import SDXL_CONFIG, load_parts
+from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.errors import InputError
 from draftcli.export import write
 from draftcli.export.base import open_base

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from draftcli.core.lora.files import read_lora, weight_shapes
-from draftcli.core.models.sdxl import load_parts
+from draftcli.core.models.loading import load_parts
 from draftcli.evaluation.evaluate import _seconds
 from draftcli.evaluation.measure import _kept
 from draftcli.export.base import open_base

@@ -11,7 +11,7 @@ import torch
 from draftcli.config import load_config
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.models.sdxl import load_parts, model_path
+from draftcli.core.models.loading import load_parts, model_path
 from draftcli.planning import memory, rehearsal, stand_ins
 from draftcli.planning.live_bytes import LiveBytes, PeakMeter
 from draftcli.rewards import get_reward_model

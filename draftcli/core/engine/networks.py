@@ -30,10 +30,10 @@ from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.guidance import guided, network_input, to_noise_estimate
 from draftcli.core.lora import adapters
 from draftcli.core.lora.files import Lora, attach_loras
-from draftcli.core.models.sdxl import Conditioning, Parts, decode, load_parts, predict
-from draftcli.core.models.size_keys import size_keys, time_ids
+from draftcli.core.models.family import Conditioning, Parts, latent_factor
+from draftcli.core.models.loading import load_parts
 from draftcli.core.phase import Phase
-from draftcli.core.schedule import Level, make_schedule
+from draftcli.core.schedule import Level
 from draftcli.errors import InputError
 
 NOT_FOLDED = "sharding.fold_lora has no effect: rounding would take more than sharding.fold_tolerance of the LoRA"
@@ -70,6 +70,7 @@ class PlacedNetworks:
         self._rank0_loads = split and parts is None
         hollow = self._rank0_loads and not sharding.is_source()
         self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
+        self.family = self.parts.family
         device, offload = self.runtime.device, cfg.sharding.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
         # A network that will be split stays on the CPU until then: no device need ever hold all of it.
@@ -94,8 +95,7 @@ class PlacedNetworks:
         self._encoded = PromptCache(
             self.parts, device, offload=cfg.model.offload_text_encoders, folder=None if cache is None else Path(cache)
         )
-        sampling = cfg.sampling
-        self.schedule = make_schedule(sampling.steps, sampling.schedule, self.parts.zero_terminal_snr)
+        self.schedule = self.family.schedule(self.parts, cfg.sampling.steps, cfg.sampling.schedule)
         self._watch: Watch = torch.profiler.record_function
 
     # ------------------------------------------------------------------------------------------- tuned and base
@@ -109,9 +109,9 @@ class PlacedNetworks:
             with self.runtime.autocast():
                 if sampling.is_guided(level.index):
                     doubled = network_input(torch.cat([x, x]), level)
-                    output = guided(predict(self.unet, doubled, level.timestep, cond), sampling.scale)
+                    output = guided(self.family.predict(self.unet, doubled, level.timestep, cond), sampling.scale)
                 else:
-                    output = predict(self.unet, network_input(x, level), level.timestep, conditional)
+                    output = self.family.predict(self.unet, network_input(x, level), level.timestep, conditional)
             return to_noise_estimate(output, x, level, self.parts.prediction)
 
         return predict_guided
@@ -162,20 +162,9 @@ class PlacedNetworks:
     @torch.no_grad()
     def encode(self, batch: Batch) -> Conditioning:
         """What the UNet gets for [unconditional ; conditional], on its device and in its dtype."""
-        device = self.runtime.device
         with self.phase(Phase.TEXT):
-            sequence, pooled = self._encoded(batch.prompts)
-        negatives = [self.cfg.sampling.negative_prompt if n is None else n for n in batch.negatives]
-        absent = torch.tensor([n is None and self.parts.zeros_for_empty for n in negatives], device=device)
-        if absent.all():
-            uncond, uncond_pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
-        else:
-            uncond, uncond_pooled = self._encoded([n or "" for n in negatives])
-            uncond = uncond.masked_fill(absent[:, None, None], 0)
-            uncond_pooled = uncond_pooled.masked_fill(absent[:, None], 0)
-        ids = time_ids(size_keys(len(batch), *batch.size))
-        cond = Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
-        return cond.to(device, self.runtime.dtype)
+            cond = self.family.condition(self.parts, self._encoded, batch, self.cfg.sampling.negative_prompt)
+        return cond.to(self.runtime.device, self.runtime.dtype)
 
     def encode_base(self, batch: Batch) -> Conditioning:
         """What the base gets: the same, unless a LoRA changes the text encoders as well."""
@@ -187,7 +176,7 @@ class PlacedNetworks:
     @property
     def factor(self) -> int:
         """Pixels by latent, along an edge."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return latent_factor(self.vae)
 
     def noise(self, batch: Batch) -> Tensor:
         """x_T (B, C, H, W) unit normal, float32 on the CPU, from the batch's seeds."""
@@ -215,7 +204,7 @@ class PlacedNetworks:
                 "leave it out, or take the gradient by get_loss_and_metrics"
             )
         self.residency.need(JUDGES)
-        return decode(self.vae, x_0, self.cfg.model.vae_tile)
+        return self.family.decode(self.vae, x_0, self.cfg.model.vae_tile)
 
     # ----------------------------------------------------------------------------------------------------- placement
 

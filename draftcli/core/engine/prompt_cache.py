@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftcli.core.lora.adapters import lora_layers
-from draftcli.core.models.sdxl import Parts, encode_prompts, tokenize
+from draftcli.core.models.family import Parts, tokenize
 from draftcli.runs import disk_errors
 
 Embedding = tuple[Tensor, Tensor]
@@ -52,7 +52,7 @@ class PromptCache:
         if missing:
             self._move_encoders(self.device)
             for prompt in missing:
-                sequence, pooled = encode_prompts(self.parts, [prompt])
+                sequence, pooled = self.parts.family.encode_prompts(self.parts, [prompt])
                 wanted[prompt] = sequence[0].cpu(), pooled[0].cpu()
                 self._write(prompt, wanted[prompt])
             if self.offload:

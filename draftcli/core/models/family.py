@@ -1,0 +1,203 @@
+"""A family of models: what of SDXL, or of a sibling of it, is not the method's.
+
+A family is one object, found by name; the networks, plans and exports ask it. To them a model is `Parts` and a
+`Conditioning`.
+
+Shape legend: B images, L text tokens, D text width, D2 pooled width, C latent channels, H W latent size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from draftcli.core.batch import Batch
+from draftcli.core.guidance import Prediction
+from draftcli.core.schedule import Schedule
+from draftcli.errors import InputError
+
+# (B, L, D) sequence and (B, D2) pooled embeddings of B prompts
+Embedding = tuple[Tensor, Tensor]
+
+FAMILIES = {"sdxl": "draftcli.core.models.sdxl:SDXL"}
+
+
+class Family(Protocol):
+    """One kind of model.
+
+    Attributes:
+        name: as settings and files call it.
+        title: for people.
+        pipeline: the class in diffusers.
+        hub_base: hub id of the model that this family is known by.
+        config_folder: its configuration, without weights and tokenizers, so that its shape is known offline.
+        networks: what it consists of, as diffusers' folders are called, and what plans call each.
+        architecture: of modelspec's metadata.
+        kohya_version: of kohya's metadata, ss_base_model_version.
+    """
+
+    name: str
+    title: str
+    pipeline: str
+    hub_base: str
+    config_folder: Path
+    networks: Mapping[str, str]
+    architecture: str
+    kohya_version: str
+
+    def encode_prompts(self, parts: Parts, prompts: Sequence[str]) -> Embedding:
+        """The embeddings of B prompts, as the model was trained with them."""
+        ...
+
+    def condition(
+        self, parts: Parts, embed: Callable[[Sequence[str]], Embedding], batch: Batch, negative: str | None
+    ) -> Conditioning:
+        """What the UNet gets for a batch.
+
+        Args:
+            parts: the model.
+            embed: `encode_prompts`, maybe from a cache.
+            batch: B images.
+            negative: of those that have no negative prompt of their own; None: no negative prompt at all.
+        """
+        ...
+
+    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning) -> Tensor:
+        """The network's raw output at x (B, C, H, W), already scaled to its input, in the dtype of x."""
+        ...
+
+    def decode(self, vae: Any, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Latents (B, C, H, W) -> (B, 3, 8 H, 8 W) in [0, 1], differentiable.
+
+        Args:
+            vae: the decoder.
+            latents: (B, C, H, W).
+            tile: edge in pixels of the tiles to decode apart (tiles.py); None decodes all at once.
+        """
+        ...
+
+    def schedule(self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"]) -> Schedule:
+        """The noise levels of `steps` sampler steps."""
+        ...
+
+
+@cache
+def find_family(name: str) -> Family:
+    """The family called `name`.
+
+    Raises:
+        InputError: there is none.
+    """
+    if name not in FAMILIES:
+        raise InputError(f"model.family {name!r}: there is no such family; there are {', '.join(FAMILIES)}")
+    module, _, attribute = FAMILIES[name].partition(":")
+    return getattr(import_module(module), attribute)()
+
+
+def tokenize(parts: Parts, prompts: Sequence[str]) -> list[Tensor]:
+    """(B, L) token ids of each tokenizer, on the CPU: padded, or cut, to its length."""
+    return [
+        tokenizer(
+            list(prompts),
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        for tokenizer in parts.tokenizers
+    ]
+
+
+def latent_factor(vae: Any) -> int:
+    """Pixels by latent, along an edge."""
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+@dataclass
+class Parts:
+    """The loaded modules of a model, and the facts about it that are not in the weights.
+
+    Making one freezes its modules and drops the VAE's encoder, which is never used.
+
+    Attributes:
+        unet: called as diffusers' UNet2DConditionModel.
+        vae: diffusers' AutoencoderKL; only its decoder is used.
+        text_encoders: CLIPTextModel and CLIPTextModelWithProjection, in this order. Empty where a caller brings its
+            own conditioning.
+        tokenizers: theirs.
+        prediction: what the network predicts.
+        zero_terminal_snr: whether it was trained with rescaled betas.
+        zeros_for_empty: an absent negative prompt is zeros (SDXL base) rather than the encoded empty prompt.
+        name: of the model, for people.
+        family: which kind of model it is.
+    """
+
+    unet: Any
+    vae: Any
+    text_encoders: Sequence[Any] = ()
+    tokenizers: Sequence[Any] = ()
+    prediction: Prediction = "epsilon"
+    zero_terminal_snr: bool = False
+    zeros_for_empty: bool = True
+    name: str = field(default="custom", compare=False)
+    family: Family = field(default_factory=lambda: find_family("sdxl"), compare=False)
+
+    def __post_init__(self) -> None:
+        drop_vae_encoder(self.vae)
+        for module in self.modules.values():
+            module.requires_grad_(False).eval()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """Every network by name."""
+        encoders = {f"text_encoder{'' if i == 0 else f'_{i + 1}'}": m for i, m in enumerate(self.text_encoders)}
+        return {"unet": self.unet, "vae": self.vae, **encoders}
+
+
+@dataclass
+class Conditioning:
+    """What the UNet gets beside the latents, for [unconditional ; conditional]: first dimension 2 B.
+
+    Attributes:
+        prompt_embeds: (2 B, L, D).
+        text_embeds: (2 B, D2) pooled.
+        time_ids: (2 B, 6) size keys.
+    """
+
+    prompt_embeds: Tensor
+    text_embeds: Tensor
+    time_ids: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Conditioning:
+        """Move everything; the text tensors take `dtype`."""
+        return Conditioning(
+            self.prompt_embeds.to(device, dtype), self.text_embeds.to(device, dtype), self.time_ids.to(device)
+        )
+
+    def __getitem__(self, some: slice | Tensor) -> Conditioning:
+        """That of some of the B pictures: a slice, or chosen (B,) bool."""
+
+        def part(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (2, -1))[:, some].flatten(0, 1)
+
+        return Conditioning(part(self.prompt_embeds), part(self.text_embeds), part(self.time_ids))
+
+    @property
+    def conditional(self) -> Conditioning:
+        """The second half alone, first dimension B: for a network call without guidance."""
+        half = len(self.prompt_embeds) // 2
+        return Conditioning(self.prompt_embeds[half:], self.text_embeds[half:], self.time_ids[half:])
+
+
+def drop_vae_encoder(vae: Any) -> None:
+    """Free the half of the VAE that is never used: a third of its weights."""
+    for name in ("encoder", "quant_conv"):
+        if getattr(vae, name, None) is not None:
+            setattr(vae, name, None)
