@@ -80,7 +80,7 @@ def train(
 
     `draftp train --preset sdxl-lora --fit 16GB --dry-run`
     """
-    from draftcli.config import check_batch_size, dump_config, load_config, parse_reward
+    from draftcli.config import check_batch_size, dump_config, load_config, parse_reward, without_effect
 
     values: dict[str, object] = {}
     if prompts:
@@ -95,7 +95,7 @@ def train(
 
         raise typer.Exit(launch(processes, sys.argv[1:], int(60 * cfg.sharding.timeout_minutes)))
     alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
-    for warning in cfg.warnings() if alone else []:
+    for warning in without_effect(cfg) if alone else []:
         typer.echo(f"warning: {warning}", err=True)
     from draftcli.cli.console import open_console
 

@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from draftcli.config import RewardConfig
 from draftcli.errors import InputError
 from draftcli.rewards.protocol import Reward
-
-if TYPE_CHECKING:
-    from draftcli.config import RewardConfig
 
 MEMORY = 0.99  # a step's scores count by this power of the steps since: about the last hundred count
 FLAT = 1e-6  # scores that span less than this share of their mean are all alike, but for rounding

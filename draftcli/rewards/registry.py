@@ -7,18 +7,16 @@ import sys
 from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 
+from draftcli.config import Config, RewardSource
 from draftcli.errors import InputError
 from draftcli.rewards.catalogue import known_rewards
 from draftcli.rewards.mixture import WeightedSum
 from draftcli.rewards.protocol import Reward
 from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
-
-if TYPE_CHECKING:
-    from draftcli.config import Config, RewardSource
 
 
 def load_reward(name: str, pretrained: str | None = None, backbone: str | None = None) -> Reward:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from draftcli.config import Config, load_config
+from draftcli.config import Config, load_config, without_effect
 from draftcli.errors import InputError
 from draftcli.runs import find_run
 
@@ -148,7 +148,7 @@ def split_scale(text: str, is_there: Callable[[str], bool], given: str) -> tuple
 
 def _without_effect(cfg: Config) -> tuple[str, ...]:
     """Of the settings' warnings those that are about drawing."""
-    return tuple(text for text in cfg.warnings() if text.startswith("sampling."))
+    return tuple(without_effect(cfg, "drawing"))
 
 
 def _precision() -> str:

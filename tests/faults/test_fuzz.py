@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import draftcli
-from draftcli.config import dump_config, presets_folder
+from draftcli.config import dump_config, presets_folder, without_effect
 from draftcli.errors import InputError
 from draftcli.evaluation.pictures import folder_gallery, items_of, read_index, read_picture
 from draftcli.prompts import fingerprint, read_prompts
@@ -58,7 +58,7 @@ def in_yaml(value: Any) -> str:
 
 def use_settings(*arguments: Any, **options: Any) -> None:
     cfg = draftcli.load_config(*arguments, **options)
-    cfg.warnings()
+    without_effect(cfg)
     Path("written.yaml").write_text(dump_config(cfg), encoding="utf-8")
     assert draftcli.load_config("written.yaml") == cfg
 

@@ -1,0 +1,146 @@
+"""What settings forbid each other in a training, and which have no effect beside others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from draftcli.config.schema import Config
+from draftcli.errors import InputError
+
+Purpose = Literal["training", "drawing"]
+
+
+def conflicts(cfg: Config) -> Iterator[str]:
+    """Why the settings cannot train, each reason in one line."""
+    steps, k, sharding = cfg.sampling.steps, cfg.draftp.truncation_steps, cfg.sharding
+    if k > steps:
+        yield f"draftp.truncation_steps is {k}, sampling.steps {steps}: K can be at most {steps}"
+    try:
+        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size)
+    except InputError as error:
+        yield str(error)
+    if cfg.draftp.low_variance_samples and not sharding.two_stage:
+        yield "draftp.low_variance_samples needs sharding.two_stage true"
+    if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
+        yield "draftp.low_variance_samples means the gradient mode low_variance; leave out one of it and draftp.gradient"
+    if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
+        yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"
+    if sharding.offload and sharding.strategy == "fsdp":
+        yield "sharding.offload does not go with sharding.strategy fsdp, which splits the weights"
+    if sharding.channels_last and sharding.strategy == "fsdp":
+        yield "sharding.channels_last does not go with sharding.strategy fsdp, which has its own"
+    yield from _conflicts_of_8_bits(cfg)
+    if sharding.strategy == "fsdp" and cfg.ema.decay is not None and cfg.ema.device == "cpu":
+        yield "ema.device cpu does not go with sharding.strategy fsdp, which splits the average: leave it"
+
+
+def _conflicts_of_8_bits(cfg: Config) -> Iterator[str]:
+    """Where bitsandbytes could not do what is asked of it."""
+    for key, value in (("model.quantize", cfg.model.quantize), ("optim.name", cfg.optim.name)):
+        if value not in ("8bit", "adamw8bit"):
+            continue
+        if cfg.sharding.strategy == "fsdp":
+            yield f"{key} {value} does not go with sharding.strategy fsdp; use ddp, or leave it out"
+        if cfg.model.precision == "fp64":
+            yield f"{key} {value} does not go with model.precision fp64; use fp32, bf16 or fp16"
+    if cfg.model.quantize and cfg.peft.peft_scheme == "none":
+        yield (
+            f"model.quantize {cfg.model.quantize} is for a frozen base, and peft.peft_scheme none trains all of "
+            "it; use lora, or optim.name adamw8bit instead"
+        )
+
+
+def check_batch_size(micro: int, total: int, processes: int = 1) -> None:
+    """See that a step's pictures can be shared out evenly.
+
+    Args:
+        micro: trainer.micro_batch_size.
+        total: trainer.global_batch_size.
+        processes: that train together.
+
+    Raises:
+        InputError: they cannot; names the nearest sizes that work.
+    """
+    unit = micro * processes
+    if total % unit:
+        near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
+        times = f" times {processes} processes" if processes > 1 else ""
+        raise InputError(
+            f"trainer.global_batch_size {total} is not a multiple of trainer.micro_batch_size {micro}{times}; "
+            f"the nearest that work: {', '.join(map(str, near))}"
+        )
+
+
+def without_effect(cfg: Config, purpose: Purpose = "training") -> list[str]:
+    """Settings that somebody gave, that are allowed, and that yet have no effect or hardly the one meant.
+
+    Args:
+        cfg: the settings.
+        purpose: drawing: only those that pictures could depend on.
+    """
+    if purpose == "drawing":
+        return list(_idle_sampling(cfg))
+    return [*_idle_schedule(cfg), *_idle_method(cfg), *_idle_sampling(cfg), *_idle_sharding(cfg)]
+
+
+def _idle_schedule(cfg: Config) -> Iterator[str]:
+    trainer, sched, given = cfg.trainer, cfg.optim.sched, cfg.trainer.model_fields_set
+    validates = bool(trainer.val_check_interval and cfg.data.validation_prompts)
+    beyond = f"is beyond trainer.max_steps {trainer.max_steps}"
+    if sched.warmup_steps > trainer.max_steps:
+        yield f"optim.sched.warmup_steps {sched.warmup_steps} {beyond}: the learning rate never gets there"
+    if sched.name == "constant" and sched.warmup_steps > 0:
+        yield "optim.sched.warmup_steps has no effect with the schedule constant; use constant_with_warmup"
+    if "save_interval" in given and trainer.save_interval > trainer.max_steps:
+        yield f"trainer.save_interval {trainer.save_interval} {beyond}: only the end is saved"
+    if "val_check_interval" in given and validates and trainer.val_check_interval > trainer.max_steps:
+        yield f"trainer.val_check_interval {trainer.val_check_interval} {beyond}: validation at start and end only"
+    if "val_check_interval" in given and trainer.val_check_interval > 0 and not cfg.data.validation_prompts:
+        yield "trainer.val_check_interval has no effect: data.validation_prompts is empty"
+    if cfg.held_out_rewards and not validates:
+        yield "held_out_rewards have no effect without validation"
+
+
+def _idle_method(cfg: Config) -> Iterator[str]:
+    peft = cfg.peft
+    for name, setting in cfg.rewards.items():
+        if setting.weight == 0:
+            yield f"rewards.{name}.weight 0: it is computed and logged, and trains nothing"
+    if peft.peft_scheme == "none" and peft.model_fields_set & {"rank", "alpha", "target_modules"}:
+        yield "peft.rank, alpha and target_modules have no effect: peft_scheme none trains the whole UNet"
+    if cfg.ema.decay is None and cfg.ema.model_fields_set - {"decay"}:
+        yield "ema.device, in_validation and in_final have no effect without ema.decay"
+
+
+def _idle_sampling(cfg: Config) -> Iterator[str]:
+    sampling = cfg.sampling
+    if sampling.scale == 1 and sampling.negative_prompt is not None:
+        yield "sampling.negative_prompt has no effect at sampling.scale 1"
+    if sampling.scale == 1 and sampling.guidance_interval != (0, 1):
+        yield "sampling.guidance_interval has no effect at sampling.scale 1"
+    edge = max(sampling.height, sampling.width, *(edge for size in sampling.sizes for edge in size))
+    if (cfg.model.vae_tile or 0) >= edge:
+        yield f"model.vae_tile {cfg.model.vae_tile} has no effect on pictures of up to {edge} pixels"
+
+
+def _idle_sharding(cfg: Config) -> Iterator[str]:
+    sharding, given = cfg.sharding, cfg.sharding.model_fields_set
+    asks_to_fold = "fold_lora" in given and sharding.fold_lora
+    if cfg.peft.peft_scheme == "none" and given & {"fold_lora", "fold_tolerance"}:
+        yield "sharding.fold_lora and fold_tolerance have no effect: peft_scheme none has no LoRA"
+    if sharding.strategy == "fsdp" and asks_to_fold:
+        yield "sharding.fold_lora has no effect: fsdp never folds, the weights lie on several processes"
+    if cfg.model.quantize is not None and asks_to_fold:
+        yield f"sharding.fold_lora has no effect: model.quantize {cfg.model.quantize} leaves no room to fold into"
+    if sharding.strategy != "fsdp" and sharding.shard_size is not None:
+        yield f"sharding.shard_size has no effect with sharding.strategy {sharding.strategy}; it is for fsdp"
+    if not sharding.two_stage and given & {"recompute_steps", "prefix_batch_size", "decode_batch_size"}:
+        yield "sharding.recompute_steps, prefix_batch_size and decode_batch_size have no effect: two_stage is false"
+    if not sharding.fold_lora and "fold_tolerance" in given:
+        yield "sharding.fold_tolerance has no effect: fold_lora is false"
+    micro = cfg.trainer.micro_batch_size
+    if (sharding.decode_batch_size or 0) > micro:
+        yield f"sharding.decode_batch_size has no effect above trainer.micro_batch_size {micro}"
+    if sharding.recompute_steps is False and cfg.draftp.low_variance_samples > 0:
+        yield "sharding.recompute_steps false has no effect: draftp.low_variance_samples recomputes"

@@ -1,0 +1,326 @@
+"""Every setting, by section, with its type, range and default; the docstring under a field is its documentation.
+
+Names that a NeMo-Aligner user knows keep their name. What two settings forbid each other is in rules.py.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from draftcli.errors import brief
+
+Precision = Literal["fp64", "fp32", "bf16", "fp16"]
+Edge = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]
+Count = Annotated[int, Field(ge=1, le=10**9)]
+CountFromZero = Annotated[int, Field(ge=0, le=10**9)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Settings are frozen, and a key that is not known is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """Which SDXL, where and in which precision."""
+
+    pretrained: Annotated[str, Field(min_length=1)] = "toy"
+    """Diffusers folder, hub id, single .safetensors file, or `toy`."""
+    config: str | None = None
+    """Folder or hub id with configuration and tokenizers for a single file; default the hub's SDXL base."""
+    vae: str | None = None
+    """Another VAE: diffusers folder, hub id or .safetensors."""
+    variant: str | None = None
+    """Which files of a folder or hub id, such as `fp16`."""
+    precision: Precision = "fp32"
+    """Of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
+    quantize: Literal["8bit"] | None = None
+    """8bit: train a LoRA on a base whose transformer blocks are kept in 8 bits, at half of bf16's memory; needs the
+    extra `bitsandbytes`. Pictures and gradient change by about a percent. sample, anneal and eval draw with the base as
+    it is."""
+    vae_precision: Precision | None = None
+    """Default float32: SDXL's own VAE gives NaN in fp16."""
+    vae_tile: Annotated[int, Field(ge=64, le=8192, multiple_of=8)] | None = None
+    """Decode in overlapping tiles of this many pixels, each again in backward: less memory. Pictures and gradient
+    change a little, as the decoder's norms and attention see one tile at a time."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the network predicts; default as its scheduler configuration says."""
+    zero_terminal_snr: bool | None = None
+    """Trained with rescaled betas; default as its scheduler configuration says."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:N or mps."""
+    offload_text_encoders: bool = False
+    """Keep the text encoders on the CPU between batches."""
+
+
+class SamplingConfig(Section):
+    """How pictures are drawn, in training as in validation."""
+
+    height: Edge = 1024
+    width: Edge = 1024
+    steps: Annotated[int, Field(ge=1, le=1000)] = 25
+    """N, sampler steps."""
+    scale: Annotated[float, Field(ge=0, le=100)] = 5.0
+    """Classifier-free guidance; 1 is none."""
+    sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "euler"
+    """heun takes two evaluations a step; heun and dpmpp_2m draw only, training is with euler or ddim."""
+    schedule: Literal["trailing", "leading"] = "trailing"
+    """Step grid. Trailing gives the last step, the only one with gradient when K = 1, five times more leverage."""
+    s_churn: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Fresh noise per step (Karras et al. 2022), one draw for tuned and base."""
+    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
+    """First and last part of the steps with guidance, [from, to) in shares of N; outside, scale 1 at half the price
+    (Kynkäänniemi et al. 2024). It changes the pictures, and other programs that draw with the LoRA must do the same."""
+    negative_prompt: str | None = None
+    sizes: list[tuple[Edge, Edge]] = []
+    """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _in_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
+        if interval[0] > interval[1]:
+            raise ValueError("the first number is the smaller one")
+        return interval
+
+    def is_guided(self, step: int) -> bool:
+        """Whether a sampler step, 0 .. steps - 1, takes two evaluations: with the prompt and without."""
+        first, last = self.guidance_interval
+        return self.scale != 1 and first <= step / self.steps < last
+
+
+class DraftpConfig(Section):
+    """The method."""
+
+    truncation_steps: Count = 1
+    """K: the last K sampler steps carry gradient."""
+    kl_coeff: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the KL penalty to the frozen base. It acts on guided noise: its strength moves with sampling.scale."""
+    kl_kind: Literal["eps"] = "eps"
+    """eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
+    log_kl: bool = True
+    """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
+    gradient: str | dict[str, Any] = "last_k"
+    """Which steps carry gradient: a mode's NAME, or {mode: NAME, option: value}; last_k or low_variance {samples}."""
+    low_variance_samples: CountFromZero = 0
+    """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean. The
+    same as gradient {mode: low_variance, samples: n}."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether training asks the base at all: for the penalty, or to log it."""
+        return self.kl_coeff > 0 or self.log_kl
+
+    @property
+    def gradient_mode(self) -> tuple[str, dict[str, Any]]:
+        """The gradient mode's name, and its options."""
+        if self.low_variance_samples:
+            return "low_variance", {"samples": self.low_variance_samples}
+        options = {"mode": self.gradient} if isinstance(self.gradient, str) else dict(self.gradient)
+        return options.pop("mode", "last_k"), options
+
+
+class PeftConfig(Section):
+    """What is trained."""
+
+    peft_scheme: Literal["lora", "none"] = "lora"
+    """lora, or none: the whole UNet."""
+    rank: Count = 32
+    """Inner width of the LoRA."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale of the LoRA is alpha / rank; default alpha = rank."""
+    target_modules: Annotated[list[str], Field(min_length=1)] = [
+        "to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2",
+    ]  # fmt: skip
+    """Endings of the UNet's module names: linear layers or convolutions."""
+
+
+class RelativeConfig(Section):
+    """Score a picture by its own difference between two wordings of its prompt (SRPO, arXiv 2509.06942)."""
+
+    positive: Annotated[str, Field(min_length=1)]
+    """Control words put before the prompt, such as `Natural lighting`: wanted."""
+    negative: Annotated[str, Field(min_length=1)]
+    """Control words put before the prompt, such as `Oil painting`: unwanted."""
+    strength: Annotated[float, Field(ge=0)] = 0.0
+    """k in (1 + k) * positive - negative: how much of the plain reward stays beside the difference."""
+
+
+class RewardSource(Section):
+    """Where a reward comes from and how it is asked; all that a held-out reward needs."""
+
+    pretrained: str | None = None
+    """Its weights: hub id, local folder or local file; default the official ones."""
+    backbone: str | None = None
+    """What its weights stand on (the CLIP under an aesthetic head, the tokenizer's folder), where it lies elsewhere."""
+    relative: RelativeConfig | None = None
+    """Only for rewards that compare a picture's embedding with its prompt's: clip, pickscore, hpsv2, hpsv2_1, toy."""
+    micro_batch_size: Count | None = None
+    """At most so many pictures go through it at a time; their activations are recomputed in backward. Less memory,
+    about a third more time, the same scores."""
+
+
+class RewardConfig(RewardSource):
+    """One reward's part in the sum."""
+
+    weight: float = 1.0
+    normalise: Literal["none", "std", "range"] = "none"
+    """Divide by what the scores of the training so far span: their deviation over about the last hundred steps, or
+    largest minus smallest. The first step of a run only measures."""
+    target: float | None = None
+    """Stop pushing where an image's score is above this: min(score, target)."""
+
+
+def _weight_alone(value: Any) -> Any:
+    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def by_name(value: Any) -> Any:
+    """A list of names, some of them as {name: NAME, ...}, becomes the mapping NAME: {...}."""
+    if not isinstance(value, list):
+        return {name: source or {} for name, source in value.items()} if isinstance(value, dict) else value
+    named: dict[str, Any] = {}
+    for item in value:
+        source = dict(item) if isinstance(item, dict) else {"name": item}
+        name = source.pop("name", None)
+        if not isinstance(name, str):
+            raise ValueError(f"expected a name or {{name: NAME, pretrained: ...}}, found {brief(item)}")
+        named[name] = source
+    return named
+
+
+class DataConfig(Section):
+    """Prompts."""
+
+    prompts: str | Annotated[list[str], Field(min_length=1)] = "toy-train"
+    """A .txt, .jsonl or .tar file, the name of a built-in set, a dataset's id (owner/name:column), or a list."""
+    validation_prompts: str | list[str] = []
+    """Held-out prompts, likewise; empty: no validation."""
+    validation_images: Count = 1
+    """Pictures per validation prompt, at seeds trainer.seed, trainer.seed + 1, ..."""
+
+
+class SchedConfig(Section):
+    """Learning rate over time, by diffusers.optimization.get_scheduler."""
+
+    name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    warmup_steps: CountFromZero = 0
+
+
+class OptimConfig(Section):
+    """The optimizer."""
+
+    name: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the moments in 8 bits, 2 bytes a weight instead of 8, for full fine-tuning; needs the extra
+    `bitsandbytes`."""
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    sched: SchedConfig = SchedConfig()
+
+
+class TrainerConfig(Section):
+    """The loop."""
+
+    max_steps: Count = 300
+    micro_batch_size: Count = 1
+    """Images per backward."""
+    global_batch_size: Count = 16
+    """Images per optimizer step."""
+    gradient_clip_val: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; null: no clipping."""
+    val_check_interval: CountFromZero = 50
+    """Steps between validations (also at the start and the end); 0: never."""
+    save_interval: Count = 50
+    """Steps between checkpoints (also at the end)."""
+    keep_checkpoints: Count = 2
+    """The newest so many stay, and the best by the first of held_out_rewards (else by the trained reward on held-out
+    prompts)."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
+
+
+class EmaConfig(Section):
+    """A moving average of the trained weights."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Such as 0.99: an average over about 1 / (1 - decay) steps; null: no average."""
+    device: Literal["same", "cpu"] = "same"
+    """Where the average is kept: on the weights' device, or in the computer's memory."""
+    in_validation: bool = True
+    """Validate the average rather than the weights of the last step."""
+    in_final: bool = True
+    """Write the average to final/ rather than the weights of the last step."""
+
+
+class ShardingConfig(Section):
+    """Memory, speed and processes: nothing here changes the gradient beyond rounding."""
+
+    strategy: Literal["none", "ddp", "fsdp"] = "none"
+    """How several processes share the work. none, ddp: each has a whole copy, gradients are averaged (one process needs
+    neither). fsdp: weights, gradients, optimizer and the frozen base of full fine-tuning are split over them."""
+    shard_size: Count | None = None
+    """With fsdp: so many neighbouring processes split one copy, and copies work side by side, for several nodes: the
+    GPUs of one node. Default: all processes split one copy."""
+    timeout_minutes: Annotated[float, Field(gt=0, le=10080)] = 120
+    """How long one process waits for another before all give up; longer than the longest validation or saving."""
+    activation_checkpointing: bool = False
+    """Recompute the activations of UNet and VAE in backward: less memory, about a third more time in gradient steps."""
+    two_stage: bool = True
+    """First decoder and reward with their backward, then the gradient steps: the peak is the larger, not the sum."""
+    recompute_steps: bool | None = None
+    """Run each gradient step again when its backward comes, so that memory does not grow with K: one more forward pass
+    a step. Default: where K is above 1 and activation_checkpointing on, with offload, and where
+    draftp.low_variance_samples is above 0."""
+    prefix_batch_size: Count | None = None
+    """Images drawn together where no gradient is needed; default 8, at least trainer.micro_batch_size."""
+    decode_batch_size: Count | None = None
+    """Images per backward of decoder and reward; default trainer.micro_batch_size."""
+    fold_lora: bool = True
+    """Fold the LoRA into the weights where no gradient is needed: faster, for a second copy of the adapted weights."""
+    fold_tolerance: Annotated[float, Field(ge=0)] = 0.01
+    """Don't fold where rounding would take a larger share of the LoRA: that of an early one in bf16 is nearly all."""
+    offload: bool = False
+    """Keep on the GPU only what a phase needs, the UNet or decoder and rewards; the other's frozen weights wait in the
+    computer's memory. Two transfers a step; gradient steps are recomputed (recompute_steps)."""
+    attention: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Kernel of the UNet's attention, one of torch's; auto: the one torch thinks best. math keeps the whole matrix."""
+    compile: bool = False
+    """torch.compile on the UNet's blocks: minutes in the first step, for fewer and larger kernels afterwards."""
+    prompt_cache: str | None = None
+    """Folder that keeps the prompts' embeddings for later runs; in memory they are kept anyway."""
+    channels_last: bool = False
+    """Lay out the UNet's and the decoder's convolutions channels last."""
+
+
+class LoggingConfig(Section):
+    """Where figures go beside metrics.jsonl."""
+
+    tensorboard: bool = True
+    wandb: Annotated[str, Field(min_length=1)] | None = None
+    """Project at Weights & Biases; needs the extra `wandb`. WANDB_MODE=offline keeps it on this machine."""
+
+
+class Config(Section):
+    """Everything a run is started with."""
+
+    model: ModelConfig = ModelConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    draftp: DraftpConfig = DraftpConfig()
+    peft: PeftConfig = PeftConfig()
+    rewards: dict[str, Annotated[RewardConfig, BeforeValidator(_weight_alone)]] = Field(
+        default={}, validate_default=True
+    )
+    """NAME: WEIGHT, or NAME: {weight, normalise, target, ...}; NAME is built in, a plug-in's or package.module:object.
+    """
+    held_out_rewards: Annotated[dict[str, RewardSource], BeforeValidator(by_name)] = Field(
+        default={}, validate_default=True
+    )
+    """Logged in validation, never trained on: [NAME, ...], or NAME: {pretrained, ...}."""
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    trainer: TrainerConfig = TrainerConfig()
+    ema: EmaConfig = EmaConfig()
+    sharding: ShardingConfig = ShardingConfig()
+    logging: LoggingConfig = LoggingConfig()
