@@ -158,6 +158,15 @@ class SDXLDRaFTPModel:
         self._reward_model = reward
 
     @contextmanager
+    def watched(self, phase: Callable[[str], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Inside, `phase(name)` is the context around each phase of a training step."""
+        previous, self.phase = self.phase, phase
+        try:
+            yield
+        finally:
+            self.phase = previous
+
+    @contextmanager
     def base_weights(self) -> Iterator[None]:
         """Inside, `self.unet` is the frozen base: adapters off, or the frozen copy of full fine-tuning.
 

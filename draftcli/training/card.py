@@ -9,6 +9,7 @@ import yaml
 from draftcli import __version__
 from draftcli.config import Config
 from draftcli.core.models.sdxl import BUILT_IN
+from draftcli.runs import ValidationLine
 
 LOADING = {
     "lora": 'pipe.load_lora_weights("PATH/TO/final")',
@@ -29,7 +30,7 @@ def _steps(cfg: Config) -> str:
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
 
 
-def model_card(cfg: Config, validation: dict[str, Any] | None, data: dict[str, Any]) -> str:
+def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, Any]) -> str:
     """Markdown with the Hub's YAML head: what it is, how to load it, how it was made, what was measured.
 
     Args:
