@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+import sys
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxtuple, _SHORT.maxdict = 2, 4, 4, 4
@@ -42,3 +43,8 @@ class Interrupted(DraftpError):
     """The user asked to stop. Exit code 130."""
 
     exit_code = 130
+
+
+def warn(text: str) -> None:
+    """Print a warning for the user as one line on stderr; a live view on stdout shows it above itself."""
+    print(f"warning: {text}", file=sys.stderr)

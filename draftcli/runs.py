@@ -4,6 +4,7 @@ runs/NAME/
     config.yaml          everything the run was started with, resolved
     metrics.jsonl        one line a step
     validation.jsonl     one line a validation
+    tensorboard/         the same figures, where logging.trackers has it
     samples/             base beside tuned, same seeds
     step-000200/         a checkpoint
     final/               the LoRA as diffusers loads it, or the trained UNet
@@ -20,7 +21,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import yaml
 
@@ -33,8 +34,26 @@ MAY_CHANGE = (
     *("trainer.micro_batch_size", "model.offload_text_encoders", "ema.device"),  # memory alone, as all of sharding
 )
 MAY_CHANGE_SECTIONS = ("logging", "sharding")
-LOCK = ".lock"
+LOCK = ".lock"  # its text says who holds it, which is why this is not filelock's: that one empties the file
 FINAL_STEP = "step.txt"  # in final/: the step that it is of, as a run can be taken further and killed again
+
+
+class ValidationLine(TypedDict):
+    """A line of validation.jsonl.
+
+    Figures are by name: base, tuned, difference, low and high of its interval, n; in the file null where not known.
+    """
+
+    step: int
+    images: int
+    rewards: dict[str, dict[str, float]]
+    """Figures by reward, trained and held-out ones."""
+    diversity: dict[str, float]
+    """Figures of the mean distance of two pictures."""
+    score: NotRequired[float]
+    """How good the network is, by one number: what the best checkpoint is chosen by."""
+    training_reward: NotRequired[float | None]
+    """The mean reward in training since the validation before."""
 
 
 class Run:
@@ -128,9 +147,9 @@ class Run:
         is_final = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").strip() == str(step)
         return is_final and self.step_folder(step).is_dir()
 
-    def validations(self) -> list[dict[str, Any]]:
+    def validations(self) -> list[ValidationLine]:
         """The lines of validation.jsonl."""
-        return _whole_lines(self.validation)
+        return _whole_lines(self.validation)  # type: ignore[return-value]
 
     def steps(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""
@@ -138,9 +157,9 @@ class Run:
 
     def best(self) -> int | None:
         """The step with the highest score in validation, the first of equals; the untrained network does not count."""
-        tuned = [line for line in self.validations() if line["step"] > 0]
-        scored = [line for line in tuned if isinstance(line.get("score"), int | float)]
-        return max(scored, key=lambda line: line["score"])["step"] if scored else None
+        scored = [(line["step"], line.get("score")) for line in self.validations() if line["step"] > 0]
+        known = {step: score for step, score in scored if isinstance(score, int | float)}
+        return max(known, key=lambda step: known[step]) if known else None
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps after `step`, which a resumed run will take again: no step is counted twice."""

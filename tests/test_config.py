@@ -60,7 +60,7 @@ def test_sdxl_defaults_are_those_that_peers_found_useful():
 
 def test_every_setting_is_documented_or_speaks_for_itself():
     plain = {"height", "width", "sampler", "negative_prompt", "lr", "betas", "weight_decay", "name", "warmup_steps"}
-    plain |= {"prompts", "max_steps", "keep_checkpoints", "seed", "weight", "strategy", "tensorboard", "peft_scheme"}
+    plain |= {"prompts", "max_steps", "keep_checkpoints", "seed", "weight", "strategy", "peft_scheme"}
     for section in yaml.safe_load(dump_config(check_config({}))):
         for name, field in _fields(section):
             assert field.description or name in plain | {"normalise", "sched"}, f"{section}.{name}"

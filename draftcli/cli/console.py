@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-import sys
 import warnings
 from typing import TYPE_CHECKING
+
+from draftcli.errors import warn
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,4 +35,4 @@ def open_console(quiet: bool, debug: bool) -> Console:
 def _one_line(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
     """Our own warnings as one line on stderr; those of libraries are for their developers."""
     if "draftcli" in filename:
-        print(f"warning: {message}", file=sys.stderr)
+        warn(str(message))

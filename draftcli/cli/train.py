@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from draftcli.cli.console import open_console
+from draftcli.errors import warn
+
 if TYPE_CHECKING:
     from rich.console import Console
 
     from draftcli.config import Config
-    from draftcli.training.loop import Outcome
+    from draftcli.training.result import TrainingResult
 
 
-# What to run after a training, where this version has the command.
-NEXT = {
-    "sample": "draftp sample {}",
-    "anneal": "draftp anneal {} --weight linear",
-    "eval": "draftp eval {}",
-    "merge-lora": "draftp merge-lora {}",
-}
+# What to run after a training, with its folder.
+NEXT = ("draftp sample {}", "draftp anneal {} --weight linear", "draftp eval {}", "draftp merge-lora {}")
 
 
 def train(
-    context: typer.Context,
     preset: Annotated[
         str, typer.Option(metavar="NAME|FILE", help="A recipe that ships with draftp, or a YAML file.")
     ] = "toy",
@@ -80,7 +76,7 @@ def train(
 
     `draftp train --preset sdxl-lora --fit 16GB --dry-run`
     """
-    from draftcli.config import check_batch_size, dump_config, load_config, parse_reward, without_effect
+    from draftcli.config import dump_config, load_config, parse_reward
 
     values: dict[str, object] = {}
     if prompts:
@@ -88,56 +84,56 @@ def train(
     if reward:
         values["rewards"] = dict(map(parse_reward, reward))
     cfg = load_config(preset, override or [], values)
-    if processes > 1 and "RANK" not in os.environ and not dry_run:
-        if not fit:  # which chooses the micro-batch
-            check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, processes)
-        from draftcli.training.launch import launch
+    from draftcli.training.launch import this_process
 
-        raise typer.Exit(launch(processes, sys.argv[1:], int(60 * cfg.sharding.timeout_minutes)))
-    alone = os.environ.get("RANK", "0") == "0"  # under torchrun one process talks for all
-    for warning in without_effect(cfg) if alone else []:
-        typer.echo(f"warning: {warning}", err=True)
-    from draftcli.cli.console import open_console
-
-    console = open_console(quiet or not alone, debug)
-    from draftcli.core.engine.ranks import world_size
-    from draftcli.errors import InputError
-
-    ranks = world_size() if "WORLD_SIZE" in os.environ else processes
-    if alone and processes not in (1, ranks):
-        typer.echo(f"warning: --processes {processes} has no effect: the launcher has started {ranks}", err=True)
+    process = this_process(processes)
+    if process.is_launcher and not dry_run:
+        raise typer.Exit(_launch(cfg, processes, fits=fit is not None))
+    console = open_console(quiet or not process.is_main, debug)
+    if process.is_main:
+        _warn(cfg, processes, process.size)
     if fit:
         given = frozenset(text.partition("=")[0].strip() for text in override or [])
-        try:
-            cfg = _fitted(cfg, fit, given, ranks, say=alone and not quiet)
-        except InputError as error:  # each process comes to it
-            if alone:
-                raise
-            raise typer.Exit(error.exit_code) from error
+        with process.one_speaker():
+            cfg = _fitted(cfg, fit, given, process.size, console)
     if dry_run:
         typer.echo(dump_config(cfg))
-        _print_plan(cfg, ranks)
+        _print_plan(cfg, process.size)
         return
     from draftcli.training.loop import train as run_training
 
     folder = output or Path("runs") / Path(preset).stem
     console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps", highlight=False)
-    known = context.find_root().command
-    _print_outcome(run_training(cfg, folder, console), folder, console, list(getattr(known, "commands", ())))
+    _print_result(run_training(cfg, folder, console), folder, console)
 
 
-def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, say: bool) -> Config:
-    from draftcli.planning.fit import fit, parse_size
+def _launch(cfg: Config, processes: int, fits: bool) -> int:
+    from draftcli.config import check_batch_size
+    from draftcli.training.launch import launch
 
-    bytes_there = parse_size(size)
+    if not fits:  # --fit chooses the micro-batch, in each process
+        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, processes)
+    return launch(processes, sys.argv[1:], int(60 * cfg.sharding.timeout_minutes))
+
+
+def _warn(cfg: Config, processes: int, started: int) -> None:
+    from draftcli.config import without_effect
+
+    for text in without_effect(cfg):
+        warn(text)
+    if processes not in (1, started):
+        warn(f"--processes {processes} has no effect: the launcher has started {started}")
+
+
+def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, console: Console) -> Config:
     from rich.console import Console
 
+    from draftcli.planning.fit import fit, parse_size
     from draftcli.planning.memory import GB, MemoryPlan, memory_plan
     from draftcli.planning.plan import configuration_folder
 
-    folder = configuration_folder(cfg)
-    with Console(stderr=True, quiet=not say).status("working out what fits") as status:
-        tried = 0
+    bytes_there, folder, tried = parse_size(size), configuration_folder(cfg), 0
+    with Console(stderr=True, quiet=console.quiet).status("working out what fits") as status:
 
         def plan(some: Config) -> MemoryPlan:
             nonlocal tried
@@ -146,7 +142,7 @@ def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, say: bool
             return memory_plan(some, folder, ranks)
 
         found = fit(cfg, bytes_there, plan, given, ranks)
-    if say:
+    if not console.quiet:
         typer.echo(f"fit {size}: needs {found.plan.needed / GB:.1f} GB")
         for choice in found.choices:
             typer.echo(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.price}")
@@ -189,19 +185,19 @@ def _print_plan(cfg: Config, ranks: int) -> None:
     typer.echo("\n".join(memory_lines(cfg, plan.folder, ranks)))
 
 
-def _print_outcome(outcome: Outcome, folder: Path, console: Console, commands: list[str]) -> None:
+def _print_result(result: TrainingResult, folder: Path, console: Console) -> None:
     from draftcli.training.live import duration
 
-    if outcome.already_done:
-        console.print(f"{folder} is finished ({outcome.step} steps); raise trainer.max_steps to go on", highlight=False)
-    elif outcome.finished:
-        skipped = f", {outcome.skipped} skipped" if outcome.skipped else ""
-        console.print(f"finished {outcome.step} steps{skipped} in {duration(outcome.seconds)}", highlight=False)
-    for what, paths in outcome.written.items():
+    if result.already_done:
+        console.print(f"{folder} is finished ({result.step} steps); raise trainer.max_steps to go on", highlight=False)
+    elif result.finished:
+        skipped = f", {result.skipped} skipped" if result.skipped else ""
+        console.print(f"finished {result.step} steps{skipped} in {duration(result.seconds)}", highlight=False)
+    for what, paths in result.written.items():
         console.print(f"{what:<11} {' '.join(map(str, paths))}", highlight=False, soft_wrap=True)
-    if outcome.interrupted:
-        saved = f"stopped after step {outcome.step}, saved" if outcome.step else "stopped before the first step"
+    if result.interrupted:
+        saved = f"stopped after step {result.step}, saved" if result.step else "stopped before the first step"
         console.print(f"{saved}; the same command again goes on", highlight=False)
         raise typer.Exit(130)
-    for i, line in enumerate(text.format(folder) for name, text in NEXT.items() if name in commands):
-        console.print(f"{'' if i else 'next':<11} {line}", highlight=False, soft_wrap=True)
+    for label, command in zip(["next", *[""] * len(NEXT)], NEXT, strict=False):
+        console.print(f"{label:<11} {command.format(folder)}", highlight=False, soft_wrap=True)

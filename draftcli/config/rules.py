@@ -23,7 +23,7 @@ def conflicts(cfg: Config) -> Iterator[str]:
     if cfg.draftp.low_variance_samples and not sharding.two_stage:
         yield "draftp.low_variance_samples needs sharding.two_stage true"
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
-        yield "draftp.low_variance_samples means the gradient mode low_variance; leave out one of it and draftp.gradient"
+        yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
         yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"
     if sharding.offload and sharding.strategy == "fsdp":

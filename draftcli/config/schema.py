@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from draftcli.errors import brief
 
@@ -297,9 +297,34 @@ class ShardingConfig(Section):
 class LoggingConfig(Section):
     """Where figures go beside metrics.jsonl."""
 
-    tensorboard: bool = True
-    wandb: Annotated[str, Field(min_length=1)] | None = None
-    """Project at Weights & Biases; needs the extra `wandb`. WANDB_MODE=offline keeps it on this machine."""
+    trackers: list[Annotated[str, Field(min_length=1)]] = ["tensorboard"]
+    """By accelerate's names: tensorboard, wandb, mlflow, trackio, comet_ml, aim, ... All but tensorboard need a package
+    of their own (wandb is an extra of draftp). WANDB_MODE=offline keeps the figures for wandb on this machine."""
+    project: Annotated[str, Field(min_length=1)] = "draftp"
+    """The project, or experiment, that trackers other than tensorboard put the run into."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_names(cls, data: Any) -> Any:
+        """The first version's `tensorboard: true|false` and `wandb: PROJECT|null` add a tracker or take it away."""
+        if not isinstance(data, dict) or not data.keys() & {"tensorboard", "wandb"}:
+            return data
+        data = {"trackers": ["tensorboard"], **data}
+        wanted: dict[str, bool] = {}
+        if "tensorboard" in data:
+            given = data.pop("tensorboard")
+            if not isinstance(given, bool):
+                raise ValueError(f"tensorboard is {brief(given)}; it can be true or false")
+            wanted["tensorboard"] = given
+        if "wandb" in data:
+            project = data.pop("wandb")
+            wanted["wandb"] = project is not None
+            if project is not None:
+                data["project"] = project
+        if isinstance(data["trackers"], list):
+            kept = [name for name in data["trackers"] if name not in [*wanted] or wanted[name]]
+            data["trackers"] = kept + [name for name, is_wanted in wanted.items() if is_wanted and name not in kept]
+        return data
 
 
 class Config(Section):

@@ -9,6 +9,7 @@ import yaml
 from draftcli import __version__
 from draftcli.config import Config
 from draftcli.core.models.loading import BUILT_IN
+from draftcli.runs import ValidationLine
 
 LOADING = {
     "lora": 'pipe.load_lora_weights("PATH/TO/final")',
@@ -29,7 +30,7 @@ def _steps(cfg: Config) -> str:
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
 
 
-def model_card(cfg: Config, validation: dict[str, Any] | None, data: dict[str, Any]) -> str:
+def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, Any]) -> str:
     """Markdown with the Hub's YAML head: what it is, how to load it, how it was made, what was measured.
 
     Args:
@@ -64,7 +65,7 @@ def model_card(cfg: Config, validation: dict[str, Any] | None, data: dict[str, A
         "```python",
         "import draftcli",
         "from diffusers import StableDiffusionXLPipeline" + ("" if lora else ", UNet2DConditionModel"),
-        *(["from draftcli.core.models.sdxl import model_path"] if cfg.model.pretrained in BUILT_IN else []),
+        *(["from draftcli.core.models.loading import model_path"] if cfg.model.pretrained in BUILT_IN else []),
         "",
         _base(cfg),
         LOADING[cfg.peft.peft_scheme],

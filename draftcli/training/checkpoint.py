@@ -7,8 +7,8 @@ A checkpoint holds
     state.pt                                      step, schedule, loss scale, running statistics of the rewards: small
     manifest.json                                 a checksum of every file
 
-whatever the number of processes that wrote it, and any number of them reads it, bit for bit. training/ is written by
-torch.distributed.checkpoint, every process its own part of split weights, in the safetensors form of its Hugging Face
+for any number of processes: another number of them reads the same, bit for bit. training/ is written by
+torch.distributed.checkpoint, each process its own part of split weights, in the safetensors form of its Hugging Face
 storage: its other form keeps an index that is a pickle. state.pt is read with weights_only=True. There is no random
 state to keep: noise and prompts are functions of the seed and the image's number.
 """
@@ -85,7 +85,7 @@ def load_weights(model: SDXLDRaFTPModel, folder: Path) -> None:
 
 
 def save_tensors(tensors: dict[str, Tensor], folder: Path, ranks: Ranks) -> None:
-    """Write large tensors, split ones by all processes together.
+    """Write large tensors (collective where some are split over processes).
 
     Raises:
         DraftpError: the disk refuses, in any of the processes.
@@ -113,8 +113,8 @@ def load_tensors(folder: Path, pattern: Callable[[str], Tensor]) -> dict[str, Te
 
     Args:
         folder: need not exist, when there was nothing to write.
-        pattern: by name, a tensor that is split and lies as the one that was written will. One of another shape was not
-            split.
+        pattern: by name, a tensor with the split and the device that the one read gets. Where the shapes differ the one
+            that was written was not split.
     """
     if not folder.is_dir():
         return {}
@@ -142,9 +142,9 @@ def save_checkpoint(
         run: where to.
         step: the last finished one.
         trainer: what is saved.
-        facts: what else is to be known on resuming.
-        keep: how many stay.
-        best: which stays whatever its age.
+        facts: what else state.pt holds.
+        keep: how many checkpoints stay.
+        best: the step whose checkpoint stays whatever its age.
 
     Raises:
         DraftpError: the disk refuses; earlier checkpoints stay as they were.
@@ -227,7 +227,7 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
 
 @contextmanager
 def _as_of_this_run(folder: Path) -> Iterator[None]:
-    """What a checkpoint of something else breaks, although its checksums fit, becomes one line."""
+    """What fails because a checkpoint is of something else, although its checksums fit, becomes one line."""
     try:
         yield
     except (DraftpError, torch.OutOfMemoryError):

@@ -1,21 +1,64 @@
-"""Several processes on this machine by torchrun's own launcher, without its tracebacks and with our exit codes."""
+"""How many processes train, which one this is, and starting several on this machine by torchrun's own launcher."""
 
 from __future__ import annotations
 
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from draftcli.errors import DraftpError
+from draftcli.core.engine.ranks import world_size
+from draftcli.errors import DraftpError, InputError
+
+
+@dataclass(frozen=True)
+class ThisProcess:
+    """The place of this process in a run.
+
+    Attributes:
+        size: how many processes train.
+        is_main: whether this is the one that prints.
+        is_launcher: whether it only starts those that train.
+    """
+
+    size: int
+    is_main: bool
+    is_launcher: bool
+
+    @contextmanager
+    def one_speaker(self) -> Iterator[None]:
+        """Inside, what all processes refuse alike is reported by the main one; the others leave with its exit code."""
+        try:
+            yield
+        except InputError as error:
+            if self.is_main:
+                raise
+            raise SystemExit(error.exit_code) from error
+
+
+def this_process(asked: int) -> ThisProcess:
+    """What a launcher's variables, and the option --processes, make of this process.
+
+    Args:
+        asked: --processes.
+
+    Raises:
+        InputError: the variables are not those of torchrun.
+    """
+    if asked > 1 and "RANK" not in os.environ:
+        return ThisProcess(asked, is_main=True, is_launcher=True)
+    size = world_size() if "WORLD_SIZE" in os.environ else asked
+    return ThisProcess(size, is_main=os.environ.get("RANK", "0") == "0", is_launcher=False)
 
 
 def launch(count: int, arguments: Sequence[str], patience: int) -> int:
-    """Run `draftp ARGUMENTS` in `count` processes.
+    """Run `draftp ARGUMENTS` in `count` processes, without torchrun's tracebacks and with our exit codes.
 
     Args:
         count: how many.
@@ -23,16 +66,16 @@ def launch(count: int, arguments: Sequence[str], patience: int) -> int:
         patience: seconds that they get to finish their step and save, after Ctrl-C or SIGTERM; torchrun's own are 30.
 
     Returns:
-        the exit code of the first that failed, which has said why; 130 where this process was interrupted.
+        the exit code of the first that failed, which has printed why; 130 where this process was interrupted.
 
     Raises:
         DraftpError: one was killed.
     """
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(patience))
-    logging.disable(logging.CRITICAL)  # here, not in those that are started
     launcher = ["--standalone", "--nproc-per-node", str(count), "-m", "draftcli", *arguments]
     try:
-        run.run(run.parse_args(launcher))
+        with _no_log():  # torchrun's, which would repeat every failure with a traceback
+            run.run(run.parse_args(launcher))
     except SignalException:
         return 130
     except ChildFailedError as error:
@@ -44,3 +87,14 @@ def launch(count: int, arguments: Sequence[str], patience: int) -> int:
             f"process {rank} was killed ({name}); the same command again goes on after the last checkpoint"
         ) from error
     return 0
+
+
+@contextmanager
+def _no_log() -> Iterator[None]:
+    """Inside, nothing of this process is logged; torchrun gives each of its loggers a level of its own."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)

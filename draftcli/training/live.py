@@ -22,7 +22,7 @@ CURVE = 24  # characters
 
 
 class LiveView:
-    """Context manager; `step` after every step, `note` while something else goes on, `say` for lines that stay.
+    """Context manager; `step` after every step, `note` while something else goes on, `print` for lines that stay.
 
     Args:
         console: where people look; quiet consoles show nothing.
@@ -52,20 +52,20 @@ class LiveView:
         self._note = "" if kind is None else "stopped"
         self._stack.__exit__(kind, error, trace)
 
-    def say(self, text: str) -> None:
-        """A line that stays, above the live view."""
+    def print(self, text: str) -> None:
+        """Print a line that stays, above the live view."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
 
     def note(self, text: str) -> None:
-        """What goes on beside training; it is gone with the next step."""
+        """Show what goes on beside training, until the next step."""
         self._note = text
 
     def saved(self, step: int) -> None:
-        """There is a checkpoint of `step`."""
+        """Show that there is a checkpoint of `step`."""
         self._saved = step
 
     def step(self, metrics: dict[str, Any], skipped: int) -> None:
-        """A finished step: its line of metrics.jsonl, and how many steps of the run were skipped."""
+        """Show a finished step: its line of metrics.jsonl, and how many steps of the run were skipped."""
         self._at, self._note = metrics["step"], ""
         if "skipped" not in metrics:
             self._rewards.append(metrics["reward"])
@@ -79,7 +79,7 @@ class LiveView:
         self._figures = "  ".join(parts)
         every = max(1, (self.last - self.first) // PLAIN_LINES)
         if not self.is_live and (self._at % every == 0 or self._at == self.last):
-            self.say(f"step {self._at}/{self.last}  reward {metrics['reward']:.3f}  {self._figures}  {self._left()}")
+            self.print(f"step {self._at}/{self.last}  reward {metrics['reward']:.3f}  {self._figures}  {self._left()}")
 
     def _left(self) -> str:
         taken = self._at - self.first

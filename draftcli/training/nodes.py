@@ -1,27 +1,26 @@
-"""What the processes of a run must have in common, wherever they are: settings, prompts and the run's folder."""
+"""Checks that the processes of a run, on whichever nodes, have the same settings, prompts and folder."""
 
 from __future__ import annotations
 
 import secrets
 import socket
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from draftcli.config import Config, dump_config
 from draftcli.core.engine.ranks import Ranks
 from draftcli.errors import InputError
-from draftcli.prompts import Prompt, fingerprint
 from draftcli.runs import Run, beside, disk_errors
+from draftcli.training.prompt_sets import PromptSets
 
-VISIBLE = 60.0  # seconds: for so long NFS may remember that something was not there
+NFS_CACHE = 60.0  # seconds that NFS may go on reporting that a file is not there
 
 
-def check_alike(cfg: Config, prompts: Sequence[Sequence[Prompt]], ranks: Ranks) -> None:
+def check_alike(cfg: Config, prompts: PromptSets, ranks: Ranks) -> None:
     """Raise InputError where the settings or prompts are not those of process 0, as from a file on another node."""
     if ranks.size == 1:
         return
-    own = {"settings": dump_config(cfg), "prompts": [fingerprint(some) for some in prompts]}
+    own = {"settings": dump_config(cfg), "prompts": prompts.facts}
     first = ranks.broadcast(own)
     with ranks.all_or_none():
         if other := [what for what in own if own[what] != first[what]]:
@@ -32,14 +31,14 @@ def check_alike(cfg: Config, prompts: Sequence[Sequence[Prompt]], ranks: Ranks) 
 
 
 def check_shared(run: Run, ranks: Ranks) -> None:
-    """Raise InputError where processes see different folders: each would keep its part of a checkpoint for itself."""
+    """Raise InputError where processes see different folders: each would write its part of a checkpoint elsewhere."""
     if ranks.size == 1:
         return
     probe = beside(run.folder / ranks.broadcast(secrets.token_hex(8)))
     with ranks.all_or_none(), disk_errors(run.folder):
         if ranks.is_main:
             probe.touch()
-    found = ranks.where(_appears(probe))
+    found = ranks.where(_wait_for(probe))
     with ranks.all_or_none(), disk_errors(run.folder):
         if ranks.is_main:
             probe.unlink()
@@ -51,8 +50,8 @@ def check_shared(run: Run, ranks: Ranks) -> None:
             )
 
 
-def _appears(path: Path) -> bool:
-    until = time.monotonic() + VISIBLE
+def _wait_for(path: Path) -> bool:
+    until = time.monotonic() + NFS_CACHE
     while not path.exists():
         if time.monotonic() > until:
             return False

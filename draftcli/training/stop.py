@@ -15,14 +15,15 @@ SAVE_DEADLINE = 10.0  # seconds after SIGTERM in which a step may still end; wha
 
 
 class DeadlinePassed(Exception):
-    """What is being done takes too long for somebody who will kill this process."""
+    """What is being done takes too long: whoever sent SIGTERM will kill this process."""
 
 
 class Stop:
     """Whether somebody has asked to stop, and since when.
 
     Attributes:
-        deadline: of time.monotonic, from when on nothing long is waited for; None: there is no hurry.
+        asked: whether somebody has.
+        deadline: time.monotonic() from which nothing long is waited for; None: there is no deadline.
     """
 
     def __init__(self) -> None:
@@ -39,10 +40,10 @@ class Stop:
 
 @contextmanager
 def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask to stop after the step at hand; a second one stops at once.
+    """Inside, Ctrl-C and SIGTERM ask to stop after the present step; a second one stops at once, by KeyboardInterrupt.
 
-    torchrun passes a Ctrl-C on as SIGINT and a second one as SIGTERM; any other second signal may be the first once
-    more, from a scheduler and from torchrun. After SIGTERM there is a hurry: schedulers kill after 30 seconds.
+    torchrun passes a Ctrl-C on as SIGINT and a second one as SIGTERM; any other second signal may be a repetition of
+    the first, from a scheduler and from torchrun. SIGTERM sets a deadline: schedulers kill after 30 seconds.
     """
     stop, first = Stop(), 0
 

@@ -22,7 +22,7 @@ from draftcli.metrics.statistics import paired
 from draftcli.metrics.thumbnails import EDGE, pairwise_distance, thumbnail
 from draftcli.prompts import Prompt, fingerprint
 from draftcli.rewards import Reward
-from draftcli.runs import Run, disk_errors, write_aside
+from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
 from draftcli.sampling.draw import batches, draw, plan
 from draftcli.sampling.sheet import Cell, spread, write_sheet
 
@@ -73,22 +73,32 @@ class Validation:
         self._base: Judged | None = None
 
     def __call__(
-        self, run: Run, step: int, progress: Callable[[str], None] = lambda text: None
-    ) -> tuple[dict[str, Any], Path]:
-        """Validate the network as it is now and write the sheet of `step`.
+        self,
+        run: Run,
+        step: int,
+        progress: Callable[[str], None] = lambda text: None,
+        give_up_if_late: Callable[[], None] = lambda: None,
+    ) -> tuple[ValidationLine, Path]:
+        """Validate the network as it is now and write the sheet of `step` (collective).
+
+        Args:
+            run: gets the sheet, and the base's part in samples/base.safetensors.
+            step: the last finished one.
+            progress: called with a few words after each batch.
+            give_up_if_late: called after each batch; what it raises ends the validation.
 
         Returns:
-            {"step", "images", "rewards": {name: figures}, "diversity": figures}, where figures are those of `paired`,
-            and diversity is the mean distance of two pictures of one prompt (of all prompts, where each has one
-            picture); and the path of the sheet.
+            the line of validation.jsonl, with figures as `paired` gives them (diversity is the mean distance of two
+            pictures of one prompt, or of all prompts where each has one picture); and the path of the sheet.
         """
         if self._base is None:
-            self._base = self._kept(run.base) or self._judge("base", progress)
+            self._base = self._kept(run.base) or self._judge("base", progress, give_up_if_late)
             with self.ranks.all_or_none():
                 if self.ranks.is_main and not run.base.is_file():
                     self._keep(run.base, self._base)
         # Before the first step the tuned network is the base: there is nothing to draw.
-        base, tuned = self._base, self._judge("tuned", progress) if step else self._base
+        base = self._base
+        tuned = self._judge("tuned", progress, give_up_if_late) if step else base
         figures = {
             name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy()) for i, name in enumerate(self.rewards)
         }
@@ -99,7 +109,7 @@ class Validation:
                 self._write_sheet(sheet, step, base, tuned)
         return {"step": step, "images": len(self.pictures), "rewards": figures, "diversity": diversity}, sheet
 
-    def _judge(self, kind: str, progress: Callable[[str], None]) -> Judged:
+    def _judge(self, kind: str, progress: Callable[[str], None], give_up_if_late: Callable[[], None]) -> Judged:
         count, mine = len(self.pictures), self.ranks.share(len(self.pictures))
         judged = Judged(
             torch.zeros(count, len(self.rewards), dtype=torch.float64), torch.zeros(count, 3 * EDGE * EDGE), {}
@@ -116,6 +126,7 @@ class Validation:
                     judged.shown[i] = (images[i - done].clamp(0, 1) * 255).round().byte().cpu().contiguous()
                 done = rows.stop
                 progress(f"validating: {kind} {done - mine.start}/{len(mine)}")
+                give_up_if_late()
             if self.ranks.lockstep:
                 self._draw_along(kind)
         self.ranks.sum_([judged.scores, judged.thumbnails])
@@ -126,7 +137,7 @@ class Validation:
         return judged
 
     def _draw_along(self, kind: str) -> None:
-        """Where the network is split every process uses it as often as the one with the most batches: draw along."""
+        """Draw as often as the process with the most batches: using a network that is split is collective."""
         size = self.model.cfg.trainer.micro_batch_size
         shares = [self.ranks.share(len(self.pictures), rank) for rank in range(self.ranks.size)]
         counts = [len(list(batches(self.pictures[share.start : share.stop], size))) for share in shares]

@@ -39,10 +39,10 @@ from draftcli.cli.console import open_console
 from draftcli.core import draftp as model_module
 from draftcli.core.models.loading import load_parts
 from draftcli.runs import Run
-from draftcli.training import checkpoint, loop
+from draftcli.training import checkpoint, session
 from tests.command import WITH_VALIDATION, draftp, recipe
 
-SAVING = [(loop, "save_checkpoint"), (loop._Session, "_write_final"), (Run, "forget_after"), (Run, "open")]
+SAVING = [(session, "save_checkpoint"), (session, "write_final"), (Run, "forget_after"), (Run, "open")]
 TIMES = ("seconds", "images_per_second", "memory_gib")
 
 

@@ -24,7 +24,7 @@ from draftcli.export.inputs import find_sources
 from draftcli.export.tensors import close_files
 from draftcli.runs import Run
 from draftcli.sampling import files
-from draftcli.training import checkpoint, loop
+from draftcli.training import checkpoint, session
 from tests.command import draftp
 from tests.faults.fuzzing import DECLARED, EDITS, JSON_VALUE, TEXT, changed, fuzz, tried
 from tests.faults.test_fuzz import INDEX_LINES
@@ -212,21 +212,21 @@ def test_indexes_that_are_written_again(lines):
 
 
 @pytest.fixture(scope="module")
-def session(lora_run, folder, tiny_sdxl):
-    """A finished run, and the trainer of it."""
+def resuming(lora_run, folder, tiny_sdxl):
+    """A finished run, and a function that resumes it."""
     run = Run(Path(shutil.copytree(lora_run, folder / "run")))
     held: list[Any] = []
 
-    def caught(self: Any) -> int:
-        held.append(self)
+    def caught(*arguments: Any) -> int:
+        held.extend(arguments)
         raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop._Session, "_resume", caught)
+        patch.setattr(session, "resume", caught)
         assert (
             draftp("train", "--preset", run.config, "--output", run.folder, "--set", "trainer.max_steps=3").code == 130
         )
-    return held[0]
+    return run, lambda: session.resume(*held)
 
 
 def write_sums(newest: Path) -> None:
@@ -238,16 +238,17 @@ def write_sums(newest: Path) -> None:
 
 @fuzz(100)
 @given(st.integers(0, 3), EDITS, st.booleans())
-def test_checkpoints(session, number, edits, with_new_sums):
+def test_checkpoints(resuming, number, edits, with_new_sums):
     """With the checksums of before, so that it is noticed; and with new ones, as of somebody who means harm."""
-    newest = session.run.checkpoints()[0]
+    run, resume = resuming
+    newest = run.checkpoints()[0]
     kept = {path: path.read_bytes() for path in sorted(newest.rglob("*")) if path.is_file()}
     path = [*kept][number % len(kept)]
     path.write_bytes(changed(kept[path], edits, 3000))
     if with_new_sums and path.name != checkpoint.MANIFEST:
         write_sums(newest)
     with tried(Path()):
-        session._resume()
+        resume()
     for file, content in kept.items():
         file.write_bytes(content)
 
@@ -257,14 +258,15 @@ STATE = ["step", "schedule", "grad_scaler", "rewards", "skipped", "prompts", "op
 
 @fuzz(60)
 @given(st.dictionaries(st.sampled_from(STATE), JSON_VALUE, min_size=1, max_size=3))
-def test_states_that_are_no_states(session, values):
+def test_states_that_are_no_states(resuming, values):
     """A checkpoint of something else, whose checksums fit."""
-    newest = session.run.checkpoints()[0]
+    run, resume = resuming
+    newest = run.checkpoints()[0]
     kept = {path: path.read_bytes() for path in (newest / "state.pt", newest / checkpoint.MANIFEST)}
     torch.save(torch.load(newest / "state.pt", weights_only=True) | values, newest / "state.pt")
     write_sums(newest)
     with tried(Path()):
-        session._resume()
+        resume()
     for path, content in kept.items():
         path.write_bytes(content)
 

@@ -2,14 +2,19 @@
 
 import importlib.util
 import json
+import shutil
 import struct
 import warnings
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
+import yaml
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file
 
+from draftcli.config import check_config
 from draftcli.metrics.thumbnails import pairwise_distance, thumbnail
 from draftcli.runs import Run
 from draftcli.training.ema import Ema
@@ -176,6 +181,99 @@ def test_tensorboards_own_reader_finds_figures_and_pictures(tiny_sdxl):
     assert {"validation/tests.example_rewards:red/tuned", "validation/diversity/tuned", "train/memory_gib"} <= {*tags}
 
 
+def test_tensorboard_drops_what_was_logged_after_the_checkpoint(tiny_sdxl):
+    """Steps 3 and 4 are taken twice, and are one point each."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    preset = recipe(tiny_sdxl, logging={"tensorboard": True})
+    train(preset, "run")
+    shutil.rmtree("run/step-000004")
+    train(preset, "run")
+    events = EventAccumulator("run/tensorboard", size_guidance={"scalars": 0}).Reload()
+    assert [point.step for point in events.Scalars("train/reward")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("given", "trackers", "project"),
+    [
+        ({}, ["tensorboard"], "draftp"),
+        ({"tensorboard": True, "wandb": None}, ["tensorboard"], "draftp"),
+        ({"tensorboard": False}, [], "draftp"),
+        ({"tensorboard": True, "wandb": "mine"}, ["tensorboard", "wandb"], "mine"),
+        ({"tensorboard": False, "wandb": "mine"}, ["wandb"], "mine"),
+        ({"trackers": ["mlflow", "wandb"], "wandb": None}, ["mlflow"], "draftp"),
+        ({"trackers": ["mlflow"], "tensorboard": True, "project": "mine"}, ["mlflow", "tensorboard"], "mine"),
+    ],
+)
+def test_names_of_the_first_version_become_trackers(given, trackers, project):
+    cfg = check_config({"logging": given}).logging
+    assert (cfg.trackers, cfg.project) == (trackers, project)
+
+
+def test_a_run_of_the_first_version_resumes_without_a_word_about_logging(tiny_sdxl):
+    preset = recipe(tiny_sdxl, logging={"tensorboard": True})
+    train(preset, "run", "--set", "trainer.max_steps=2")
+    settings = yaml.safe_load(Path("run/config.yaml").read_text())
+    Path("run/config.yaml").write_text(yaml.safe_dump(settings | {"logging": {"tensorboard": True, "wandb": None}}))
+    out = train(preset, "run").out
+    assert "resuming run after step 2" in out
+    assert "logging" not in out
+
+
+class Unreliable(GeneralTracker):
+    """A tracker whose server goes away after the second step, in the form that accelerate's users write."""
+
+    name, requires_logging_directory, main_process_only = "unreliable", False, False
+    logged: ClassVar[list[int]] = []
+
+    def __init__(self, project: str) -> None:
+        super().__init__()
+        self.project = project
+
+    @property
+    def tracker(self) -> str:
+        return self.project
+
+    def store_init_configuration(self, values: dict) -> None:
+        assert values["trainer"]["max_steps"] == 4
+
+    def log(self, values: dict, step: int | None = None, **_: object) -> None:
+        if step == 3:
+            raise ConnectionError("the server is gone")
+        self.logged.append(step)
+
+
+def test_a_tracker_that_fails_is_dropped_and_the_training_goes_on(tiny_sdxl, monkeypatch):
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "unreliable", Unreliable)
+    monkeypatch.setattr(Unreliable, "logged", [])
+    result = train(recipe(tiny_sdxl, logging={"trackers": ["unreliable"]}), "run")
+    assert result.err == "warning: logging.trackers unreliable gets no more figures: the server is gone\n"
+    assert Unreliable.logged == [1, 2]
+    assert len(Path("run/metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_tracker_that_does_not_start_is_one_line(tiny_sdxl, monkeypatch):
+    def refuse(self, *_: object) -> None:
+        raise RuntimeError("nobody is logged in\nsee the manual")
+
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "unreliable", Unreliable)
+    monkeypatch.setattr(Unreliable, "start", refuse)
+    preset = recipe(tiny_sdxl, logging={"trackers": ["unreliable"]})
+    result = draftp("train", "--preset", preset, "--output", "run")
+    assert (result.code, result.err) == (
+        2,
+        "draftp: logging.trackers unreliable does not start: nobody is logged in\n",
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("aim") is not None, reason="aim is installed")
+def test_a_tracker_needs_its_package(tiny_sdxl):
+    preset = recipe(tiny_sdxl, logging={"trackers": ["tensorboard", "aim"]})
+    result = draftp("train", "--preset", preset, "--output", "run")
+    assert result.code == 2
+    assert "logging.trackers aim needs one more package: pip install aim" in result.err
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed")
 def test_wandb_needs_its_package(tiny_sdxl):
     result = draftp("train", "--preset", recipe(tiny_sdxl, logging={"wandb": "draftp"}), "--output", "run")
@@ -209,14 +307,18 @@ def test_wandb_offline_has_every_step_and_goes_on_after_a_resume(tiny_sdxl, monk
         train(preset, "run")
     from wandb.proto import wandb_internal_pb2
 
-    rewards, identities = {}, set()
+    rewards, identities, settings = {}, set(), set()
     for path in sorted(Path("run/wandb").glob("offline-run-*/run-*.wandb")):
         for data in wandb_records(path.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(data)
             identities |= {record.run.run_id} - {""}
+            settings |= {item.key for item in record.config.update}
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             if "train/reward" in items:
                 rewards[int(items["_step"])] = json.loads(items["train/reward"])
     written = [json.loads(entry)["reward"] for entry in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [rewards[step] for step in (1, 2, 3, 4)] == pytest.approx(written)
-    assert len(identities) == 1
+    assert identities == {Path("run/wandb-id.txt").read_text()}
+    assert {"optim", "trainer", "rewards"} <= settings
+    pictures = Path("run/wandb").glob("offline-run-*/files/media/images/validation/pictures_*.png")
+    assert sorted(path.name.split("_")[1] for path in pictures) == ["0", "2", "4"]

@@ -175,7 +175,7 @@ def test_a_global_batch_that_cannot_be_shared_out_names_the_nearest(tiny_sdxl):
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_nodes_that_do_not_share_the_folder_are_told_before_anything_is_trained(tiny_sdxl, strategy, monkeypatch):
-    monkeypatch.setattr(nodes, "VISIBLE", 0.5)
+    monkeypatch.setattr(nodes, "NFS_CACHE", 0.5)
 
     def before(rank):
         Path(f"node{rank}").mkdir()

@@ -1,0 +1,56 @@
+"""The prompts of a run: those it trains on, and those held out for validation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from draftcli.config import Config
+from draftcli.prompts import Prompt, fingerprint, read_prompts
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Both sets; `source` is data.prompts, for messages."""
+
+    source: str | list[str]
+    training: Sequence[Prompt]
+    validation: Sequence[Prompt]
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint keeps of them: sha256 and count of the training's, and the sha256 of the validation's."""
+        return {
+            "sha256": fingerprint(self.training),
+            "count": len(self.training),
+            "validation": fingerprint(self.validation),
+        }
+
+    def changes_since(self, facts: Mapping[str, Any]) -> list[str]:
+        """In words, what is no longer as it was when a checkpoint got its `facts`."""
+        now, changes = self.facts, []
+        if facts["sha256"] != now["sha256"]:
+            changes.append(
+                f"data.prompts {self.source} is not what this run was started with: it had {facts['count']} prompts, "
+                f"now {now['count']}; goes on with those of now"
+            )
+        if facts.get("validation", now["validation"]) != now["validation"]:
+            changes.append(
+                "data.validation_prompts are not what this run was started with: scores from before are of other "
+                "pictures, also where the best step is looked for"
+            )
+        return changes
+
+
+def read_prompt_sets(cfg: Config) -> PromptSets:
+    """Read data.prompts and data.validation_prompts.
+
+    Raises:
+        InputError: one of them cannot be read.
+    """
+    held_out: Sequence[Prompt] = []
+    if cfg.data.validation_prompts:
+        held_out = read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
+    return PromptSets(cfg.data.prompts, read_prompts(cfg.data.prompts), held_out)

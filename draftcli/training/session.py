@@ -1,0 +1,310 @@
+"""Everything that one process of a run has loaded, and what the loop does with it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from draftcli.config import Config, check_batch_size
+from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.engine import sharding
+from draftcli.core.engine.eight_bit import check_installed
+from draftcli.core.engine.ranks import Ranks
+from draftcli.core.gradient.mode import make_mode
+from draftcli.core.phase import Phase
+from draftcli.errors import InputError, warn
+from draftcli.prompts import past_the_limit
+from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
+from draftcli.runs import Run, ValidationLine
+from draftcli.training.checkpoint import load_newest, save_checkpoint
+from draftcli.training.final import write_final
+from draftcli.training.live import LiveView
+from draftcli.training.log import RunLog
+from draftcli.training.nodes import check_alike, check_shared
+from draftcli.training.optimizer import SMALLEST
+from draftcli.training.prompt_sets import PromptSets, read_prompt_sets
+from draftcli.training.result import validation_in_words
+from draftcli.training.step import Trainer
+from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
+from draftcli.training.trackers import Trackers, check_trackers
+from draftcli.training.validation import Validation, hacking, score
+
+
+@dataclass
+class Session:
+    """One process's part of a session of a run. `open_session` makes and closes it.
+
+    Attributes:
+        cfg: the run's settings.
+        run: its folder; the main process writes there, and all of them where the network is split.
+        ranks: the processes that train together.
+        prompts: to train on and to validate with.
+        trainer: the model, its optimizer and its rewards.
+        validation: None where there is none.
+        log, live: what is written down and shown; for the main process alone.
+        stop: whether somebody has asked to stop.
+        first: the step that it starts from: that of the newest checkpoint, or 0.
+    """
+
+    cfg: Config
+    run: Run
+    ranks: Ranks
+    prompts: PromptSets
+    trainer: Trainer
+    validation: Validation | None
+    log: RunLog
+    live: LiveView
+    stop: Stop
+    first: int
+    _saved: int = field(init=False)
+    _validated: set[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._saved = self.first
+        self._validated = {line["step"] for line in self.run.validations()} if self.ranks.is_main else set()
+
+    def should_validate(self, step: int) -> bool:
+        """Whether a validation is due after `step` and has not been made by an earlier session (collective)."""
+        interval = self.cfg.trainer.val_check_interval
+        due = interval and (step % interval == 0 or step == self.cfg.trainer.max_steps)
+        if self.validation is None or not due:
+            return False
+        return self.ranks.any(self.ranks.is_main and step not in self._validated)
+
+    def step(self, step: int) -> None:
+        """Take optimizer step `step` and log it.
+
+        Raises:
+            DeadlinePassed: it took too long for whoever will kill this process; the step before it is saved.
+            DraftpError: too many steps in a row were not finite.
+        """
+        with self._saving_on_error(step - 1), self.trainer.model.watched(self._watched_phase):
+            line = self.trainer.step(step)
+        with self.ranks.all_or_none():
+            if self.ranks.is_main:
+                self.log.step(line)
+                self.live.step(line, self.trainer.skipped)
+        if "skipped" in line:
+            self._warn(f"step {step} was skipped: its {line['skipped']} was not finite")
+
+    def validate(self, step: int) -> tuple[ValidationLine, bool]:
+        """Validate the network after `step`, or its moving average; returns the figures and whether it is the best yet.
+
+        Raises:
+            DeadlinePassed: as for `step`; `step` is saved.
+        """
+        assert self.validation is not None
+        ema = self.trainer.ema if self.cfg.ema.in_validation else None
+        self.ranks.heartbeat(f"validation after step {step}")
+        with self._saving_on_error(step), nullcontext() if ema is None else ema.in_place():
+            result, sheet = self.validation(self.run, step, self.live.note, self.give_up_if_late)
+        with self.ranks.all_or_none():
+            if self.ranks.is_main:
+                weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
+                result["score"] = score(dict(result), weights, list(self.cfg.held_out_rewards))
+                result["training_reward"] = self._recent_reward(step)
+                self.log.validation(result, sheet)
+                self.live.print(validation_in_words(result))
+                history = [dict(line) for line in self.run.validations()]
+                if (warning := hacking(history, list(weights))) is not None:
+                    self._warn(warning)
+        return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step` (collective)."""
+        self.live.note(f"saving step {step}")
+        self.ranks.heartbeat(f"saving step {step}")
+        with self.ranks.all_or_none():
+            if self.ranks.is_main or self.ranks.lockstep:
+                self._write_checkpoint(step)
+        self._saved = step
+        self.live.note("")
+
+    def save_final(self, step: int, validation: ValidationLine | None) -> None:
+        """Write final/ with the weights of `step` (collective)."""
+        self.ranks.heartbeat("writing final/")
+        with self.ranks.all_or_none():
+            if self.ranks.is_main or self.ranks.lockstep:
+                write_final(self.run, step, self.trainer, self.prompts, validation)
+
+    def give_up_if_late(self) -> None:
+        """Raise DeadlinePassed where somebody who sent SIGTERM will kill this process soon.
+
+        Several processes finish what they do: they must stop at the same place.
+        """
+        if self.ranks.size == 1 and self.stop.is_late():
+            raise DeadlinePassed
+
+    def _watched_phase(self, phase: Phase | str) -> AbstractContextManager[Any]:
+        self.give_up_if_late()
+        return torch.profiler.record_function(phase)
+
+    @contextmanager
+    def _saving_on_error(self, step: int) -> Iterator[None]:
+        """Whatever goes wrong inside, the weights after `step` are good: save them."""
+        try:
+            yield
+        except Exception:
+            # Unless they are split over processes, one of which may be gone.
+            can_save = self.trainer.gave_up if self.ranks.lockstep else self.ranks.is_main
+            if self.trainer.consistent and step > self._saved and can_save:
+                self._write_checkpoint(step)
+                self.live.print(f"saved after step {step}")
+            raise
+
+    def _write_checkpoint(self, step: int) -> None:
+        facts = {"prompts": self.prompts.facts}
+        # While steps are skipped nobody knows whether the weights are good: those from before stay.
+        keep = sys.maxsize if self.trainer.is_skipping else self.cfg.trainer.keep_checkpoints
+        save_checkpoint(self.run, step, self.trainer, facts, keep, self.run.best())
+        self.live.saved(step)
+
+    def _recent_reward(self, step: int) -> float | None:
+        """The mean reward in training since the validation before."""
+        since = max((line["step"] for line in self.run.validations()), default=0)
+        recent = [line.get("reward") for line in self.run.steps() if since < line["step"] <= step]
+        recent = [reward for reward in recent if isinstance(reward, float)]
+        return sum(recent) / len(recent) if recent else None
+
+    def _warn(self, text: str) -> None:
+        if self.ranks.is_main:
+            warn(text)
+
+
+@contextmanager
+def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Iterator[tuple[Run, PromptSets]]:
+    """Check what can be checked before anything large is loaded, and lock the run's folder (collective).
+
+    Raises:
+        InputError: settings, prompts or folder are wrong, or another process is writing there.
+        DraftpError: the folder cannot be written.
+    """
+    ranks.heartbeat("reading settings and prompts")
+    with ExitStack() as stack:
+        with ranks.all_or_none():
+            make_mode(cfg)
+            check_installed(cfg)
+            check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
+            prompts = read_prompt_sets(cfg)
+            check_names([*cfg.rewards, *cfg.held_out_rewards])
+            if ranks.is_main:
+                check_trackers(cfg.logging)
+        run = Run(folder)
+        check_alike(cfg, prompts, ranks)
+        with ranks.all_or_none():
+            if ranks.is_main:
+                stack.enter_context(run.locked())
+                for change in run.open(cfg):
+                    console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
+        check_shared(run, ranks)
+        yield run, prompts
+
+
+@contextmanager
+def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, console: Console) -> Iterator[Session]:
+    """Load everything, resume from the newest checkpoint, and open the log, the view and the signals (collective).
+
+    Raises:
+        InputError: the model or a reward cannot be loaded, or the run is past trainer.max_steps.
+        DraftpError: all checkpoints are damaged, or the disk refuses.
+    """
+    ranks.heartbeat("loading the networks")
+    with ranks.all_or_none():
+        rewards = get_reward_model(cfg)  # before the large model, so that mistakes show early
+        assert isinstance(rewards, WeightedSum)
+        held_out = load_held_out(cfg)
+        model = _load_model(cfg, ranks, console)
+        model.reward_model = rewards
+        validation = None
+        if cfg.trainer.val_check_interval and prompts.validation:
+            judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
+            validation = Validation(model, judges, prompts.validation, ranks)
+        if ranks.is_main:
+            _warn_of_long_prompts(prompts, model)
+    with ranks.all_or_none():
+        if sharding.splits_weights(cfg.sharding):
+            ranks.lockstep = True
+            ranks.heartbeat("splitting the weights")
+            model.configure_sharded_model()
+        trainer = Trainer(model, rewards, prompts.training, ranks)
+        if ranks.is_main:
+            _warn_of_idle_settings(cfg, trainer)
+        first = resume(cfg, run, prompts, trainer, console)
+        trackers = Trackers(run, cfg.logging, first)
+        past = [line["reward"] for line in run.steps() if isinstance(line.get("reward"), float)]
+        live = LiveView(console, run.folder.name, first, cfg.trainer.max_steps, past)
+    with ExitStack() as stack:
+        with ranks.all_or_none():
+            if ranks.is_main:
+                stack.enter_context(trackers)
+                stack.enter_context(live)
+        stop = stack.enter_context(stop_on_signal(ranks))
+        log = RunLog(run, trackers)
+        yield Session(cfg, run, ranks, prompts, trainer, validation, log, live, stop, first)
+
+
+def _load_model(cfg: Config, ranks: Ranks, console: Console) -> SDXLDRaFTPModel:
+    model = SDXLDRaFTPModel(cfg)
+    processes = f", {ranks.size} processes" if ranks.size > 1 else ""
+    split = ", weights split over them" if sharding.splits_weights(cfg.sharding) else ""
+    console.print(f"running on {model.runtime.reason}{processes}{split}", highlight=False)
+    return model
+
+
+def resume(cfg: Config, run: Run, prompts: PromptSets, trainer: Trainer, console: Console) -> int:
+    """Put the newest whole checkpoint into `trainer`, and drop log lines of later steps (collective).
+
+    Returns:
+        the step it is of; 0 where there is none.
+
+    Raises:
+        InputError: the run is past trainer.max_steps.
+        DraftpError: no checkpoint is whole, or the newest whole one is of something else.
+    """
+    ranks = trainer.ranks
+    ranks.heartbeat("resuming")
+    state, warnings = load_newest(run, trainer)
+    first = 0
+    if state is not None:
+        first = state["step"]
+        console.print(f"resuming {run.folder} after step {first}", highlight=False)
+        warnings += prompts.changes_since(state["prompts"])
+    for text in warnings if ranks.is_main else ():
+        warn(text)
+    if first > cfg.trainer.max_steps:
+        raise InputError(
+            f"trainer.max_steps is {cfg.trainer.max_steps}, and {run.folder} has taken {first} steps already"
+        )
+    if ranks.is_main:
+        run.forget_after(first)
+    return first
+
+
+def _warn_of_idle_settings(cfg: Config, trainer: Trainer) -> None:
+    """Settings that have no effect here; those that never have are among `Config.warnings`."""
+    if cfg.sharding.offload and trainer.model.runtime.device.type == "cpu":
+        warn("sharding.offload saves nothing on a CPU: the same memory holds the weights twice")
+    if trainer.ranks.size == 1 and cfg.sharding.strategy == "fsdp":
+        warn("sharding.strategy fsdp has no effect with one process")
+    if cfg.optim.name == "adamw8bit" and all(w.numel() < SMALLEST for w in trainer.weights):
+        warn(
+            f"optim.name adamw8bit has no effect: no trained tensor has {SMALLEST:,} elements or more, and moments of "
+            "smaller ones stay in float32"
+        )
+
+
+def _warn_of_long_prompts(prompts: PromptSets, model: SDXLDRaFTPModel) -> None:
+    tokenizer = model.parts.tokenizers[0]
+    count, example = past_the_limit(prompts.training, tokenizer)
+    if example is not None:
+        warn(
+            f"{count} of {len(prompts.training)} prompts have more than {tokenizer.model_max_length} tokens, and what "
+            f"is beyond is not read; the first: {example.text[:60]}..."
+        )
