@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -223,13 +224,10 @@ def hand_out(weights: Mapping[str, Tensor], network: nn.Module, device: torch.de
         device: of the mesh.
     """
     _allocate(network, device)
-    for name, own in [*network.named_parameters(), *network.named_buffers()]:
-        sent = torch.empty(own.shape, dtype=own.dtype, device=device)
-        if is_source():
-            sent.copy_(weights[name])
-        dist.broadcast(sent, src=0)
-        if not is_source():
-            _fill(own, split_like(sent, own))
+    names = network.state_dict().keys()
+    whole_weights = {name: weights[name] for name in names} if is_source() else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(network, whole_weights, options=options)
 
 
 def copy_parts(source: nn.Module, target: nn.Module, device: torch.device) -> None:

@@ -143,9 +143,10 @@ def _is_local(config: str | None) -> bool:
 
 def _hollow_unet(source: str) -> Any:
     """The UNet of a folder's or a hub id's configuration, on the meta device."""
+    from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
 
-    with torch.device("meta"):
+    with init_empty_weights(include_buffers=True):
         config: Any = UNet2DConditionModel.load_config(source, subfolder="unet")
         return UNet2DConditionModel.from_config(config)
 

@@ -7,8 +7,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from draftcli.errors import InputError, brief, first_line
 
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
@@ -22,6 +20,7 @@ def modules_on_meta(config: Path) -> dict[str, Any]:
     Raises:
         InputError: a configuration is missing or not readable.
     """
+    from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -31,7 +30,7 @@ def modules_on_meta(config: Path) -> dict[str, Any]:
             if any(depth > DEEPEST for depth in _numbers(settings.get(key))):
                 raise InputError(f"{config / part}: {key} is {brief(settings[key])}; an SDXL has {DEEPEST} at most")
     try:
-        with torch.device("meta"), warnings.catch_warnings():
+        with init_empty_weights(include_buffers=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on settings that a newer release wrote
             return {
                 "unet": UNet2DConditionModel.from_config(read["unet"]),
