@@ -225,7 +225,7 @@ def hand_out(weights: Mapping[str, Tensor], network: nn.Module, device: torch.de
     """
     _allocate(network, device)
     names = network.state_dict().keys()
-    whole_weights = {name: weights[name] for name in names} if is_source() else {}
+    whole_weights: dict[str, Any] = {name: weights[name] for name in names} if is_source() else {}
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(network, whole_weights, options=options)
 
