@@ -34,7 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftcli.config import Config
+from draftcli.config import Config, DraftpConfig, ShardingConfig
 from draftcli.core.annealing import (
     Weighing,
     drawn,
@@ -86,7 +86,8 @@ class SDXLDRaFTPModel:
     Args:
         cfg: the settings, from `draftcli.load_config`.
         parts: loaded modules; None loads `cfg.model`.
-        loras: what is tuned instead of a new LoRA to train: LoRAs with the scale of each, frozen. May be none.
+        loras: what is tuned instead of a new LoRA to train: LoRAs with the scale of each, frozen. May be none. The
+            model is for drawing then, and settings of training (draftp, sharding, model.quantize) do not count.
 
     Raises:
         InputError: the model cannot be loaded, or the settings do not fit it.
@@ -95,7 +96,7 @@ class SDXLDRaFTPModel:
     def __init__(
         self, cfg: Config, parts: Parts | None = None, loras: Sequence[tuple[Lora, float]] | None = None
     ) -> None:
-        self.cfg = cfg
+        self.cfg = cfg = cfg if loras is None else _for_drawing(cfg)
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
         split = sharding.splits_weights(cfg.sharding)
@@ -570,3 +571,11 @@ class SDXLDRaFTPModel:
         """The batch, of the size that the noise has."""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         return replace(self.as_batch(batch), size=(x_T.shape[-2] * factor, x_T.shape[-1] * factor))
+
+
+def _for_drawing(cfg: Config) -> Config:
+    """The settings without those of training: pictures are drawn on one device, and with the base as other programs
+    load it, not in 8 bits.
+    """
+    model = cfg.model.model_copy(update={"quantize": None})
+    return cfg.model_copy(update={"model": model, "sharding": ShardingConfig(), "draftp": DraftpConfig()})
