@@ -31,7 +31,7 @@ from draftcli.training.live import LiveView
 from draftcli.training.log import RunLog
 from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
-from draftcli.training.step import Trainer
+from draftcli.training.step import Trainer, why_skipped
 from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
 from draftcli.training.validation import Validation, hacking, score
 
@@ -256,7 +256,7 @@ class _Session:
                 self.log.step(line)
                 self.live.step(line, self.trainer.skipped)
         if "skipped" in line:
-            self._warn(f"step {step} was skipped: its {line['skipped']} was not finite")
+            self._warn(f"step {step} was skipped: {why_skipped(line['skipped'])}")
 
     def _validate(self, step: int) -> tuple[dict[str, Any], bool]:
         assert self.validation is not None

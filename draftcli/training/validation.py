@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,11 +186,14 @@ def _made_by(model: SDXLDRaFTPModel, pictures: Sequence[Picture], rewards: Seque
 
 
 def score(result: dict[str, Any], trained: dict[str, float], held_out: Sequence[str]) -> float:
-    """How good a validation is: the first held-out reward, else the weighted sum of the trained ones."""
+    """How good a validation is: the first held-out reward, else the weighted sum of the trained ones that had something
+    to say. NaN where none had.
+    """
     rewards = result["rewards"]
     if held_out:
         return rewards[held_out[0]]["tuned"]
-    return sum(weight * rewards[name]["tuned"] for name, weight in trained.items())
+    parts = [weight * rewards[name]["tuned"] for name, weight in trained.items()]
+    return sum(part for part in parts if not math.isnan(part)) if not all(map(math.isnan, parts)) else math.nan
 
 
 def hacking(history: Sequence[dict[str, Any]], trained: Sequence[str]) -> str | None:
@@ -210,7 +214,7 @@ def hacking(history: Sequence[dict[str, Any]], trained: Sequence[str]) -> str | 
         rises = [
             f"{other} on the same pictures rose"
             for other in trained
-            if other != name and now["rewards"][other]["tuned"] > best["rewards"][other]["tuned"]
+            if other != name and _above(now["rewards"][other]["tuned"], best["rewards"][other]["tuned"])
         ]
         if _above(now.get("training_reward"), best.get("training_reward")):
             rises.append("the reward in training rose")
