@@ -24,6 +24,16 @@ class Broken(Red):
         return super().__call__(images, prompts) * torch.nan
 
 
+class Choosy(Red):
+    """Green, with nothing to say where the prompt is about something blue."""
+
+    name = "choosy"
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        said = torch.tensor([torch.nan if "blue" in prompt else 1.0 for prompt in prompts])
+        return -super().__call__(images, prompts) * said.to(images)
+
+
 class Jury(Red):
     """Judges, but carries no gradient."""
 
@@ -40,4 +50,4 @@ class Green(Red):
         return -super().__call__(images, prompts)
 
 
-red, broken, jury, green = Red, Broken, Jury, Green
+red, broken, choosy, jury, green = Red, Broken, Choosy, Jury, Green

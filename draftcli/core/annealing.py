@@ -48,21 +48,20 @@ def weighing(kind: str) -> Weighing:
     Raises:
         InputError: an unknown kind, a number outside its range, or a function that cannot be had.
     """
-    if ":" in kind:
-        return _imported(kind)
-    return _by_progress(_parse(kind)[1])
+    return named_weighing(kind)[1]
 
 
-def kind_name(kind: str) -> str:
-    """The one name of a kind that can be written in several ways: draft is tuned, power_2.0 is power_2.
+def named_weighing(kind: str) -> tuple[str, Weighing]:
+    """The one name of a kind that can be written in several ways (draft is tuned, power_2.0 is power_2), and the
+    weighting.
 
     Raises:
         InputError: as `weighing`.
     """
     if ":" in kind:
-        weighing(kind)
-        return kind.replace(":", ".")
-    return _parse(kind)[0]
+        return kind.replace(":", "."), _imported(kind)
+    name, curve = _parse(kind)
+    return name, _by_progress(curve)
 
 
 def step_weights(weigh: Weighing, schedule: Schedule) -> list[float]:

@@ -255,7 +255,7 @@ def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
     data["sharding"] |= {"activation_checkpointing": False, "strategy": "none", "attention": "auto"}
     with _quiet():
         with WithoutData():
-            model = SDXLDRaFTPModel(check_config(data), parts, loras=[])
+            model = SDXLDRaFTPModel(check_config(data), parts)
         yield model
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,9 @@ class WeightedSum:
     is subtracted: it would change no gradient, and would hide in the log that a reward rises. While its scores have
     shown no spread yet, as in the first step of a run, a normalised reward is measured and counts 0.
 
+    A score of NaN means that a reward has nothing to say about a prompt: it counts 0, in value and gradient. That of a
+    picture that is not finite itself stays NaN: there the training has diverged.
+
     Args:
         rewards: by name.
         settings: weight, normalise and target of each, by the same names; None: weight 1, as it is, no target.
@@ -88,18 +91,24 @@ class WeightedSum:
         training = torch.is_grad_enabled()
         total = torch.zeros(len(prompts), device=images.device, dtype=images.dtype)
         for name, reward in self.rewards.items():
-            score = reward(images, prompts)
+            seen = images.view_as(images)  # one for each reward, so that its gradient can be cleaned alone
+            score = reward(seen, prompts)
             if score.shape != (len(prompts),):
                 shape = tuple(score.shape)
                 raise InputError(f"reward {name} returned shape {shape} for {len(prompts)} pictures: one score each")
-            if training and images.requires_grad and not score.requires_grad:
+            silent = _silent(score, images)
+            if training and images.requires_grad and not score.requires_grad and not silent.all():
                 raise InputError(
                     f"reward {name} cannot be trained on: its score has no gradient in the picture (a detach, no_grad, "
                     f"numpy or Pillow on the way). It can be in held_out_rewards; `draftp rewards check {name}` looks"
                 )
             if training:
                 self._scores[name].append(score.detach().float().cpu())
-            total = total + self._share(name, score).to(total)
+            if seen.requires_grad and silent.any():
+                seen.register_hook(_without(silent))
+            total = total + self._share(name, score).masked_fill(silent, 0).to(total)
+        if training and images.requires_grad and not total.requires_grad:  # silent rewards alone, without a graph
+            total = total + 0 * images.flatten(1)[:, 0]
         return total
 
     def _share(self, name: str, score: Tensor) -> Tensor:
@@ -148,3 +157,13 @@ class WeightedSum:
             if isinstance(reward, nn.Module):
                 reward.to(device)
         return self
+
+
+def _silent(score: Tensor, images: Tensor) -> Tensor:
+    """(B,) bool: a score of NaN for a picture that is finite."""
+    return score.detach().isnan() & images.detach().flatten(1).isfinite().all(1)
+
+
+def _without(silent: Tensor) -> Callable[[Tensor], Tensor]:
+    """A gradient (B, 3, H, W) with zeros for the images that are `silent` (B,): that of NaN is NaN, even times 0."""
+    return lambda gradient: gradient.masked_fill(silent.view(-1, 1, 1, 1), 0)

@@ -11,7 +11,7 @@ class Reward(Protocol):
     """Scores pictures; higher is better.
 
     A reward may set `differentiable = False`: it then serves as a held-out reward only. A score of NaN means that the
-    reward has nothing to say about that prompt.
+    reward has nothing to say about that prompt: it then counts 0, and is left out of means and statistics.
     """
 
     name: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch import Tensor
 from draftcli.core.annealing import (
     Weighing,
     evaluations,
-    kind_name,
+    named_weighing,
     step_weights,
     weighing,
 )
@@ -31,6 +31,17 @@ class Picture:
     prompt: Prompt
     seed: int
     size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """A weighting worked out for N steps: the weight of each."""
+
+    weights: tuple[float, ...]
+
+    def __call__(self, sigma: float, sigma_next: float, i: int, total: int) -> float:
+        """That of step `i`."""
+        return self.weights[i]
 
 
 @dataclass(frozen=True)
@@ -56,14 +67,23 @@ class Column:
         Raises:
             InputError: an unknown kind.
         """
-        name = kind_name(kind)
+        name, weigh = named_weighing(kind)
         chance = stochastic and name not in ("base", "tuned")
-        return cls(name + ("_stochastic" if chance else ""), weighing(kind), chance)
+        return cls(name + ("_stochastic" if chance else ""), weigh, chance)
 
     @classmethod
     def scaled(cls, scale: float) -> Column:
         """The tuned network with its LoRAs at `scale`: what people do without AIG."""
         return cls(f"scale_{scale:g}", weighing("tuned"), lora_scale=scale)
+
+    def on(self, model: SDXLDRaFTPModel) -> Column:
+        """The same column with the weights of the model's steps worked out, so that a user's function is called once a
+        step and not again for every batch.
+
+        Raises:
+            InputError: a weight is not in [0, 1].
+        """
+        return replace(self, weigh=StepWeights(tuple(self.weights(model))))
 
     def weights(self, model: SDXLDRaFTPModel) -> list[float]:
         """The tuned network's weight at each of the model's steps."""

@@ -6,7 +6,6 @@ drawn again; so an interrupted job goes on where it was, and several commands sh
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import unicodedata
@@ -24,11 +23,11 @@ from draftcli.core.engine.ranks import Ranks
 from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, batches, draw_batch
 from draftcli.sampling.embedded import KEY, parameters, read_key, save
-from draftcli.sampling.fingerprint import Fingerprint, fingerprint
+from draftcli.sampling.identity import Provenance
 from draftcli.sampling.sheet import to_pil
 
 INDEX = "index.jsonl"
-SAMPLERS = {"euler": "Euler", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}  # as viewers know them
+SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}  # as viewers know them
 PIXELS_TOGETHER = 1024**2  # of one batch: a picture of SDXL's size on a 24 GB card
 PICTURES_TOGETHER = 16
 LONGEST_NAME = 256  # bytes that no file's name has
@@ -102,8 +101,9 @@ def write_pictures(
         DraftpError: the disk refuses.
     """
     ranks = ranks or Ranks()
-    made_of = _MadeOf(model, columns)
-    files = _files(made_of, columns, pictures, folder, suffix)
+    columns = [column.on(model) for column in columns]
+    provenance = Provenance(model)
+    files = _files(provenance, columns, pictures, folder, suffix)
     written = Written(files, folder / INDEX, evaluations={c.name: c.evaluations(model) for c in columns})
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,64 +123,42 @@ def write_pictures(
                     if missing:
                         images = draw_batch(model, [file.picture for file in missing], column)
                         for file, image in zip(missing, images, strict=True):
-                            _save(file, image, suffix, made_of)
+                            _save(file, image, suffix, provenance)
                     done += wanted
                     drawn += len(missing)
                     progress(len(wanted))
     except BaseException:
         if ranks.is_main and done:  # what there is can be found, also when the rest is never drawn
-            _write_index(done, written, made_of)
+            _write_index(done, written, provenance)
         raise
     ranks.sum_([drawn])
     written.drawn = int(drawn)
     if ranks.is_main:
-        _write_index(files, written, made_of)
+        _write_index(files, written, provenance)
     return written
 
 
-class _MadeOf:
-    """Everything that a picture is made of, for its hash and its settings."""
-
-    def __init__(self, model: SDXLDRaFTPModel, columns: Sequence[Column]) -> None:
-        self.sampling, self.model = model.cfg.sampling, model.parts.name
-        self.prints: Fingerprint = fingerprint(model)
-        self.precision = [str(model.runtime.dtype), str(next(model.vae.parameters()).dtype)]
-        self.weights = {column.name: column.weights(model) for column in columns}
-
-    def negative(self, picture: Picture) -> str | None:
-        return self.sampling.negative_prompt if picture.prompt.negative is None else picture.prompt.negative
-
-    def key(self, picture: Picture, column: Column) -> str:
-        s, weights = self.sampling, self.weights[column.name]
-        tuned = any(weights)
-        facts = [
-            *(picture.prompt.text, self.negative(picture), picture.seed, picture.size),
-            *(s.steps, s.scale, s.sampler, s.schedule, s.s_churn, self.precision, self.prints.base),
-            *((self.prints.tuned, weights, column.lora_scale) if tuned else ()),
-            column.stochastic and any(0 < w < 1 for w in weights),
-        ]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-
-    def settings(self, file: File) -> dict[str, object]:
-        """In the words of AUTOMATIC1111's web UI; sizes are width x height there."""
-        s, (height, width) = self.sampling, file.picture.size
-        return {
-            "Steps": s.steps,
-            "Sampler": SAMPLERS[s.sampler],
-            "Schedule type": s.schedule.capitalize(),
-            "CFG scale": f"{s.scale:g}",
-            "Seed": file.picture.seed,
-            "Size": f"{width}x{height}",
-            "Model": Path(self.model).stem,
-            "Model hash": self.prints.base[:10],
-            "AIG": file.column.name,
-            "Version": f"draftp {__version__}",
-            KEY: file.key,
-        }
+def _settings(file: File, provenance: Provenance) -> dict[str, object]:
+    """A picture's settings in the words of AUTOMATIC1111's web UI; sizes are width x height there."""
+    model, (height, width) = provenance.model, file.picture.size
+    sampling = model.cfg.sampling
+    return {
+        "Steps": sampling.steps,
+        "Sampler": SAMPLER_NAMES[sampling.sampler],
+        "Schedule type": sampling.schedule.capitalize(),
+        "CFG scale": f"{sampling.scale:g}",
+        "Seed": file.picture.seed,
+        "Size": f"{width}x{height}",
+        "Model": Path(model.parts.name).stem,
+        "Model hash": provenance.base_hash[:10],
+        "AIG": file.column.name,
+        "Version": f"draftp {__version__}",
+        KEY: file.key,
+    }
 
 
 def _files(
-    made_of: _MadeOf, columns: Sequence[Column], pictures: Sequence[Picture], folder: Path, suffix: str
+    provenance: Provenance, columns: Sequence[Column], pictures: Sequence[Picture], folder: Path, suffix: str
 ) -> list[File]:
     files, number, before = [], -1, None
     digits = max(4, len(str(max(picture.seed for picture in pictures))))
@@ -192,7 +170,7 @@ def _files(
         stem = "-".join(filter(None, [f"{number:04d}", _slug(picture.prompt.text), f"s{picture.seed:0{digits}d}"]))
         for column in columns:
             path = folder / f"{stem}-{_without_sheet(column.name)}.{suffix}"
-            files.append(File(path, number, picture, column, made_of.key(picture, column)))
+            files.append(File(path, number, picture, column, provenance.key(picture, column)))
     return files
 
 
@@ -213,13 +191,13 @@ def _without_sheet(name: str) -> str:
     return re.sub("sheet", "sht", name, flags=re.IGNORECASE)
 
 
-def _save(file: File, image: Any, suffix: str, made_of: _MadeOf) -> None:
-    text = parameters(file.picture.prompt.text, made_of.negative(file.picture), made_of.settings(file))
+def _save(file: File, image: Any, suffix: str, provenance: Provenance) -> None:
+    text = parameters(file.picture.prompt.text, provenance.negative(file.picture), _settings(file, provenance))
     with disk_errors(file.path):
         write_aside(file.path, lambda aside: save(to_pil(image), aside, suffix, text))
 
 
-def _write_index(files: Sequence[File], written: Written, made_of: _MadeOf) -> None:
+def _write_index(files: Sequence[File], written: Written, provenance: Provenance) -> None:
     """One line a picture, by file name. Lines of earlier jobs stay while their files are there."""
     lines = {name: line for name, line in read_index(written.index).items() if (written.index.parent / name).is_file()}
     for file in files:
@@ -227,12 +205,12 @@ def _write_index(files: Sequence[File], written: Written, made_of: _MadeOf) -> N
         lines[file.path.name] = {
             "file": file.path.name,
             "prompt": file.picture.prompt.text,
-            "negative_prompt": made_of.negative(file.picture),
+            "negative_prompt": provenance.negative(file.picture),
             "seed": file.picture.seed,
             "height": height,
             "width": width,
             "weight": file.column.name,
-            "weights": [round(w, 6) for w in made_of.weights[file.column.name]],
+            "weights": [round(w, 6) for w in file.column.weights(provenance.model)],
             "stochastic": file.column.stochastic,
             "lora_scale": file.column.lora_scale,
             "evaluations": written.evaluations[file.column.name],

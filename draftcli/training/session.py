@@ -31,7 +31,7 @@ from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
 from draftcli.training.prompt_sets import PromptSets, read_prompt_sets
 from draftcli.training.result import validation_in_words
-from draftcli.training.step import Trainer
+from draftcli.training.step import Trainer, why_skipped
 from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
 from draftcli.training.trackers import Trackers, check_trackers
 from draftcli.training.validation import Validation, hacking, score
@@ -92,7 +92,7 @@ class Session:
                 self.log.step(line)
                 self.live.step(line, self.trainer.skipped)
         if "skipped" in line:
-            self._warn(f"step {step} was skipped: its {line['skipped']} was not finite")
+            self._warn(f"step {step} was skipped: {why_skipped(line['skipped'])}")
 
     def validate(self, step: int) -> tuple[ValidationLine, bool]:
         """Validate the network after `step`, or its moving average; returns the figures and whether it is the best yet.

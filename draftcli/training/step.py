@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from draftcli.rewards import WeightedSum
 from draftcli.training.ema import Ema
 from draftcli.training.optimizer import make_optimizer
 
-SKIPS_ALLOWED = 3  # steps in a row without a finite gradient before the run gives up
+SKIPS_ALLOWED = 3  # steps in a row without an update before the run gives up
+NOT_FINITE = ("reward", "loss", "gradient")  # what can be wrong with a step, beside rewards that have nothing to say
 
 
 class Trainer:
@@ -86,7 +87,8 @@ class Trainer:
         """Take optimizer step `step`; returns its line of metrics.jsonl.
 
         Raises:
-            DraftpError: the third step in a row whose reward, loss or gradient is not finite.
+            DraftpError: the third step in a row whose reward, loss or gradient is not finite, or on whose prompts no
+                reward had anything to say.
         """
         began, self._step = time.perf_counter(), step
         self.ranks.heartbeat(f"step {step}, drawing its pictures")
@@ -97,6 +99,7 @@ class Trainer:
         norm = float(whole(nn.utils.clip_grad_norm_(self.weights, limit or math.inf)))
         rate = self.schedule.get_last_lr()[0]
         broken = [n for n, x in (("reward", metrics["reward"]), ("loss", metrics["loss"])) if not math.isfinite(x)]
+        broken = broken or _silent(scores)
         searching = not broken and scaler.get_scale() > 1  # fp16 is still looking for a scale that fits
         if not math.isfinite(norm):
             broken.append("gradient")
@@ -114,15 +117,12 @@ class Trainer:
         self._count(broken, searching)
         self.consistent = True
         if broken and self._skipped_in_a_row >= SKIPS_ALLOWED:
-            raise DraftpError(
-                f"{broken[0]} was not finite in {SKIPS_ALLOWED} steps in a row, the last is step {step}; try a lower "
-                "optim.lr, a higher draftp.kl_coeff or model.precision fp32, in another --output"
-            )
+            raise DraftpError(_giving_up(broken[0], step))
         seconds = time.perf_counter() - began
         return {
             "step": step,
             **metrics,
-            **({f"reward/{name}": float(s.mean()) for name, s in scores.items()} if len(scores) > 1 else {}),
+            **({f"reward/{name}": float(s.nanmean()) for name, s in scores.items()} if len(scores) > 1 else {}),
             "grad_norm": norm,
             "lr": rate,
             "seconds": seconds,
@@ -232,6 +232,26 @@ class Trainer:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return False
         return value.shape == self.weights[index].shape or what.startswith("absmax")
+
+
+def _silent(scores: Mapping[str, Tensor]) -> list[str]:
+    """Why a step teaches nothing: every score (B,) of every reward is NaN. Empty where one is a number."""
+    if not scores or not all(bool(score.isnan().all()) for score in scores.values()):
+        return []
+    return [f"reward {', '.join(scores)} had nothing to say"]
+
+
+def why_skipped(reason: str) -> str:
+    """The `skipped` of a line of metrics.jsonl as a sentence."""
+    return f"its {reason} was not finite" if reason in NOT_FINITE else reason
+
+
+def _giving_up(reason: str, step: int) -> str:
+    if reason in NOT_FINITE:
+        what, advice = f"{reason} was not finite", "a lower optim.lr, a higher draftp.kl_coeff or model.precision fp32"
+    else:
+        what, advice = reason, "prompts that a reward can score"
+    return f"{what} in {SKIPS_ALLOWED} steps in a row, the last is step {step}; try {advice}, in another --output"
 
 
 def _memory(device: torch.device) -> float:

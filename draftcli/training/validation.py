@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +16,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draftcli import __version__
-from draftcli.config import Config
+from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.metrics.statistics import paired
 from draftcli.metrics.thumbnails import EDGE, pairwise_distance, thumbnail
-from draftcli.prompts import Prompt, fingerprint
+from draftcli.prompts import Prompt
 from draftcli.rewards import Reward
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
-from draftcli.sampling.draw import batches, draw, plan
+from draftcli.sampling.draw import Column, Picture, batches, draw, plan
+from draftcli.sampling.identity import Provenance
 from draftcli.sampling.sheet import Cell, spread, write_sheet
 
 SHEET_CELLS = 12
@@ -69,7 +71,6 @@ class Validation:
         images = cfg.data.validation_images
         # Pictures of one prompt where there are several of each, else all of them.
         self._groups = [i // images if images > 1 else 0 for i in range(count)]
-        self._made_by = _made_by(cfg, prompts, list(rewards))
         self._base: Judged | None = None
 
     def __call__(
@@ -92,10 +93,11 @@ class Validation:
             pictures of one prompt, or of all prompts where each has one picture); and the path of the sheet.
         """
         if self._base is None:
-            self._base = self._kept(run.base) or self._judge("base", progress, give_up_if_late)
+            made_by = _made_by(self.model, self.pictures, list(self.rewards))
+            self._base = self._kept(run.base, made_by) or self._judge("base", progress, give_up_if_late)
             with self.ranks.all_or_none():
                 if self.ranks.is_main and not run.base.is_file():
-                    self._keep(run.base, self._base)
+                    self._keep(run.base, self._base, made_by)
         # Before the first step the tuned network is the base: there is nothing to draw.
         base = self._base
         tuned = self._judge("tuned", progress, give_up_if_late) if step else base
@@ -145,19 +147,19 @@ class Validation:
             for _ in draw(self.model, self.pictures[:1], kind, 1):
                 pass
 
-    def _keep(self, path: Path, base: Judged) -> None:
+    def _keep(self, path: Path, base: Judged, made_by: str) -> None:
         tensors = {"scores": base.scores, "thumbnails": base.thumbnails}
         tensors |= {f"shown.{i}": picture for i, picture in base.shown.items()}
         with disk_errors(path):
-            write_aside(path, lambda aside: save_file(tensors, aside, metadata={"made_by": self._made_by}))
+            write_aside(path, lambda aside: save_file(tensors, aside, metadata={"made_by": made_by}))
 
-    def _kept(self, path: Path) -> Judged | None:
-        """The base's part from a former session, if it was made by the very same settings."""
+    def _kept(self, path: Path, made_by: str) -> Judged | None:
+        """The base's part from a former session, if it was made by the same settings from the same weights."""
         found = None
         if path.is_file():
             try:
                 with safe_open(path, "pt") as file:
-                    if (file.metadata() or {}).get("made_by") == self._made_by:
+                    if (file.metadata() or {}).get("made_by") == made_by:
                         shown = {i: file.get_tensor(f"shown.{i}") for i in self._chosen}
                         found = Judged(file.get_tensor("scores"), file.get_tensor("thumbnails"), shown)
             except (OSError, SafetensorError):
@@ -185,20 +187,24 @@ class Validation:
         return "  ".join([who, *(f"{float(score):.2f}" for score in judged.scores[i, :2])])
 
 
-def _made_by(cfg: Config, prompts: Sequence[Prompt], rewards: list[str]) -> str:
-    """Everything the base's pictures and scores hang on."""
-    settings = cfg.model_dump(mode="json", exclude={"model": {"offload_text_encoders"}})
-    facts = [settings["model"], settings["sampling"], settings["rewards"], rewards, cfg.data.validation_images]
-    facts += [cfg.trainer.seed, fingerprint(prompts), __version__]
+def _made_by(model: SDXLDRaFTPModel, pictures: Sequence[Picture], rewards: Sequence[str]) -> str:
+    """A hash of everything that the base's pictures and their scores depend on. Collective where weights are split."""
+    provenance, base, cfg = Provenance(model), Column.of("base").on(model), model.cfg
+    sources = [cfg.rewards.get(name) or cfg.held_out_rewards.get(name) for name in rewards]
+    settings = [source and source.model_dump(mode="json", include={*RewardSource.model_fields}) for source in sources]
+    facts = [[provenance.key(picture, base) for picture in pictures], rewards, settings, __version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def score(result: dict[str, Any], trained: dict[str, float], held_out: Sequence[str]) -> float:
-    """How good a validation is: the first held-out reward, else the weighted sum of the trained ones."""
+    """How good a validation is: the first held-out reward, else the weighted sum of the trained ones that had something
+    to say. NaN where none had.
+    """
     rewards = result["rewards"]
     if held_out:
         return rewards[held_out[0]]["tuned"]
-    return sum(weight * rewards[name]["tuned"] for name, weight in trained.items())
+    parts = [weight * rewards[name]["tuned"] for name, weight in trained.items()]
+    return sum(part for part in parts if not math.isnan(part)) if not all(map(math.isnan, parts)) else math.nan
 
 
 def hacking(history: Sequence[dict[str, Any]], trained: Sequence[str]) -> str | None:
@@ -219,7 +225,7 @@ def hacking(history: Sequence[dict[str, Any]], trained: Sequence[str]) -> str | 
         rises = [
             f"{other} on the same pictures rose"
             for other in trained
-            if other != name and now["rewards"][other]["tuned"] > best["rewards"][other]["tuned"]
+            if other != name and _above(now["rewards"][other]["tuned"], best["rewards"][other]["tuned"])
         ]
         if _above(now.get("training_reward"), best.get("training_reward")):
             rises.append("the reward in training rose")

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from draftcli.core.annealing import (
-    kind_name,
     mixed,
+    named_weighing,
     step_weights,
     weighing,
 )
@@ -159,7 +159,7 @@ def test_a_function_that_cannot_be_had_is_said_so(kind, words):
     ],
 )
 def test_a_kind_has_one_name(kind, name):
-    assert kind_name(kind) == name
+    assert named_weighing(kind)[0] == name
 
 
 def test_a_weighting_is_asked_once_a_step_with_its_levels():

@@ -231,3 +231,56 @@ def test_held_out_rewards_take_weights_of_their_own(tmp_path) -> None:
     cfg = draftcli.config.load_config("toy", ["held_out_rewards.toy_oracle.pretrained=x", "rewards.toy.normalise=std"])
     assert cfg.held_out_rewards["toy_oracle"].pretrained == "x"
     assert cfg.rewards["toy"].normalise == "std"
+
+
+class Choosy(Scaled):
+    """Has nothing to say about squares; NaN comes in on the way, so that its plain gradient is NaN as well."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        said = torch.tensor([torch.nan if "square" in prompt else 1.0 for prompt in prompts], dtype=images.dtype)
+        return self.factor * (images * said.view(-1, 1, 1, 1)).mean((1, 2, 3))
+
+
+def test_a_reward_that_has_nothing_to_say_counts_0_in_value_and_gradient() -> None:
+    rewards = check_config({"rewards": {"a": {"weight": 2.0, "target": 50.0}, "b": 0.5}}).rewards
+    total = WeightedSum({"a": Choosy(3.0), "b": Scaled(1.0)}, rewards)
+    images = IMAGES.double()
+    coefficients = torch.tensor([2 * 3 + 0.5, 0.5, 2 * 3 + 0.5, 0.5], dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(total(images, PROMPTS), coefficients * images.mean((1, 2, 3)), rtol=1e-12, atol=0)
+    found = gradient(total, images, PROMPTS)
+    expected = (coefficients / images[0].numel()).view(4, 1, 1, 1).expand_as(images)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert total.pop_scores()["a"].isnan().tolist() == [False, True, False, True], "the log tells 0 from nothing to say"
+
+
+def test_nothing_to_say_is_0_also_below_a_negative_target() -> None:
+    total = WeightedSum({"a": Choosy(3.0)}, check_config({"rewards": {"a": {"target": -1.0}}}).rewards)
+    assert total(IMAGES, PROMPTS).tolist() == [-1, 0, -1, 0]
+
+
+def test_nothing_to_say_is_left_out_of_the_statistics() -> None:
+    rewards = check_config({"rewards": {"a": {"normalise": "std"}}}).rewards
+    choosy, plain = WeightedSum({"a": Choosy(3.0)}, rewards), WeightedSum({"a": Scaled(3.0)}, rewards)
+    gradient(choosy, IMAGES, PROMPTS)
+    gradient(plain, IMAGES[::2], PROMPTS[::2])
+    for total in (choosy, plain):
+        total.end_step(total.pop_scores())
+    torch.testing.assert_close(choosy.state_dict(), plain.state_dict())
+
+
+def test_a_picture_that_is_not_finite_is_not_nothing_to_say() -> None:
+    """A training that diverges must be seen."""
+    images = IMAGES.clone()
+    images[1] = torch.nan
+    assert WeightedSum({"a": Scaled(1.0)})(images, PROMPTS).isnan().tolist() == [False, True, False, False]
+
+
+def test_rewards_that_say_nothing_at_all_need_no_graph() -> None:
+    class Silent(Scaled):
+        def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+            return torch.full((len(prompts),), torch.nan)
+
+    total = WeightedSum({"a": Silent(1.0)})
+    assert gradient(total, IMAGES, PROMPTS).abs().max() == 0
+    assert total.pop_scores()["a"].isnan().all()

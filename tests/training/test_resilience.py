@@ -67,19 +67,21 @@ def at_call(monkeypatch, wanted: Callable[[int], bool], spoil: Callable[[torch.T
     monkeypatch.setattr(Red, "__call__", call)
 
 
+SILENT = "reward tests.example_rewards:red had nothing to say"
+# How a score is spoilt, the line's `skipped`, and the warning.
 SPOILT = {
-    "nan": (lambda score: score * torch.nan, "reward"),
-    "infinite": (lambda score: score + torch.inf, "reward"),
-    "gradient": (lambda score: score + (score - score.detach()).sqrt(), "gradient"),
+    "nan": (lambda score: score * torch.nan, SILENT, SILENT),
+    "infinite": (lambda score: score + torch.inf, "reward", "its reward was not finite"),
+    "gradient": (lambda score: score + (score - score.detach()).sqrt(), "gradient", "its gradient was not finite"),
 }
 
 
 @pytest.mark.parametrize("kind", SPOILT)
 def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_sdxl, monkeypatch, kind):
-    spoil, what = SPOILT[kind]
+    spoil, what, warning = SPOILT[kind]
     at_call(monkeypatch, lambda n: n == 2, spoil)
     result = train(recipe(tiny_sdxl, trainer={"save_interval": 1, "keep_checkpoints": 9}), "run")
-    assert f"warning: step 2 was skipped: its {what} was not finite" in result.err
+    assert f"warning: step 2 was skipped: {warning}\n" in result.err
     assert "finished 4 steps, 1 skipped" in result.out
     lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [line.get("skipped") for line in lines] == [None, what, None, None]
@@ -91,7 +93,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny_sdxl, monkeypatch
 def test_three_in_a_row_stop_the_run_and_the_last_good_weights_stay(tiny_sdxl, monkeypatch):
     preset = recipe(tiny_sdxl, trainer={"save_interval": 100, "max_steps": 9})
     train(preset, "two", "--set", "trainer.max_steps=2")
-    at_call(monkeypatch, lambda n: n > 2, SPOILT["nan"][0])
+    at_call(monkeypatch, lambda n: n > 2, SPOILT["infinite"][0])
     result = draftp("train", "--preset", preset, "--output", "run")
     assert result.code == 1
     assert "reward was not finite in 3 steps in a row, the last is step 5" in result.err

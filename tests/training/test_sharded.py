@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageChops
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 
@@ -91,6 +92,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(lora if lora.is_file() else folder / "unet/diffusion_pytorch_model.safetensors")
 
 
+def made_by(run: Path) -> str:
+    """The hash of what the kept part of validation was made of."""
+    with safe_open(run / "samples/base.safetensors", "pt") as file:
+        return file.metadata()["made_by"]
+
+
 def moments(run: Path, step: int) -> dict[str, torch.Tensor]:
     """The optimizer's moments and the average in a checkpoint, whole."""
     folder = Run(run).step_folder(step) / "training"
@@ -128,6 +135,7 @@ def test_several_processes_equal_one(alone, tiny_sdxl, tmp_path, case, way, proc
     for sheet in sorted(one.glob("samples/*.png")):
         pictures = [Image.open(run / "samples" / sheet.name) for run in (one, several)]
         assert max(high for _, high in ImageChops.difference(*pictures).getextrema()) <= 1, "rounded to 8 bits"
+    assert made_by(several) == made_by(one), "another number of processes goes on with the same base"
     for folder in ("final", "step-000001", "step-000002"):
         assert_close(weights(several / folder), weights(one / folder))
         names = [sorted(f.name for f in (run / folder).rglob("*") if "shard" not in f.name) for run in (one, several)]

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftcli.config import Config
+from draftcli.config import Config, ShardingConfig
 from draftcli.core.batch import Batch, ImageNoise
 from draftcli.core.denoise import Predict
 from draftcli.core.engine import sharding
@@ -48,8 +48,9 @@ class PlacedNetworks:
     Args:
         cfg: the settings.
         parts: loaded modules; None loads `cfg.model`.
-        loras: None attaches what is to be trained, a new LoRA or the whole UNet. Else nothing is trained: these frozen
-            LoRAs, each with its scale, are what tuned is; with none of them tuned is the base.
+        loras: None is for training, of the LoRA that the UNet has already, of a new one or of the whole UNet. Else it
+            is for drawing: these frozen LoRAs, each with its scale, are what tuned is; with none of them tuned is the
+            base.
 
     Attributes:
         unet: the tuned network; inside `base_weights()` it is the base.
@@ -62,16 +63,18 @@ class PlacedNetworks:
     """
 
     def __init__(self, cfg: Config, parts: Parts | None, loras: Sequence[tuple[Lora, float]] | None) -> None:
-        self.cfg = cfg
+        self.cfg, drawing = cfg, loras is not None
+        # How a training is split, cached and kept small has no part in drawing.
+        self.settings = ShardingConfig() if drawing else cfg.sharding
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
-        split = sharding.splits_weights(cfg.sharding)
+        split = sharding.splits_weights(self.settings)
         # Of a network that will be split process 0 reads the weights, and sends the others their part.
         self._rank0_loads = split and parts is None
         hollow = self._rank0_loads and not sharding.is_source()
         self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
         self.family = self.parts.family
-        device, offload = self.runtime.device, cfg.sharding.offload
+        device, offload = self.runtime.device, self.settings.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
         # A network that will be split stays on the CPU until then: no device need ever hold all of it.
         self.unet = self.parts.unet if offload or split else self.parts.unet.to(device)
@@ -79,19 +82,19 @@ class PlacedNetworks:
         self.base_unet = copied(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
-        elif loras is None:
+        elif not drawing and not adapters.lora_layers(self.unet):
             peft = cfg.peft
             adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
         for name, network in self.parts.modules.items() if loras else ():
             attach_loras(network, loras or (), part=name)
-        if cfg.model.quantize:
+        if cfg.model.quantize and not drawing:
             quantize_blocks(self.unet)
-        sharding.speed_up(cfg.sharding, self.runtime, self.unet, self.base_unet, self.vae)
+        sharding.speed_up(self.settings, self.runtime, self.unet, self.base_unet, self.vae)
         self.residency = Residency(device)
         if offload:
             self.residency.add(UNET, filter(None, [self.unet, self.base_unet]))
             self.residency.add(JUDGES, [self.vae])
-        cache = cfg.sharding.prompt_cache
+        cache = self.settings.prompt_cache
         self._encoded = PromptCache(
             self.parts, device, offload=cfg.model.offload_text_encoders, folder=None if cache is None else Path(cache)
         )
@@ -146,7 +149,7 @@ class PlacedNetworks:
     @contextmanager
     def without_gradient(self) -> Iterator[None]:
         """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (engine/folding.py)."""
-        settings = self.cfg.sharding
+        settings = self.settings
         with torch.no_grad():
             if self.base_unet is not None or not settings.fold_lora:
                 yield
@@ -198,7 +201,7 @@ class PlacedNetworks:
         Raises:
             InputError: `x_0` has a graph through the UNet, whose weights `sharding.offload` takes away here.
         """
-        if self.cfg.sharding.offload and x_0.grad_fn is not None:
+        if self.settings.offload and x_0.grad_fn is not None:
             raise InputError(
                 "sharding.offload takes the UNet's weights away before a backward through decoder and UNet at once: "
                 "leave it out, or take the gradient by get_loss_and_metrics"
@@ -214,7 +217,7 @@ class PlacedNetworks:
         Args:
             reward: a callable; where it consists of several they are in its `rewards`, by name.
         """
-        if self.cfg.sharding.offload:
+        if self.settings.offload:
             judges = getattr(reward, "rewards", {"": reward}).values()
             self.residency.add(JUDGES, (judge for judge in judges if isinstance(judge, nn.Module)))
         elif hasattr(reward, "to"):
@@ -230,7 +233,7 @@ class PlacedNetworks:
             InputError: no process group is initialised, or sharding.shard_size does not divide the processes.
         """
         device = self.runtime.device
-        mesh = sharding.make_mesh(self.cfg.sharding, device)
+        mesh = sharding.make_mesh(self.settings, device)
         weights = {name: t.detach() for name, t in (*self.unet.named_parameters(), *self.unet.named_buffers())}
         for unet in filter(None, [self.unet, self.base_unet]):
             sharding.shard(unet, mesh, self.runtime.dtype)
