@@ -19,7 +19,6 @@ from draftcli.errors import InputError
 from draftcli.export import write
 from draftcli.export.base import open_base
 from draftcli.export.layout import original_layout
-from draftcli.export.merge import _check_options
 from tests.command import draftp
 from tests.core.test_lora_files import ask
 from tests.core.test_lora_files import write as write_lora_file
@@ -560,13 +559,13 @@ DOCUMENTED = {
 @pytest.mark.parametrize("line", sorted(DOCUMENTED))
 def test_documented_commands_are_understood(line):
     """Their options exist, and what they ask for is allowed; the work itself is tested above."""
-    orders = []
+    requests = []
 
-    def stop(order, console):
-        _check_options(order)
-        orders.append(order)
+    def stop(request, console):
+        request.check()
+        requests.append(request)
         raise InputError("far enough")
 
     with mock.patch("draftcli.export.merge.merge", stop):
         assert "far enough" in draftp(*line.split()[1:]).err
-    assert orders
+    assert requests
