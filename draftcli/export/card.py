@@ -7,9 +7,10 @@ from pathlib import Path
 import huggingface_hub
 import yaml
 
+from draftcli.core.models.sdxl import BUILT_IN, SDXL_BASE
 from draftcli.errors import DraftpError, first_line
-from draftcli.export.formats import FORMATS
-from draftcli.export.report import MergeReport
+from draftcli.export.formats import OUTPUT_FORMATS
+from draftcli.export.report import NO_BASE, MergeReport
 
 
 def merge_card(report: MergeReport, where: str) -> str:
@@ -19,9 +20,10 @@ def merge_card(report: MergeReport, where: str) -> str:
         report: of the merge.
         where: file or folder name that the loading example uses.
     """
-    kind = FORMATS[report.format]
+    kind = OUTPUT_FORMATS[report.format]
     tags = ["stable-diffusion-xl", "text-to-image", *(["lora"] if kind.is_lora else [])]
-    head = {"base_model": report.base, "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    base = SDXL_BASE if report.base == NO_BASE else report.base
+    head = {"base_model": base, "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     return "\n".join(
         [
             "---",
@@ -35,9 +37,7 @@ def merge_card(report: MergeReport, where: str) -> str:
             *(f"- {item.name} (scale {item.scale:g})" for item in report.inputs),
             "",
             "```python",
-            "from diffusers import StableDiffusionXLPipeline",
-            "",
-            kind.opening.format(where=where, base=report.base),
+            opening(report.format, where, base),
             "```",
             "",
             "Checked when it was written:",
@@ -46,6 +46,24 @@ def merge_card(report: MergeReport, where: str) -> str:
             "",
         ]
     )
+
+
+def opening(kind: str, where: str, base: str) -> str:
+    """Python that opens the result as `pipe` of diffusers.
+
+    Args:
+        kind: a name in OUTPUT_FORMATS.
+        where: the result: path, or repository on the hub.
+        base: the model that a LoRA is put on: folder, hub id, single file, or a built-in name.
+    """
+    lines = ["from diffusers import StableDiffusionXLPipeline", "", OUTPUT_FORMATS[kind].opening.format(where=where)]
+    if OUTPUT_FORMATS[kind].is_lora and base in BUILT_IN:
+        lines.insert(1, "from draftcli.core.models.sdxl import model_path")
+        lines.insert(3, f'pipe = StableDiffusionXLPipeline.from_pretrained(model_path("{base}"))')
+    elif OUTPUT_FORMATS[kind].is_lora:
+        loader = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+        lines.insert(2, f'pipe = StableDiffusionXLPipeline.{loader}("{base}")')
+    return "\n".join(lines)
 
 
 def push_to_hub(artefact: Path, repository: str, card: str, private: bool) -> str:

@@ -1,7 +1,8 @@
-"""What merge-lora can write: one class a format, found in FORMATS by the name that --format takes.
+"""What merge-lora can write: one class a format, found in OUTPUT_FORMATS by the name that --format takes.
 
-Its attributes say what the format is; an object of it is one result in the making, which is written, then checked, then
-loaded again. A new format is a class here and its line in FORMATS; tests/export/test_formats.py tries all of them.
+The attributes of a class say what the format is. An object of it is one result: it is written, its keys are checked,
+and diffusers' own loader opens it again. A new format is a class here and its place in OUTPUT_FORMATS;
+tests/export/test_formats.py then tries it without another line.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from draftcli.export import verify
 from draftcli.export.base import Base, ModelLocation, clean_key
 from draftcli.export.compress import Loss, combine, compress, extract
 from draftcli.export.inputs import Changes
-from draftcli.export.report import Written
+from draftcli.export.report import MergeFigures
 from draftcli.export.tensors import PlannedTensor, Wrote
 from draftcli.export.write import (
     DTYPE_NAMES,
@@ -78,7 +79,8 @@ class OutputFormat(ABC):
         needs_base: whether it cannot be written without a model.
         is_lora: whether it is to be applied to a model, rather than a whole one.
         programs: for the card: what it is, and where programs look for it.
-        opening: for the card: Python that opens it as `pipe`, with {where} for its name and {base} for the model's.
+        opening: for the card: Python that opens it as `pipe`, {where} standing for its name. A LoRA's finds the model
+            that it is for in `pipe` already.
         also_verified: lines on what `verify` proves beside its comparisons.
     """
 
@@ -95,7 +97,7 @@ class OutputFormat(ABC):
     def __init__(self, job: MergeJob) -> None: ...
 
     @abstractmethod
-    def write(self, target: Path) -> Written:
+    def write(self, target: Path) -> MergeFigures:
         """Write it to `target`, which does not exist yet.
 
         Raises:
@@ -148,7 +150,7 @@ class ModelFormat(OutputFormat):
     def location(self, target: Path) -> ModelLocation:
         """`target` as a loader wants to know it."""
 
-    def write(self, target: Path) -> Written:
+    def write(self, target: Path) -> MergeFigures:
         """Stream it where there is space for it."""
         size = sum(entry.size for entry in self.entries().values())
         free = shutil.disk_usage(target.parent).free
@@ -156,7 +158,7 @@ class ModelFormat(OutputFormat):
             raise DraftpError(f"{target.parent}: {size / 1e9:.2f} GB are needed there and {free / 1e9:.2f} GB are free")
         with self.job.progress(size) as wrote:
             self.stream(target, wrote)
-        return Written(size, len(self.merger.written), self._rounding())
+        return MergeFigures(size, len(self.merger.written), self._rounding())
 
     def check_keys(self, target: Path) -> list[str]:
         """Each change found its tensor, and each tensor is there with its dtype and shape."""
@@ -244,7 +246,7 @@ class LoraFormat(OutputFormat):
 
     needs_base = False
     is_lora = True
-    opening = 'pipe = StableDiffusionXLPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{where}")'
+    opening = 'pipe.load_lora_weights("{where}")'
 
     def __init__(self, job: MergeJob) -> None:
         self.job = job
@@ -262,10 +264,10 @@ class LoraFormat(OutputFormat):
         """The LoRA's own file: `target`, or the one in it."""
         return target if target.suffix == ".safetensors" else target / LORA_FILE
 
-    def write(self, target: Path) -> Written:
+    def write(self, target: Path) -> MergeFigures:
         """One file, made in memory: it is small."""
         write_lora(self.tensors(), self.file(target), self.job.dtype, self.metadata())
-        return Written(compression=self.loss)
+        return MergeFigures(compression=self.loss)
 
     def check_keys(self, target: Path) -> list[str]:
         """Read it back and compare every layer's update."""
@@ -321,7 +323,7 @@ class KohyaLora(LoraFormat):
         return kohya_metadata(self.lora) | modelspec(self.job.title, names, prediction, lora=True)
 
 
-FORMATS: dict[str, type[OutputFormat]] = {
+OUTPUT_FORMATS: dict[str, type[OutputFormat]] = {
     kind.name: kind for kind in (DiffusersFolder, SingleFile, DiffusersLora, KohyaLora)
 }
 

@@ -128,7 +128,7 @@ def read_changes(inputs: Sequence[MergeInput], base: Base | None, shapes: Shapes
         scale: multiplies every input's own.
 
     Raises:
-        InputError: one does not fit the base, or all together change nothing.
+        InputError: one does not fit the base, or a scale of 0 leaves nothing of it.
     """
     changes = Changes()
     for source in inputs:

@@ -19,9 +19,9 @@ from draftcli.core.lora.files import Shapes
 from draftcli.errors import InputError
 from draftcli.export.base import Base, open_base, sdxl_shapes
 from draftcli.export.card import merge_card, push_to_hub
-from draftcli.export.formats import FORMATS, MergeJob, OutputFormat
+from draftcli.export.formats import OUTPUT_FORMATS, MergeJob, OutputFormat
 from draftcli.export.inputs import MergeInput, base_of, find_inputs, read_changes
-from draftcli.export.report import REPORT, MergedInput, MergeReport
+from draftcli.export.report import NO_BASE, REPORT, MergeReport, ReportedInput
 from draftcli.export.tensors import Wrote, close_files
 from draftcli.runs import disk_errors
 
@@ -37,7 +37,7 @@ class MergeRequest:
         base: model to merge into; None: the run's.
         config: for a single-file base: folder with configuration and tokenizers.
         variant: which files of a base folder, such as fp16.
-        format: the output's, a name in FORMATS.
+        format: the output's, a name in OUTPUT_FORMATS.
         scale: multiplies the scales of all inputs; finite and not 0.
         rank: for LoRA formats: at most this much in each layer.
         dtype: fp64, fp32, fp16, bf16; None: as they are.
@@ -65,14 +65,14 @@ class MergeRequest:
     private: bool = False
 
     def check(self) -> None:
-        """See that the options are allowed, each by itself and together.
+        """Check the options, each by itself and with the others.
 
         Raises:
             InputError: one is not.
         """
-        if self.format not in FORMATS:
-            raise InputError(f"--format {self.format}: allowed are {', '.join(FORMATS)}")
-        if self.rank is not None and not FORMATS[self.format].is_lora:
+        if self.format not in OUTPUT_FORMATS:
+            raise InputError(f"--format {self.format}: allowed are {', '.join(OUTPUT_FORMATS)}")
+        if self.rank is not None and not OUTPUT_FORMATS[self.format].is_lora:
             warnings.warn(f"--rank has no effect with --format {self.format}: a merged model has no rank", stacklevel=3)
         if self.scale == 0 or not abs(self.scale) < float("inf"):
             raise InputError(f"--scale {self.scale:g} would change nothing; give a finite number that is not 0")
@@ -107,14 +107,14 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
         DraftpError: the disk refuses, or the result fails its verification.
     """
     request.check()
-    kind = FORMATS[request.format]
+    kind = OUTPUT_FORMATS[request.format]
     inputs = find_inputs(request.inputs)
     output = _output(request.output, kind, inputs)
     base, shapes = _base(request, kind, inputs)
     _check_output(output, request.overwrite, inputs, base)
     changes = read_changes(inputs, base, shapes, request.scale)
-    merged = [MergedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
-    report = MergeReport(__version__, output.stem, kind.name, base.name if base else "SDXL's configuration", merged)
+    merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
+    report = MergeReport(__version__, output.stem, kind.name, base.name if base else NO_BASE, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)
     console.print(f"{kind.name} from {report.base} and {listed}", highlight=False, soft_wrap=True)
     job = MergeJob(
@@ -130,7 +130,7 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     )
     with disk_errors(output), _staged(output) as staged:
         result = kind(job)
-        report.written = result.write(staged)
+        report.figures = result.write(staged)
         report.checks = result.check_keys(staged)
         if request.verify == "forward" and base is not None:
             close_files()  # mapped pages would count beside those of the loaded networks

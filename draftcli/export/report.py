@@ -9,10 +9,11 @@ from draftcli.export.compress import Loss
 from draftcli.export.verify import Comparison
 
 REPORT = "draftp-merge.json"
+NO_BASE = "SDXL's configuration"  # stands for the base where a LoRA was merged without one
 
 
 @dataclass(frozen=True)
-class MergedInput:
+class ReportedInput:
     """One input.
 
     Attributes:
@@ -27,7 +28,7 @@ class MergedInput:
 
 
 @dataclass(frozen=True)
-class Written:
+class MergeFigures:
     """Figures of what was written. A model has the first three, a LoRA that was compressed the last.
 
     Attributes:
@@ -45,31 +46,31 @@ class Written:
 
 @dataclass
 class MergeReport:
-    """All of it.
+    """A merge, for programs and for the card.
 
     Attributes:
         draftp: the version that wrote it.
         title: the output's name without its ending.
         format: as --format takes it.
-        base: the model merged into, as the user gave it.
+        base: the model merged into, as the user gave it, or NO_BASE.
         inputs: what was merged.
-        written: figures of the result.
-        checks: one line for each check that it passed.
+        figures: of the result.
         verification: outputs of the result's networks beside those that were wanted; None: not compared.
+        checks: one line for each check that it passed.
     """
 
     draftp: str
     title: str
     format: str
     base: str
-    inputs: list[MergedInput]
-    written: Written = Written()
-    checks: list[str] = field(default_factory=list)
+    inputs: list[ReportedInput]
+    figures: MergeFigures = MergeFigures()
     verification: list[Comparison] | None = None
+    checks: list[str] = field(default_factory=list)
 
     def to_json(self) -> str:
         """The text of draftp-merge.json; what does not apply to the format is left out."""
-        values = asdict(self)
-        checks, verification = values.pop("checks"), values.pop("verification")
-        values |= values.pop("written") | {"verification": verification, "checks": checks}
+        values: dict[str, object] = {}
+        for key, value in asdict(self).items():
+            values |= value if key == "figures" else {key: value}
         return json.dumps({key: value for key, value in values.items() if value is not None}, indent=2)
