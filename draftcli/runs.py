@@ -189,6 +189,13 @@ def find_run(name: str | None) -> tuple[Run, Path]:
     return run, weights
 
 
+def unfinished_note(run: Run, weights: Path, name: str | None) -> str | None:
+    """What `find_run(name)` took, where that is not what people expect: a checkpoint that they did not name."""
+    if weights == run.final or (name is not None and Path(name).name == weights.name):
+        return None
+    return f"{run.folder} is not finished; taking {weights}"
+
+
 def _holds_weights(folder: Path) -> bool:
     return (folder / "pytorch_lora_weights.safetensors").is_file() or (folder / "unet").is_dir()
 

@@ -15,7 +15,7 @@ from draftcli.core.lora.files import Lora, Shapes, read_lora
 from draftcli.errors import InputError
 from draftcli.export.base import Base
 from draftcli.export.tensors import StoredTensor, stored_tensors
-from draftcli.runs import Run, find_run, split_scale, unet_files
+from draftcli.runs import Run, find_run, split_scale, unet_files, unfinished_note
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def _is_there(name: str) -> bool:
 def _of_run(name: str | None, scale: float) -> MergeInput:
     run, weights = find_run(name)
     cfg = load_config(run.config)
-    if weights != run.final and Path(name or "").resolve() != weights.resolve():
-        warnings.warn(f"{run.folder} is not finished; taking {weights}", stacklevel=2)
+    if note := unfinished_note(run, weights, name):
+        warnings.warn(note, stacklevel=2)
     path = weights / "unet" if cfg.peft.peft_scheme == "none" else weights
     return MergeInput(str(run.folder if weights == run.final else weights), path, scale, run, cfg)
 

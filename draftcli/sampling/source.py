@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from draftcli.config import Config, load_config
 from draftcli.errors import InputError
-from draftcli.runs import find_run, split_scale, unet_files
+from draftcli.runs import find_run, split_scale, unet_files, unfinished_note
 
 if TYPE_CHECKING:
     from draftcli.core.draftp import SDXLDRaFTPModel
@@ -96,8 +96,7 @@ def find_source(
         return Source(cfg, model, Path(), None, files, from_run=False, warnings=_without_effect(cfg))
     found, weights = find_run(run)
     cfg = load_config(found.config, overrides, values)
-    unfinished = weights != found.final and (run is None or Path(run).name != weights.name)
-    notes = (f"{found.folder} is not finished; taking {weights}",) if unfinished else ()
+    note = unfinished_note(found, weights, run)
     in_full = cfg.peft.peft_scheme == "none"
     return Source(
         cfg,
@@ -106,7 +105,7 @@ def find_source(
         unet=weights / "unet" if in_full else None,
         loras=files if in_full else [(weights, 1.0), *files],
         from_run=True,
-        warnings=(*notes, *_without_effect(cfg)),
+        warnings=(*([note] if note else []), *_without_effect(cfg)),
     )
 
 
