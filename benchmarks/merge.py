@@ -26,7 +26,8 @@ from draftcli.core.lora.adapters import DEFAULT_TARGETS
 from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.export.base import WEIGHT_NAMES
-from draftcli.export.tensors import Entry, write_safetensors
+from draftcli.export.formats import OUTPUT_FORMATS
+from draftcli.export.tensors import PlannedTensor, write_safetensors
 
 RANK = 32
 
@@ -34,7 +35,7 @@ RANK = 32
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--format", default="single-file")
+    parser.add_argument("--format", default="single-file", choices=OUTPUT_FORMATS)
     parser.add_argument("--verify", default="keys")
     arguments = parser.parse_args()
     work = arguments.folder / "merge-benchmark"
@@ -42,7 +43,7 @@ def main() -> None:
     try:
         write_model(work / "base")
         write_lora(work / "lora.safetensors")
-        output = work / ("merged.safetensors" if arguments.format in ("single-file", "kohya") else "merged")
+        output = work / f"merged{OUTPUT_FORMATS[arguments.format].ending}"
         command = [sys.executable, "-m", "draftcli", "merge-lora", work / "lora.safetensors", "--base", work / "base"]
         command += ["--format", arguments.format, "--verify", arguments.verify, "--output", output]
         began, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -74,7 +75,7 @@ def write_model(folder: Path) -> None:
         (folder / part).mkdir(parents=True)
         shutil.copyfile(SDXL_CONFIG / part / "config.json", folder / part / "config.json")
         entries = [
-            Entry(key, torch.float16, tuple(t.shape), lambda shape=tuple(t.shape): normal(shape, generator))
+            PlannedTensor(key, torch.float16, tuple(t.shape), lambda shape=tuple(t.shape): normal(shape, generator))
             for key, t in module.state_dict().items()
         ]
         write_safetensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", entries, {"format": "pt"})

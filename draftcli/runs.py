@@ -208,8 +208,53 @@ def find_run(name: str | None) -> tuple[Run, Path]:
     return run, weights
 
 
+def unfinished_note(run: Run, weights: Path, name: str | None) -> str | None:
+    """What `find_run(name)` took, where that is not what people expect: a checkpoint that they did not name."""
+    if weights == run.final or (name is not None and Path(name).name == weights.name):
+        return None
+    return f"{run.folder} is not finished; taking {weights}"
+
+
 def _holds_weights(folder: Path) -> bool:
     return (folder / "pytorch_lora_weights.safetensors").is_file() or (folder / "unet").is_dir()
+
+
+def unet_files(folder: Path) -> list[Path]:
+    """The weights of a UNet that was trained in full, in their order.
+
+    Args:
+        folder: the `unet` folder in a run's final/ or in a checkpoint.
+
+    Raises:
+        InputError: there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: there is no UNet in it (no .safetensors); name another checkpoint of the run")
+    return files
+
+
+def split_scale(text: str, is_there: Callable[[str], bool], given: str) -> tuple[str, float]:
+    """The name and the scale of `NAME` (scale 1) or `NAME=SCALE`. A name that exists as it stands may contain a `=`.
+
+    Args:
+        text: to be split.
+        is_there: whether something has this name.
+        given: how messages call it.
+
+    Raises:
+        InputError: the scale is no finite number.
+    """
+    if "=" not in text or is_there(text):
+        return text, 1.0
+    name, _, number = text.rpartition("=")
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise InputError(f"{given}: expected PATH or PATH=SCALE with a number, such as style.safetensors=0.7")
+    return name, scale
 
 
 def beside(path: Path) -> Path:

@@ -22,7 +22,7 @@ ALLOWED = {
     "training": {"sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {"sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
-    "export": {"sampling", "core", "config", "runs", "__init__"},
+    "export": {"core", "config", "runs", "__init__"},
     "cli": {
         "training",
         "planning",

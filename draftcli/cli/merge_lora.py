@@ -21,7 +21,7 @@ def merge_lora(
         typer.Option(metavar="DIR", help="Diffusers folder with configuration and tokenizers for a .safetensors base."),
     ] = None,
     variant: Annotated[str | None, typer.Option(metavar="NAME", help="Which files of the base, such as fp16.")] = None,
-    kind: Annotated[
+    format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="diffusers, single-file, lora or kohya.")
     ] = "diffusers",
     scale: Annotated[float, typer.Option(metavar="X", help="How much of everything together.")] = 1.0,
@@ -65,30 +65,30 @@ def merge_lora(
     from draftcli.cli.console import open_console
 
     console = open_console(quiet, debug)
-    from draftcli.export.merge import Order, merge
+    from draftcli.export.merge import MergeRequest, merge
 
-    outcome = merge(
-        Order(
+    result = merge(
+        MergeRequest(
             inputs=tuple(inputs or ()),
             base=base,
             config=config,
             variant=variant,
-            kind=kind,  # type: ignore[arg-type]
+            format=format_,
             scale=scale,
             rank=rank,
             dtype=dtype,
             shard_size=int(max_shard_gb * 1e9),
             output=output,
             overwrite=overwrite,
-            verify=verify,  # type: ignore[arg-type]
+            verify=verify,
             hub=push_to_hub,
             private=private,
         ),
         console,
     )
-    for line in outcome.lines:
+    for line in result.lines:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"report   {outcome.report}", highlight=False, soft_wrap=True)
-    console.print(f"written  {outcome.artefact}", highlight=False, soft_wrap=True)
-    if outcome.url:
-        console.print(f"uploaded {outcome.url}", highlight=False, soft_wrap=True)
+    console.print(f"report   {result.report}", highlight=False, soft_wrap=True)
+    console.print(f"written  {result.artefact}", highlight=False, soft_wrap=True)
+    if result.url:
+        console.print(f"uploaded {result.url}", highlight=False, soft_wrap=True)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
-from draftcli.core.lora.files import with_text_model
+from draftcli.core.lora.files import LORA_PARTS, Shapes, with_text_model
 from draftcli.core.models.loading import (
     check_folder,
     checked_file,
@@ -18,9 +17,26 @@ from draftcli.core.models.meta import PARTS, modules_on_meta, read_json
 from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.errors import InputError, brief, first_line
 from draftcli.export.layout import Original, original_layout, original_shape
-from draftcli.export.tensors import Stored, stored_tensors
+from draftcli.export.tensors import StoredTensor, stored_tensors
 
 WEIGHT_NAMES = {part: "model" if part.startswith("text") else "diffusion_pytorch_model" for part in PARTS}
+
+
+@dataclass(frozen=True)
+class ModelLocation:
+    """Where a whole model is, as diffusers' loaders want to know it.
+
+    Attributes:
+        path: a diffusers folder, or a single file.
+        config: folder with the parts' config.json; for a single file, another model's or the packaged one.
+        single_file: which of the two it is.
+        variant: which weight files of a folder, such as fp16.
+    """
+
+    path: Path
+    config: Path
+    single_file: bool
+    variant: str | None = None
 
 
 @dataclass
@@ -29,39 +45,42 @@ class Base:
 
     Attributes:
         name: as the user gave it.
-        path: the folder or file.
-        kind: which of them.
+        location: its folder or file.
         tensors: by part and key. Keys are diffusers' and transformers', text encoders' with `text_model.` in front.
-        config: folder with the parts' config.json; for a single file, another model's or the packaged one.
         prediction: epsilon or v_prediction.
         zero_terminal_snr: whether it was trained with rescaled betas.
         layout: of a single file: how its tensors are made of ours.
         extra: of a single file: tensors that belong to no network, kept as they are.
-        variant: which weight files of a folder.
     """
 
     name: str
-    path: Path
-    kind: Literal["folder", "single-file"]
-    tensors: dict[str, dict[str, Stored]]
-    config: Path
+    location: ModelLocation
+    tensors: dict[str, dict[str, StoredTensor]]
     prediction: str
     zero_terminal_snr: bool
     layout: list[Original] = field(default_factory=list)
-    extra: dict[str, Stored] = field(default_factory=dict)
-    variant: str | None = None
+    extra: dict[str, StoredTensor] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Shapes of the weights that a LoRA can change, by part and module: as core.lora_files.read_lora wants them."""
-        return {
-            part: {
-                key.removesuffix(".weight"): stored.shape
-                for key, stored in self.tensors[part].items()
-                if key.endswith(".weight") and len(stored.shape) in (2, 4)
-            }
-            for part in PARTS
-            if part != "vae"
+        """Shapes of the weights that a LoRA can change, by part and module: as core.lora.files.read_lora wants them."""
+        return _layers({part: {key: t.shape for key, t in tensors.items()} for part, tensors in self.tensors.items()})
+
+
+def sdxl_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+    """The same of SDXL itself, from its configuration alone."""
+    return _layers(_expected(SDXL_CONFIG))
+
+
+def _layers(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Of all tensors the weights of linear layers and convolutions, in the networks that a LoRA can change."""
+    return {
+        part: {
+            key.removesuffix(".weight"): shape
+            for key, shape in shapes[part].items()
+            if key.endswith(".weight") and len(shape) in (2, 4)
         }
+        for part in LORA_PARTS
+    }
 
 
 def open_base(pretrained: str, config: str | None = None, variant: str | None = None) -> Base:
@@ -90,7 +109,7 @@ def open_base(pretrained: str, config: str | None = None, variant: str | None = 
             raise InputError(f"{folder}: {odd[0]} of {part} has another shape than its config.json says")
         # Left-overs that no program reads, such as position_ids, have no place in other layouts.
         tensors[part] = {key: stored for key, stored in tensors[part].items() if key in expected[part]}
-    return Base(pretrained, folder, "folder", tensors, folder, *_scheduled(folder), variant=variant)
+    return Base(pretrained, ModelLocation(folder, folder, False, variant), tensors, *_scheduled(folder))
 
 
 def _scheduled(folder: Path) -> tuple[str, bool]:
@@ -109,7 +128,7 @@ def _open_single_file(name: str, file: Path, config: str | None) -> Base:
         raise InputError(f"--config {config}: there is no such folder; give a local diffusers folder of an SDXL")
     held = stored_tensors(file)
     expected, layout = _expected(folder), []
-    tensors: dict[str, dict[str, Stored]] = {part: {} for part in PARTS}
+    tensors: dict[str, dict[str, StoredTensor]] = {part: {} for part in PARTS}
     for part in PARTS:
         originals = original_layout(part, expected[part])
         if missing := [o.key for o in originals if o.key not in held]:
@@ -126,19 +145,18 @@ def _open_single_file(name: str, file: Path, config: str | None) -> Base:
             tensors[part] |= _split(stored, original, expected[part])
         layout += originals
     known = {original.key for original in layout}
-    said, zero_snr = single_file_prediction(file)
-    scheduled = _scheduled(folder)
-    prediction, zero_snr = said or scheduled[0], scheduled[1] if zero_snr is None else zero_snr
+    (prediction, zero_snr), scheduled = single_file_prediction(file), _scheduled(folder)
+    prediction, zero_snr = prediction or scheduled[0], scheduled[1] if zero_snr is None else zero_snr
     extra = {key: stored for key, stored in held.items() if key not in known}
-    return Base(name, file, "single-file", tensors, folder, prediction, zero_snr, layout, extra)
+    return Base(name, ModelLocation(file, folder, True), tensors, prediction, zero_snr, layout, extra)
 
 
-def _split(stored: Stored, original: Original, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Stored]:
+def _split(stored: StoredTensor, original: Original, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
     """Our tensors in one of the original layout."""
     found, start = {}, 0
     for key in original.sources:
         rows = (start, start + shapes[key][0]) if len(original.sources) > 1 else None
-        found[key] = Stored(stored.file, stored.key, stored.dtype, shapes[key], rows, original.form)
+        found[key] = StoredTensor(stored.file, stored.key, stored.dtype, shapes[key], rows, original.form)
         start += shapes[key][0]
     return found
 
@@ -183,8 +201,8 @@ def _index_of_variant(name: str) -> str:
     return f"{stem}.safetensors.index.{variant}.json"
 
 
-def _part_of_folder(folder: Path, part: str, variant: str | None) -> dict[str, Stored]:
-    held: dict[str, Stored] = {}
+def _part_of_folder(folder: Path, part: str, variant: str | None) -> dict[str, StoredTensor]:
+    held: dict[str, StoredTensor] = {}
     for file in weight_files(folder, part, variant):
         held |= stored_tensors(file)
     return {clean_key(part, key): stored for key, stored in held.items()}

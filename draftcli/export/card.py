@@ -1,76 +1,79 @@
-"""The model card of what was merged: what it is, how it opens, what was checked."""
+"""The model card of what was merged: what it is, how it opens, what was checked; and its way to the hub."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
 
+import huggingface_hub
 import yaml
 
-OPENING = {
-    "diffusers": 'pipe = StableDiffusionXLPipeline.from_pretrained("{where}")',
-    "single-file": 'pipe = StableDiffusionXLPipeline.from_single_file("{where}")',
-    "lora": 'pipe = StableDiffusionXLPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{where}")',
-    "kohya": 'pipe = StableDiffusionXLPipeline.from_pretrained("{base}")\npipe.load_lora_weights("{where}")',
-}
-PROGRAMS = {
-    "diffusers": "A diffusers folder.",
-    "single-file": "One checkpoint in the original layout: `models/checkpoints` in ComfyUI, "
-    "`models/Stable-diffusion` in A1111 and Forge.",
-    "lora": "A LoRA by diffusers' names.",
-    "kohya": "A LoRA by kohya's names: `models/loras` in ComfyUI, `models/Lora` in A1111 and Forge.",
-}
+from draftcli.core.models.loading import BUILT_IN
+from draftcli.core.models.sdxl import SDXL_BASE
+from draftcli.errors import DraftpError, first_line
+from draftcli.export.formats import OUTPUT_FORMATS
+from draftcli.export.report import NO_BASE, MergeReport
 
 
-def merge_card(report: Mapping[str, Any], where: str) -> str:
+def merge_card(report: MergeReport, where: str) -> str:
     """Markdown with the Hub's YAML head.
 
     Args:
-        report: as written beside the artefact.
+        report: of the merge.
         where: file or folder name that the loading example uses.
     """
-    base, kind = str(report["base"]), str(report["format"])
-    tags = ["stable-diffusion-xl", "text-to-image", *(["lora"] if kind in ("lora", "kohya") else [])]
+    kind = OUTPUT_FORMATS[report.format]
+    tags = ["stable-diffusion-xl", "text-to-image", *(["lora"] if kind.is_lora else [])]
+    base = SDXL_BASE if report.base == NO_BASE else report.base
     head = {"base_model": base, "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
-    inputs = [f"- {item['name']} (scale {item['scale']:g})" for item in report["inputs"]]
-    checks = [f"- {line}" for line in report["checks"]]
     return "\n".join(
         [
             "---",
             yaml.safe_dump(head, sort_keys=False).strip(),
             "---",
             "",
-            f"# {report['title']}",
+            f"# {report.title}",
             "",
-            f"{PROGRAMS[kind]} Made by draftp {report['draftp']} from {base} and:",
+            f"{kind.programs} Made by draftp {report.draftp} from {report.base} and:",
             "",
-            *inputs,
+            *(f"- {item.name} (scale {item.scale:g})" for item in report.inputs),
             "",
             "```python",
-            "from diffusers import StableDiffusionXLPipeline",
-            "",
-            OPENING[kind].format(where=where, base=base),
+            opening(report.format, where, base),
             "```",
             "",
             "Checked when it was written:",
             "",
-            *checks,
+            *(f"- {line}" for line in report.checks),
             "",
         ]
     )
 
 
-def push_to_hub(artefact: Any, repository: str, card: str, private: bool) -> str:
+def opening(kind: str, where: str, base: str) -> str:
+    """Python that opens the result as `pipe` of diffusers.
+
+    Args:
+        kind: a name in OUTPUT_FORMATS.
+        where: the result: path, or repository on the hub.
+        base: the model that a LoRA is put on: folder, hub id, single file, or a built-in name.
+    """
+    lines = ["from diffusers import StableDiffusionXLPipeline", "", OUTPUT_FORMATS[kind].opening.format(where=where)]
+    if OUTPUT_FORMATS[kind].is_lora and base in BUILT_IN:
+        lines.insert(1, "from draftcli.core.models.loading import model_path")
+        lines.insert(3, f'pipe = StableDiffusionXLPipeline.from_pretrained(model_path("{base}"))')
+    elif OUTPUT_FORMATS[kind].is_lora:
+        loader = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
+        lines.insert(2, f'pipe = StableDiffusionXLPipeline.{loader}("{base}")')
+    return "\n".join(lines)
+
+
+def push_to_hub(artefact: Path, repository: str, card: str, private: bool) -> str:
     """Upload a file or folder with its card; returns the address.
 
     Raises:
         DraftpError: the hub refuses, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-
-    from draftcli.errors import DraftpError, first_line
-
-    api = HfApi()
+    api = huggingface_hub.HfApi()
     try:
         url = str(api.create_repo(repository, private=private, exist_ok=True))
         if artefact.is_dir():
@@ -78,7 +81,7 @@ def push_to_hub(artefact: Any, repository: str, card: str, private: bool) -> str
         else:
             api.upload_file(repo_id=repository, path_or_fileobj=artefact, path_in_repo=artefact.name)
         api.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo="README.md")
-    except Exception as error:
+    except Exception as error:  # no rights, no such user, no network: the hub's client has many types of errors
         raise DraftpError(
             f"{artefact} is written, but was not uploaded to {repository}: {first_line(error)}; "
             "log in with `hf auth login`, or upload it by hand"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +61,7 @@ def compress(lora: Lora, rank: int) -> tuple[Lora, Loss]:
     return Lora(f"{lora.name}, rank {rank}", parts), ledger.loss()
 
 
-def extract(changes: Changes, base: Base, rank: int, done: Callable[[], Any]) -> tuple[Lora, Loss]:
+def extract(changes: Changes, base: Base, rank: int, done: Callable[[], object]) -> tuple[Lora, Loss]:
     """The nearest LoRA of `rank` to all `changes` of the UNet, a full fine-tuning among them.
 
     Text encoders are changed by LoRAs only: their parts go along as they are.

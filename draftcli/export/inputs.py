@@ -3,32 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
-from draftcli.config import Config, check_config
-from draftcli.core.lora.files import Lora, read_lora
+from draftcli.config import Config, load_config
+from draftcli.core.lora.files import Lora, Shapes, read_lora
 from draftcli.errors import InputError
 from draftcli.export.base import Base
-from draftcli.export.tensors import Stored, stored_tensors
-from draftcli.runs import Run, find_run
-from draftcli.sampling.source import split_scale
+from draftcli.export.tensors import StoredTensor, stored_tensors
+from draftcli.runs import Run, find_run, split_scale, unet_files, unfinished_note
 
 
 @dataclass(frozen=True)
-class Source:
+class MergeInput:
     """One argument of the command.
 
     Attributes:
         text: as given, or the run's folder.
         path: the LoRA's file or folder, or the folder of a UNet trained in full.
         scale: how much of it is taken.
-        run: the run that it is of, and its settings.
+        run: the run that it belongs to, if any.
+        cfg: that run's settings.
     """
 
     text: str
@@ -49,11 +48,12 @@ class Changes:
 
     Attributes:
         loras: their scales are in their updates.
-        full: a UNet trained in full, by key, and how much of the way to it is gone.
+        full: a UNet trained in full, by key.
+        full_scale: how far the base's UNet goes towards it; 1 is all the way.
     """
 
     loras: list[Lora] = field(default_factory=list)
-    full: dict[str, Stored] = field(default_factory=dict)
+    full: dict[str, StoredTensor] = field(default_factory=dict)
     full_scale: float = 1.0
 
     def touched(self) -> set[tuple[str, str]]:
@@ -73,70 +73,65 @@ class Changes:
         return result
 
 
-def find_sources(inputs: Sequence[str]) -> list[Source]:
+def find_inputs(texts: Sequence[str]) -> list[MergeInput]:
     """Resolve `RUN`, `LORA` and `LORA=SCALE`; nothing means the newest run.
 
     Raises:
         InputError: nothing of that name, a scale that is no number, a run without weights.
     """
-    return [_source(text) for text in inputs] or [_of_run(None, 1.0)]
+    return [_input(text) for text in texts] or [_of_run(None, 1.0)]
 
 
-def _source(text: str) -> Source:
+def _input(text: str) -> MergeInput:
     name, scale = split_scale(text, _is_there, text)
     if not _is_there(name):
         raise InputError(f"{name}: there is no such run, folder or file")
     path = Path(name)
-    # A LoRA's folder may lie in a run's without being a checkpoint of it: its exports do.
+    # A LoRA's folder may be inside a run's without being a checkpoint of it: its exports do.
     of_run = not path.is_dir() or (path / "config.yaml").is_file() or (path.parent / "config.yaml").is_file()
-    return _of_run(name, scale) if of_run and not path.is_file() else Source(text, path, scale)
+    return _of_run(name, scale) if of_run and not path.is_file() else MergeInput(text, path, scale)
 
 
 def _is_there(name: str) -> bool:
     return Path(name).exists() or (Path("runs") / name / "config.yaml").is_file()
 
 
-def _of_run(name: str | None, scale: float) -> Source:
+def _of_run(name: str | None, scale: float) -> MergeInput:
     run, weights = find_run(name)
-    try:
-        cfg = check_config(yaml.safe_load(run.config.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{run.config} cannot be read ({error})") from error
-    if weights != run.final and Path(name or "").resolve() != weights.resolve():
-        warnings.warn(f"{run.folder} is not finished; taking {weights}", stacklevel=2)
+    cfg = load_config(run.config)
+    if note := unfinished_note(run, weights, name):
+        warnings.warn(note, stacklevel=2)
     path = weights / "unet" if cfg.peft.peft_scheme == "none" else weights
-    return Source(str(run.folder if weights == run.final else weights), path, scale, run, cfg)
+    return MergeInput(str(run.folder if weights == run.final else weights), path, scale, run, cfg)
 
 
-def base_of(sources: Sequence[Source]) -> tuple[str, str | None, str | None] | None:
-    """(pretrained, config, variant) that the runs among `sources` were trained on, or None where there is no run.
+def base_of(inputs: Sequence[MergeInput]) -> tuple[str, str | None, str | None] | None:
+    """(pretrained, config, variant) that the runs among `inputs` were trained on, or None where there is no run.
 
     Raises:
         InputError: they were trained on different ones.
     """
-    found = {(s.cfg.model.pretrained, s.cfg.model.config, s.cfg.model.variant) for s in sources if s.cfg}
+    found = {(s.cfg.model.pretrained, s.cfg.model.config, s.cfg.model.variant) for s in inputs if s.cfg}
     if len(found) > 1:
         named = ", ".join(sorted(pretrained for pretrained, *_ in found))
         raise InputError(f"the runs were trained on different models ({named}); say which to merge into with --base")
     return next(iter(found), None)
 
 
-def read_changes(
-    sources: Sequence[Source], base: Base | None, shapes: Mapping[str, Mapping[str, tuple[int, ...]]], scale: float
-) -> Changes:
-    """Read every source for the base.
+def read_changes(inputs: Sequence[MergeInput], base: Base | None, shapes: Shapes, scale: float) -> Changes:
+    """Read every input for the base.
 
     Args:
-        sources: at most one of them trained in full.
+        inputs: at most one of them trained in full.
         base: needed where one is.
         shapes: of the base's weights.
-        scale: of everything together.
+        scale: multiplies every input's own.
 
     Raises:
-        InputError: one does not fit the base, or all together change nothing.
+        InputError: one does not fit the base, or a scale of 0 leaves nothing of it.
     """
     changes = Changes()
-    for source in sources:
+    for source in inputs:
         if scale * source.scale == 0:
             raise InputError(f"{source.text}: with the scale 0 it would change nothing; leave it out")
         if not source.in_full:
@@ -149,11 +144,8 @@ def read_changes(
     return changes
 
 
-def _full_unet(folder: Path, base: Base) -> dict[str, Stored]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise InputError(f"{folder}: there is no UNet in it")
-    held = {key: stored for file in files for key, stored in stored_tensors(file).items()}
+def _full_unet(folder: Path, base: Base) -> dict[str, StoredTensor]:
+    held = {key: stored for file in unet_files(folder) for key, stored in stored_tensors(file).items()}
     own = base.tensors["unet"]
     odd = sorted(held.keys() ^ own.keys()) or sorted(k for k in own if held[k].shape != own[k].shape)
     if odd:

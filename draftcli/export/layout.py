@@ -1,7 +1,7 @@
 """The original single-file layout of SDXL, tensor by tensor, from diffusers' and transformers' names.
 
 Both directions come from one table: an original tensor is made of one or more of ours (OpenCLIP keeps query, key and
-value in one matrix), stacked along the first dimension, and lies there plain, transposed or as a 1 x 1 convolution.
+value in one matrix), stacked along the first dimension, each as it is, transposed or as a 1 x 1 convolution.
 The same facts as tables for people: docs/formats.md.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from draftcli.core.models.original_names import original_unet_names
+from draftcli.errors import InputError
 
 PREFIX = {
     "unet": "model.diffusion_model.",
@@ -60,7 +61,7 @@ class Original:
         key: its name there.
         part: the network (`unet`, `vae`, `text_encoder`, `text_encoder_2`).
         sources: our keys in that network, stacked along the first dimension in this order.
-        form: how each lies there.
+        form: how each is laid out there.
     """
 
     key: str
@@ -75,13 +76,16 @@ def original_layout(part: str, keys: Mapping[str, tuple[int, ...]]) -> list[Orig
     Text encoders' keys have `text_model.` in front.
 
     Raises:
-        ValueError: a key that the original layout has no place for.
+        InputError: the original layout has no place for a key: the network is that of another kind of model.
     """
     grouped: dict[str, list[str]] = {}
     names = _unet_names(keys) if part == "unet" else {key: _name(part, key, keys) for key in keys}
     for key in keys:
         if key not in names:
-            raise ValueError(f"{part}.{key} has no place in the original layout of SDXL")
+            raise InputError(
+                f"{part}.{key} has no place in a single file of an SDXL: the configuration is another model's; "
+                "give an SDXL's with --config, or where the base is a folder take --format diffusers"
+            )
         grouped.setdefault(PREFIX[part] + names[key], []).append(key)
     found = []
     for name, sources in grouped.items():
@@ -95,7 +99,7 @@ def original_layout(part: str, keys: Mapping[str, tuple[int, ...]]) -> list[Orig
 
 
 def to_original(tensor: Tensor, form: Form) -> Tensor:
-    """One of our tensors as it lies in the original layout."""
+    """One of our tensors in the form that the original layout wants."""
     if form == "transposed":
         return tensor.T
     return tensor[:, :, None, None] if form == "convolution" else tensor

@@ -22,7 +22,7 @@ from torch import Tensor
 from draftcli.errors import InputError
 from draftcli.export.layout import Form, from_original
 
-DTYPE_OF_NAME = {
+_DTYPE_OF_NAME = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -36,11 +36,12 @@ DTYPE_OF_NAME = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
+_NAME_OF_DTYPE = {dtype: name for name, dtype in _DTYPE_OF_NAME.items()}
+Wrote = Callable[[int], object]  # is given the bytes of each tensor once it is written
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """A tensor in a file, or a slice of one, not read yet.
 
     Attributes:
@@ -49,7 +50,7 @@ class Stored:
         dtype: as stored.
         shape: of what `load` returns.
         rows: which rows of the stored tensor; None: all.
-        form: how it lies there.
+        form: how it is laid out there.
     """
 
     file: Path
@@ -68,8 +69,8 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A tensor to be written: its name, and how to make it when its turn comes."""
+class PlannedTensor:
+    """A tensor to be written: its name, dtype and shape, and how to make it when its turn comes."""
 
     key: str
     dtype: torch.dtype
@@ -82,20 +83,20 @@ class Entry:
         return prod(self.shape) * self.dtype.itemsize
 
 
-def stored_tensors(file: Path) -> dict[str, Stored]:
+def stored_tensors(file: Path) -> dict[str, StoredTensor]:
     """What a file holds, in its own order.
 
     Raises:
-        InputError: it is damaged, or holds numbers of a kind that we don't know.
+        InputError: it is damaged, or holds numbers of a kind that draftp does not know.
     """
     try:
         with safe_open(file, framework="pt") as opened:
             found = {}
             for key in opened.keys():  # noqa: SIM118  (it is no dict)
                 part = opened.get_slice(key)
-                if part.get_dtype() not in DTYPE_OF_NAME:
+                if part.get_dtype() not in _DTYPE_OF_NAME:
                     raise InputError(f"{file}: {key} is stored as {part.get_dtype()}, which draftp does not know")
-                found[key] = Stored(file, key, DTYPE_OF_NAME[part.get_dtype()], tuple(part.get_shape()))
+                found[key] = StoredTensor(file, key, _DTYPE_OF_NAME[part.get_dtype()], tuple(part.get_shape()))
             return found
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: cannot be read, it may be damaged ({error})") from error
@@ -107,7 +108,7 @@ def file_metadata(file: Path) -> dict[str, str]:
 
 
 def write_safetensors(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], wrote: Callable[[int], Any] | None = None
+    path: Path, entries: Sequence[PlannedTensor], metadata: Mapping[str, str], wrote: Wrote = lambda _: None
 ) -> None:
     """Make and write one tensor after the other.
 
@@ -115,14 +116,14 @@ def write_safetensors(
         path: of the new file.
         entries: in the order of the file.
         metadata: text beside the tensors.
-        wrote: told the bytes of each tensor, for progress.
+        wrote: called with the bytes of each tensor, for progress.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in entries:
         span = [offset, offset + entry.size]
         header[entry.key] = {
-            "dtype": NAME_OF_DTYPE[entry.dtype],
+            "dtype": _NAME_OF_DTYPE[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": span,
         }
@@ -137,8 +138,7 @@ def write_safetensors(
             assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.key
             if tensor.numel():
                 file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            if wrote:
-                wrote(entry.size)
+            wrote(entry.size)
         file.flush()
         os.fsync(file.fileno())
 

@@ -1,5 +1,5 @@
-"""Is what was written what was meant? Keys are counted in the files; then the ecosystem's own loaders open them, and
-the networks' outputs on fixed input are compared with base + adapter, one network in memory at a time.
+"""Is what was written what was meant? Keys are counted in the files; then diffusers' own loaders open them, and the
+networks' outputs on fixed input are compared with those of base + adapter, one network in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcli.core.lora.files import Lora, attach_loras, read_lora
+from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, attach_loras, read_lora
 from draftcli.core.models.meta import PARTS, modules_on_meta
-from draftcli.errors import DraftpError, first_line
-from draftcli.export.base import Base, clean_key, weight_files
+from draftcli.errors import DraftpError, InputError, first_line
+from draftcli.export.base import ModelLocation, clean_key, weight_files
 from draftcli.export.inputs import Changes
 from draftcli.export.tensors import close_files, stored_tensors
-from draftcli.export.write import Merger
 
 # Largest difference allowed, as a part of the largest value of the output. Rounding of each weight is relative to it
 # (2^-9 for bfloat16, 2^-12 for float16, 2^-25 for float32) and adds up over some hundred layers.
@@ -31,7 +30,7 @@ _SEED = 20
 
 @dataclass(frozen=True)
 class Comparison:
-    """One network of the artefact against base + adapter.
+    """One network of the result beside base + adapter, on the same input.
 
     Attributes:
         part: the network.
@@ -47,119 +46,134 @@ class Comparison:
     effect: float
     size: float
 
+    def line(self) -> str:
+        """For people."""
+        effect = f"the adapter moves it by {self.effect:.2g}" if self.effect else "not adapted"
+        return (
+            f"{self.part}: loaded again it differs from base + adapter by at most {self.difference:.2g} "
+            f"(allowed {self.tolerance:.2g}; {effect})"
+        )
 
-def check_model_keys(merger: Merger, artefact: Path, kind: str) -> str:
-    """Every tensor that must be in the artefact is, with its shape and dtype, and every change found its tensor.
+
+Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape by name
+
+
+def check_tensors(where: Path, expected: Tensors, found: Tensors) -> str:
+    """Every tensor that must be in the result is, with its dtype and shape, and no other.
+
+    Returns:
+        how many there are, for people.
 
     Raises:
-        DraftpError: not so.
+        DraftpError: a tensor is missing or unknown, or has another shape or dtype.
     """
-    missed = merger.touched - merger.written
-    if missed:
-        raise DraftpError(f"{len(missed)} changes found no tensor, the first is {'.'.join(min(missed))}")
-    if kind == "single-file":
-        expected = {entry.key: (entry.dtype, entry.shape) for entry in merger.original_entries()}
-        found = {key: (s.dtype, s.shape) for key, s in stored_tensors(artefact).items()}
-    else:
-        expected, found = {}, {}
-        for part in PARTS:
-            expected |= {f"{part}.{clean_key(part, e.key)}": (e.dtype, e.shape) for e in merger.entries(part)}
-            for file in weight_files(artefact, part, None):
-                found |= {f"{part}.{clean_key(part, k)}": (s.dtype, s.shape) for k, s in stored_tensors(file).items()}
     if odd := sorted(k for k in expected.keys() | found.keys() if expected.get(k) != found.get(k)):
-        raise DraftpError(f"{artefact}: {len(odd)} tensors are not as meant, the first is {odd[0]}")
-    return f"{len(found)} tensors, all accounted for; {len(merger.written)} of them changed"
+        raise DraftpError(f"{where}: {len(odd)} tensors are not as meant, the first is {odd[0]}")
+    return f"{len(found)} tensors, all accounted for"
 
 
-def check_lora_keys(lora: Lora, artefact: Path, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> str:
-    """The file read back is `lora`, to the last bit of the dtype written.
+def tensors_of_file(file: Path) -> Tensors:
+    """What a file holds."""
+    return {key: (stored.dtype, stored.shape) for key, stored in stored_tensors(file).items()}
+
+
+def tensors_of_folder(folder: Path) -> Tensors:
+    """What a diffusers folder holds: `part.key`, with keys as `clean_key` has them."""
+    return {
+        f"{part}.{clean_key(part, key)}": facts
+        for part in PARTS
+        for file in weight_files(folder, part, None)
+        for key, facts in tensors_of_file(file).items()
+    }
+
+
+def check_lora(file: Path, lora: Lora, shapes: Shapes) -> str:
+    """The file, read back, has the layers of `lora` with the same updates (within 1 % of the largest value of each).
 
     Args:
-        lora: with scales multiplied in, as a reader must find it.
-        artefact: the file.
+        file: the result.
+        lora: in the dtype written, with scales multiplied in: `write.written_as`.
         shapes: of the base's weights.
 
+    Returns:
+        how many layers there are, for people.
+
     Raises:
-        DraftpError: not so.
+        DraftpError: it is no LoRA for weights of these shapes, a layer is missing or unknown, or has other values.
     """
-    found = read_lora(artefact, shapes)
+    try:
+        found = read_lora(file, shapes)
+    except InputError as error:  # the user did not write this file
+        raise DraftpError(f"verification failed: {error}") from error
     wanted = {(part, module): update for part, module, update in lora.updates()}
     read = {(part, module): update for part, module, update in found.updates()}
     if wanted.keys() != read.keys():
-        raise DraftpError(f"{artefact}: {len(wanted.keys() ^ read.keys())} layers are not as meant")
+        raise DraftpError(f"{file}: {len(wanted.keys() ^ read.keys())} layers are not as meant")
     for place, update in wanted.items():
-        other = read[place]
-        close = torch.allclose(other.delta(), update.delta(), rtol=0, atol=1e-2 * float(update.delta().abs().max()))
-        if not close:
-            raise DraftpError(f"{artefact}: {'.'.join(place)} is not as meant")
+        delta = update.delta()
+        if not torch.allclose(read[place].delta(), delta, rtol=0, atol=1e-2 * float(delta.abs().max())):
+            raise DraftpError(f"{file}: {'.'.join(place)} is not as meant")
     return f"{len(read)} layers, all fit the model"
 
 
-def compare_model(base: Base, changes: Changes, artefact: Path, kind: str, dtype: torch.dtype) -> list[Comparison]:
-    """The saved model, by diffusers' own loader, against base + adapter; and its VAE tensor by tensor.
+def compare_model(base: ModelLocation, changes: Changes, result: ModelLocation, dtype: torch.dtype) -> list[Comparison]:
+    """The result, as diffusers' own loader has it, beside base + adapter; its VAE tensor by tensor.
 
     Args:
         base: what was merged into.
         changes: what was merged.
-        artefact: folder or file.
-        kind: "diffusers" or "single-file".
+        result: what was written.
         dtype: of the weights written, for the tolerance.
 
     Raises:
-        DraftpError: the loader fails, or a difference is above tolerance.
+        DraftpError: the loader fails, a difference is above tolerance, or the VAE is not the base's bit for bit.
     """
-    source = (base.path, base.config, base.kind == "single-file", base.variant)
-    target = (artefact, base.config, kind == "single-file", None)
-    concerned = {part for part, _ in changes.touched()}
+    touched = {part for part, _ in changes.touched()}
     found = []
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        before, wanted = _base_and_tuned(source, part, changes)
-        with _loaded(target, part) as network:
-            found.append(_compared(part, before, wanted, _output(network), dtype, part in concerned))
-    with _loaded(source, "vae") as one, _loaded(target, "vae") as two:
+    for part in LORA_PARTS:
+        before, wanted = _base_and_tuned(base, part, changes)
+        with _loaded(result, part) as network:
+            found.append(_compared(part, before, wanted, _output(network), dtype, part in touched))
+    with _loaded(base, "vae") as one, _loaded(result, "vae") as two:
         own, other = one.state_dict(), two.state_dict()
         if own.keys() != other.keys() or not all(torch.equal(own[key], other[key]) for key in own):
-            raise DraftpError(f"{artefact}: its VAE is not the base's")
+            raise DraftpError(f"{result.path}: its VAE is not the base's")
     return found
 
 
-def compare_lora(base: Base, lora: Lora, artefact: Path, dtype: torch.dtype) -> list[Comparison]:
-    """The LoRA file, put on the base by diffusers' own loader, against the LoRA that was meant.
+def compare_lora(base: ModelLocation, lora: Lora, file: Path, dtype: torch.dtype) -> list[Comparison]:
+    """The LoRA file, put on the base by diffusers' own loader, beside the LoRA that was meant.
 
     Args:
         base: any model it fits.
         lora: before casting.
-        artefact: the file.
-        dtype: of the matrices written.
+        file: what was written.
+        dtype: of the matrices written, for the tolerance.
 
     Raises:
-        DraftpError: as for `compare_model`.
+        DraftpError: the loader fails, or a difference is above tolerance.
     """
     from diffusers import StableDiffusionXLPipeline as Pipeline
 
-    source = (base.path, base.config, base.kind == "single-file", base.variant)
     unet_config = modules_on_meta(base.config)["unet"].config
     found = []
     for part in lora.parts:
-        before, wanted = _base_and_tuned(source, part, Changes([lora]))
-        with _loaded(source, part) as network, _loader_errors(artefact):
+        before, wanted = _base_and_tuned(base, part, Changes([lora]))
+        with _loaded(base, part) as network, _loader_errors(file):
             read: Any = Pipeline.lora_state_dict(
-                str(artefact.parent), weight_name=artefact.name, unet_config=unet_config, return_lora_metadata=True
+                str(file.parent), weight_name=file.name, unet_config=unet_config, return_lora_metadata=True
             )
             state, alphas, metadata = read
             if part == "unet":
                 Pipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
             else:
                 Pipeline.load_lora_into_text_encoder(state, alphas, network, prefix=part, metadata=metadata)
-            found.append(_compared(part, before, wanted, _output(network), dtype, concerned=True))
+            found.append(_compared(part, before, wanted, _output(network), dtype, touched=True))
     return found
 
 
-_Location = tuple[Path, Path, bool, str | None]
-
-
-def _base_and_tuned(source: _Location, part: str, changes: Changes) -> tuple[Tensor, Tensor]:
-    with _loaded(source, part) as network:
+def _base_and_tuned(base: ModelLocation, part: str, changes: Changes) -> tuple[Tensor, Tensor]:
+    with _loaded(base, part) as network:
         before = _output(network)
         if part == "unet" and changes.full:
             with torch.no_grad():
@@ -171,19 +185,19 @@ def _base_and_tuned(source: _Location, part: str, changes: Changes) -> tuple[Ten
 
 
 def _compared(
-    part: str, before: Tensor, wanted: Tensor, found: Tensor, dtype: torch.dtype, concerned: bool
+    part: str, before: Tensor, wanted: Tensor, found: Tensor, dtype: torch.dtype, touched: bool
 ) -> Comparison:
     size = float(wanted.abs().max())
-    effect = float((wanted - before).abs().max()) if concerned else 0.0
+    effect = float((wanted - before).abs().max()) if touched else 0.0
     result = Comparison(part, float((found - wanted).abs().max()), TOLERANCE.get(dtype, 0.5) * size, effect, size)
-    if not result.difference <= result.tolerance:  # also where it is no number
+    if not result.difference <= result.tolerance:  # NaN as well
         raise DraftpError(
             f"verification failed: the {part} loaded again differs from base + adapter by up to "
             f"{result.difference:.3g} (allowed {result.tolerance:.3g}); nothing was kept"
         )
-    if concerned and effect == 0:
+    if touched and effect == 0:
         raise DraftpError(f"verification failed: the changes don't move the {part}'s output at all; was it trained?")
-    if concerned and result.difference >= effect:
+    if touched and result.difference >= effect:
         raise DraftpError(
             f"verification failed: rounding moves the {part}'s output by {result.difference:.3g}, the changes by "
             f"{effect:.3g}: they would be lost; take --dtype fp32, or keep them as a LoRA with --format lora or kohya"
@@ -192,21 +206,20 @@ def _compared(
 
 
 @contextmanager
-def _loaded(location: _Location, part: str) -> Iterator[Any]:
+def _loaded(location: ModelLocation, part: str) -> Iterator[Any]:
     """One network in float32, by the pipeline's own loader, with all others left out."""
     from diffusers import StableDiffusionXLPipeline as Pipeline
 
-    path, config, single_file, variant = location
-    others: dict[str, Any] = dict.fromkeys((*PARTS, "tokenizer", "tokenizer_2"))
-    others.pop(part)
+    path = location.path
+    others = dict.fromkeys(name for name in (*PARTS, "tokenizer", "tokenizer_2") if name != part)
     with _loader_errors(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        if single_file:
+        if location.single_file:
             from diffusers import EulerDiscreteScheduler
 
             pipe = Pipeline.from_single_file(
                 str(path),
-                config=str(config),
+                config=str(location.config),
                 torch_dtype=torch.float32,
                 add_watermarker=False,
                 scheduler=EulerDiscreteScheduler(),
@@ -216,7 +229,7 @@ def _loaded(location: _Location, part: str) -> Iterator[Any]:
             pipe = Pipeline.from_pretrained(
                 path,
                 torch_dtype=torch.float32,
-                variant=variant,
+                variant=location.variant,
                 use_safetensors=True,
                 add_watermarker=False,
                 **others,
@@ -237,7 +250,7 @@ def _loader_errors(path: Path) -> Iterator[None]:
     except (DraftpError, OSError, KeyboardInterrupt):
         raise
     except Exception as error:
-        # A loader says in many ways that it does not take a file.
+        # diffusers raises errors of many types for files that it cannot load.
         raise DraftpError(
             f"verification failed: diffusers does not take {path.name} ({type(error).__name__}: {first_line(error)})"
         ) from error
@@ -245,7 +258,7 @@ def _loader_errors(path: Path) -> Iterator[None]:
 
 @torch.no_grad()
 def _output(network: Any) -> Tensor:
-    """What a network makes of fixed input."""
+    """The output of a network on fixed input."""
     generator = torch.Generator().manual_seed(_SEED)
 
     def normal(*shape: int) -> Tensor:

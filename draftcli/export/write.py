@@ -4,37 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 from torch import Tensor
 
 from draftcli import __version__
 from draftcli.core.lora.files import Lora, Update
+from draftcli.core.models.meta import PARTS
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.core.models.sdxl import SDXL_BASE
+from draftcli.core.precision import DTYPES
 from draftcli.errors import DraftpError, InputError, first_line
-from draftcli.export.base import PARTS, WEIGHT_NAMES, Base
+from draftcli.export.base import WEIGHT_NAMES, Base
 from draftcli.export.inputs import Changes
 from draftcli.export.layout import V_MARKER, ZERO_SNR_MARKER, Original, original_layout, original_shape, to_original
-from draftcli.export.tensors import Entry, Stored, file_metadata, write_safetensors
+from draftcli.export.tensors import PlannedTensor, StoredTensor, Wrote, file_metadata, write_safetensors
 
 KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-DTYPE_NAMES = {
-    torch.float64: "fp64",
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-}
-Wrote = Callable[[int], Any]
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass
 class Merger:
-    """Makes the tensors of the merged model, and keeps account.
+    """Makes the tensors of the merged model, and keeps account of what it changed.
 
     Attributes:
         base: what is merged into.
@@ -56,7 +53,7 @@ class Merger:
     def __post_init__(self) -> None:
         self.touched = self.changes.touched()
 
-    def dtype_of(self, part: str, stored: Stored) -> torch.dtype:
+    def dtype_of(self, part: str, stored: StoredTensor) -> torch.dtype:
         """As it will be written."""
         return self.dtype if self.dtype and part != "vae" and stored.dtype.is_floating_point else stored.dtype
 
@@ -73,37 +70,36 @@ class Merger:
         self.written.add((part, key))
         return result
 
-    def entries(self, part: str) -> list[Entry]:
+    def entries(self, part: str) -> list[PlannedTensor]:
         """The tensors of one part, by the names that its own file has."""
         found = []
         for key, stored in self.base.tensors[part].items():
-            name = stored.key if self.base.kind == "folder" else key
-            make = lambda key=key: self.make(part, key)  # noqa: E731
-            found.append(Entry(name, self.dtype_of(part, stored), stored.shape, make))
+            name = key if self.base.location.single_file else stored.key
+            found.append(PlannedTensor(name, self.dtype_of(part, stored), stored.shape, partial(self.make, part, key)))
         return found
 
-    def original_entries(self) -> list[Entry]:
+    def original_entries(self) -> list[PlannedTensor]:
         """The tensors of the whole model in the original layout. A single file keeps its order and its extras."""
         base = self.base
         shapes = {part: {key: stored.shape for key, stored in base.tensors[part].items()} for part in PARTS}
-        if base.kind == "single-file":
+        if base.location.single_file:
             layout = base.layout
         else:
             layout = [original for part in PARTS for original in original_layout(part, shapes[part])]
         found = [self._original_entry(original, shapes[original.part]) for original in layout]
-        found += [Entry(key, stored.dtype, stored.shape, stored.load) for key, stored in base.extra.items()]
+        found += [PlannedTensor(key, stored.dtype, stored.shape, stored.load) for key, stored in base.extra.items()]
         present = {entry.key for entry in found}
         marks = [V_MARKER] * (base.prediction == "v_prediction") + [ZERO_SNR_MARKER] * base.zero_terminal_snr
         empty = torch.zeros(0)
-        return found + [Entry(m, empty.dtype, (0,), lambda: empty) for m in marks if m not in present]
+        return found + [PlannedTensor(m, empty.dtype, (0,), lambda: empty) for m in marks if m not in present]
 
-    def _original_entry(self, original: Original, shapes: Mapping[str, tuple[int, ...]]) -> Entry:
+    def _original_entry(self, original: Original, shapes: Mapping[str, tuple[int, ...]]) -> PlannedTensor:
         def make() -> Tensor:
             tensors = [to_original(self.make(original.part, key), original.form) for key in original.sources]
             return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
         stored = self.base.tensors[original.part][original.sources[0]]
-        return Entry(original.key, self.dtype_of(original.part, stored), original_shape(original, shapes), make)
+        return PlannedTensor(original.key, self.dtype_of(original.part, stored), original_shape(original, shapes), make)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
@@ -111,7 +107,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
     Raises:
         InputError: a value is beyond what the dtype can hold.
-        DraftpError: a value was no number before.
+        DraftpError: a value was not finite before.
     """
     result = tensor.to(dtype)
     if not torch.isfinite(result.float()).all():
@@ -127,7 +123,7 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 def write_single_file(merger: Merger, file: Path, title: str, merged_from: str, wrote: Wrote) -> None:
     """Write the whole model as one checkpoint in the original layout, with modelspec metadata."""
     base = merger.base
-    metadata = file_metadata(base.path) if base.kind == "single-file" else {}
+    metadata = file_metadata(base.location.path) if base.location.single_file else {}
     metadata = {key: value for key, value in metadata.items() if "hash" not in key}
     metadata |= modelspec(title, merged_from, base.prediction)
     write_safetensors(file, merger.original_entries(), metadata, wrote)
@@ -140,10 +136,11 @@ def write_folder(merger: Merger, folder: Path, shard_size: int, wrote: Wrote) ->
         merger: of the model.
         folder: new.
         shard_size: largest size of a file of weights, in bytes; a tensor larger than that is a file of its own.
-        wrote: told the bytes of each tensor.
+        wrote: called with the bytes of each tensor.
     """
     base = merger.base
-    source = base.config if base.kind == "folder" else _with_tokenizers(base.config)
+    folder.mkdir()
+    source = _with_tokenizers(base.location.config) if base.location.single_file else base.location.config
     _copy_all_but_weights(source, folder)
     _write_scheduler(base, folder / "scheduler" / "scheduler_config.json")
     for part in PARTS:
@@ -151,50 +148,69 @@ def write_folder(merger: Merger, folder: Path, shard_size: int, wrote: Wrote) ->
         _write_shards(folder / part, WEIGHT_NAMES[part], merger.entries(part), shard_size, wrote)
 
 
-def write_lora(
-    lora: Lora,
-    file: Path,
-    naming: str,
-    dtype: torch.dtype | None,
-    metadata: Mapping[str, str],
-    unet_modules: Iterable[str],
-) -> None:
-    """Write a LoRA by diffusers' names (`naming` "lora") or kohya's ("kohya"), which need those of the whole UNet.
+def diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
+    """A LoRA by diffusers' names.
 
-    Scales are multiplied into B, as a loader may overlook them: diffusers' files then mean 1 without a word, and
-    kohya's carry one alpha for all layers (diffusers 0.42 loses those of attention layers where they differ).
+    Scales are multiplied into B, as a loader may overlook them: the file then means 1 without any metadata.
     """
-    largest = max(update.rank for _, _, update in lora.updates())
-    names = original_unet_names(unet_modules)
-    entries: list[Entry] = []
+    tensors: dict[str, Tensor] = {}
     for part, module, update in lora.updates():
-        if naming == "kohya":
-            stem = KOHYA_PREFIX[part] + (names[module] if part == "unet" else module).replace(".", "_")
-            down, up, alpha = f"{stem}.lora_down.weight", f"{stem}.lora_up.weight", largest
-            entries.append(_entry(f"{stem}.alpha", torch.tensor(float(alpha)), torch.float32))
-        else:
-            stem, alpha = f"{part}.{module}", update.rank
-            down, up = f"{stem}.lora_A.weight", f"{stem}.lora_B.weight"
-        factor = update.scale * update.rank / alpha
-        scaled = update.up if factor == 1 else (factor * update.up.double()).to(update.up.dtype)
-        entries.append(_entry(down, update.down, dtype))
-        entries.append(_entry(up, scaled, dtype))
-    write_safetensors(file, sorted(entries, key=lambda entry: entry.key), metadata)
+        tensors[f"{part}.{module}.lora_A.weight"] = update.down
+        tensors[f"{part}.{module}.lora_B.weight"] = _times(update.up, update.scale)
+    return tensors
+
+
+def kohya_tensors(lora: Lora, unet_modules: Iterable[str]) -> dict[str, Tensor]:
+    """A LoRA by kohya's names, which need those of all modules of the UNet.
+
+    Scales are multiplied into B so that all layers have one alpha: diffusers 0.42 loses the alphas of attention layers
+    where they differ.
+    """
+    alpha = largest_rank(lora)
+    names = original_unet_names(unet_modules)
+    tensors: dict[str, Tensor] = {}
+    for part, module, update in lora.updates():
+        stem = KOHYA_PREFIX[part] + (names[module] if part == "unet" else module).replace(".", "_")
+        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
+        tensors[f"{stem}.lora_down.weight"] = update.down
+        tensors[f"{stem}.lora_up.weight"] = _times(update.up, update.scale * update.rank / alpha)
+    return tensors
+
+
+def write_lora(
+    tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+) -> None:
+    """Write the tensors of a LoRA, sorted by name, in `dtype` (None: in their own); alphas stay as they are."""
+
+    def entry(key: str, tensor: Tensor) -> PlannedTensor:
+        wanted = dtype if dtype and not key.endswith(".alpha") else tensor.dtype
+        return PlannedTensor(key, wanted, tuple(tensor.shape), lambda: cast(tensor, wanted, key))
+
+    file.parent.mkdir(exist_ok=True)
+    write_safetensors(file, [entry(key, tensors[key]) for key in sorted(tensors)], metadata)
 
 
 def written_as(lora: Lora, dtype: torch.dtype | None) -> Lora:
-    """What a reader of `write_lora`'s diffusers file must find."""
+    """What a reader must find in the file: scales multiplied into B, and everything in `dtype`."""
 
     def written(update: Update) -> Update:
-        factor = update.scale
-        up = update.up if factor == 1 else (factor * update.up.double()).to(update.up.dtype)
+        up = _times(update.up, update.scale)
         return Update(update.down.to(dtype or update.down.dtype), up.to(dtype or up.dtype), 1.0)
 
     return Lora(lora.name, {p: {m: written(u) for m, u in updates.items()} for p, updates in lora.parts.items()})
 
 
+def _times(tensor: Tensor, factor: float) -> Tensor:
+    return tensor if factor == 1 else (factor * tensor.double()).to(tensor.dtype)
+
+
+def largest_rank(lora: Lora) -> int:
+    """Of all its layers."""
+    return max(update.rank for _, _, update in lora.updates())
+
+
 def modelspec(title: str, merged_from: str, prediction: str, *, lora: bool = False) -> dict[str, str]:
-    """The metadata by which programs tell what a file is (https://github.com/Stability-AI/ModelSpec)."""
+    """The metadata by which programs recognise what a file is (https://github.com/Stability-AI/ModelSpec)."""
     return {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": "stable-diffusion-xl-v1-base" + ("/lora" if lora else ""),
@@ -213,32 +229,25 @@ def kohya_metadata(lora: Lora) -> dict[str, str]:
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(float(max(ranks))),
+        "ss_network_alpha": str(float(largest_rank(lora))),
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
     }
 
 
-def _entry(key: str, tensor: Tensor, dtype: torch.dtype | None) -> Entry:
-    dtype = dtype if dtype and not key.endswith(".alpha") else tensor.dtype
-    return Entry(key, dtype, tuple(tensor.shape), lambda: cast(tensor, dtype, key))
-
-
-def _write_shards(folder: Path, stem: str, entries: Sequence[Entry], shard_size: int, wrote: Wrote) -> None:
-    shards: list[list[Entry]] = [[]]
-    for entry in entries:
-        if shards[-1] and sum(e.size for e in shards[-1]) + entry.size > shard_size:
-            shards.append([])
-        shards[-1].append(entry)
-    if len(shards) == 1:
-        write_safetensors(folder / f"{stem}.safetensors", entries, {"format": "pt"}, wrote)
-        return
-    names = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    for name, shard in zip(names, shards, strict=True):
-        write_safetensors(folder / name, shard, {"format": "pt"}, wrote)
-    weight_map = {entry.key: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-    index = {"metadata": {"total_size": sum(entry.size for entry in entries)}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+def _write_shards(folder: Path, stem: str, entries: Sequence[PlannedTensor], shard_size: int, wrote: Wrote) -> None:
+    by_key = {entry.key: entry for entry in entries}
+    split = split_state_dict_into_shards_factory(
+        by_key,
+        get_storage_size=lambda entry: entry.size,
+        filename_pattern=f"{stem}{{suffix}}.safetensors",
+        max_shard_size=shard_size,
+    )
+    for name, keys in split.filename_to_tensors.items():
+        write_safetensors(folder / name, [by_key[key] for key in keys], {"format": "pt"}, wrote)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 def _copy_all_but_weights(source: Path, folder: Path) -> None:
@@ -272,7 +281,7 @@ def _with_tokenizers(config: Path) -> Path:
 
     try:
         return Path(snapshot_download(SDXL_BASE, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
-    except Exception as error:
+    except Exception as error:  # offline, refused, interrupted: the hub's client has many types of errors
         raise InputError(
             f"a single file holds no tokenizers, and {SDXL_BASE} cannot be reached for them; give a local diffusers "
             f"folder of an SDXL with --config, or take --format single-file ({type(error).__name__}: "

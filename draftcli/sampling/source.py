@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from draftcli.config import Config, load_config, without_effect
 from draftcli.errors import InputError
-from draftcli.runs import find_run
+from draftcli.runs import find_run, split_scale, unet_files, unfinished_note
 
 if TYPE_CHECKING:
     from draftcli.core.draftp import SDXLDRaFTPModel
@@ -54,11 +53,11 @@ class Source:
             InputError: model or LoRA cannot be loaded, or don't fit each other.
         """
         from draftcli.core.draftp import SDXLDRaFTPModel
-        from draftcli.core.lora.files import PARTS, read_lora, weight_shapes
+        from draftcli.core.lora.files import LORA_PARTS, read_lora, weight_shapes
         from draftcli.core.models.loading import load_parts
 
         parts = load_parts(self.cfg.model, trained_in_full=self.unet is not None)
-        shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in PARTS}
+        shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in LORA_PARTS}
         loras = [(read_lora(path, shapes), scale) for path, scale in self.loras]
         model = SDXLDRaFTPModel(self.cfg, parts, loras)
         if self.unet is not None:
@@ -97,8 +96,7 @@ def find_source(
         return Source(cfg, model, Path(), None, files, from_run=False, warnings=_without_effect(cfg))
     found, weights = find_run(run)
     cfg = load_config(found.config, overrides, values)
-    unfinished = weights != found.final and (run is None or Path(run).name != weights.name)
-    notes = (f"{found.folder} is not finished; taking {weights}",) if unfinished else ()
+    note = unfinished_note(found, weights, run)
     in_full = cfg.peft.peft_scheme == "none"
     return Source(
         cfg,
@@ -107,7 +105,7 @@ def find_source(
         unet=weights / "unet" if in_full else None,
         loras=files if in_full else [(weights, 1.0), *files],
         from_run=True,
-        warnings=(*notes, *_without_effect(cfg)),
+        warnings=(*([note] if note else []), *_without_effect(cfg)),
     )
 
 
@@ -121,29 +119,6 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not Path(name).exists():
         raise InputError(f"--lora {name}: there is no such file or folder")
     return Path(name), scale
-
-
-def split_scale(text: str, is_there: Callable[[str], bool], given: str) -> tuple[str, float]:
-    """NAME or NAME=SCALE; what is there under its whole name may have a = in it.
-
-    Args:
-        text: to be split.
-        is_there: whether something has this name.
-        given: how messages call it.
-
-    Raises:
-        InputError: the scale is no finite number.
-    """
-    if "=" not in text or is_there(text):
-        return text, 1.0
-    name, _, number = text.rpartition("=")
-    try:
-        scale = float(number)
-    except ValueError:
-        scale = math.nan
-    if not math.isfinite(scale):
-        raise InputError(f"{given}: expected PATH or PATH=SCALE with a number, such as style.safetensors=0.7")
-    return name, scale
 
 
 def _without_effect(cfg: Config) -> tuple[str, ...]:
@@ -166,7 +141,7 @@ def _load_unet(unet: Any, folder: Path) -> None:
 
     own = {n.replace(".base_layer.", "."): t for n, t in unet.state_dict().items() if ".lora_" not in n}
     try:
-        stored = {n: t for shard in sorted(folder.glob("*.safetensors")) for n, t in load_file(shard).items()}
+        stored = {n: t for shard in unet_files(folder) for n, t in load_file(shard).items()}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{folder}: cannot be read, it may be damaged ({error})") from error
     odd = sorted(own.keys() ^ stored.keys()) or sorted(n for n in own if own[n].shape != stored[n].shape)

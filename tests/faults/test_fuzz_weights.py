@@ -20,7 +20,7 @@ from draftcli.core.models.loading import load_parts
 from draftcli.evaluation.evaluate import _seconds
 from draftcli.evaluation.measure import _kept
 from draftcli.export.base import open_base
-from draftcli.export.inputs import find_sources
+from draftcli.export.inputs import find_inputs
 from draftcli.export.tensors import close_files
 from draftcli.runs import Run
 from draftcli.sampling import files
@@ -196,7 +196,7 @@ def test_configurations_of_models(model, name, content):
 @example("x" * 300)
 def test_names_of_what_is_merged(name):
     with tried(Path()):
-        find_sources([name])
+        find_inputs([name])
 
 
 @fuzz(100)

@@ -18,6 +18,7 @@ from draftcli.errors import InputError
 # The linear layers of every transformer block: the reference's `sdlora` in diffusers' names.
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 ADAPTER = "default"
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 
 
 def attach_lora(
@@ -128,7 +129,7 @@ def load_lora_state_dict(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def save_lora(unet: nn.Module, folder: Path, layers: Mapping[str, Tensor] | None = None) -> Path:
-    """Write `pytorch_lora_weights.safetensors` as `pipe.load_lora_weights(folder)` of diffusers reads it.
+    """Write LORA_FILE as `pipe.load_lora_weights(folder)` of diffusers reads it.
 
     The scale alpha / rank travels in the file's metadata, as diffusers writes it.
 
@@ -143,4 +144,4 @@ def save_lora(unet: nn.Module, folder: Path, layers: Mapping[str, Tensor] | None
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     tensors: dict[str, Any] = dict(layers or lora_state_dict(unet))
     StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata)
-    return folder / "pytorch_lora_weights.safetensors"
+    return folder / LORA_FILE

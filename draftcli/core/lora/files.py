@@ -1,6 +1,6 @@
 """LoRA files as people have them: diffusers, peft and kohya naming, read into one clean form, and put on networks.
 
-What is told apart, with the same module in each:
+The namings that are recognised, each with the same module:
 
     diffusers        unet.down_blocks.1.attentions.0.proj_in.lora_A.weight        (.lora_B; scale in the metadata)
     older diffusers  unet.down_blocks.1.attentions.0.proj_in.lora.down.weight     (.up; attn1.processor.to_q_lora.down)
@@ -29,16 +29,16 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from draftcli.core.lora.adapters import lora_layers
+from draftcli.core.lora.adapters import LORA_FILE, lora_layers
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.errors import InputError, brief
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-FILE_NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
+FILE_NAMES = (LORA_FILE, "adapter_model.safetensors")
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 _KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
-_DOTTED = {"unet.": "unet", "diffusion_model.": "unet", "text_encoder.": PARTS[1], "text_encoder_2.": PARTS[2]}
+_DOTTED = {"diffusion_model.": "unet", **{f"{part}.": part for part in LORA_PARTS}}
 _MATRIX = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[\w-]+)?\.weight")
 _ALPHA = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?)?\.alpha")
 _OTHER_METHODS = {
@@ -144,7 +144,7 @@ def find_lora(path: Path) -> Path:
             return files[0]
         if len(files) > 1:
             raise InputError(f"{path} holds {len(files)} .safetensors files; name the one that you mean")
-    raise InputError(f"{path}: no LoRA in it; a LoRA's folder holds {FILE_NAMES[0]}")
+    raise InputError(f"{path}: no LoRA in it; a LoRA's folder holds {LORA_FILE}")
 
 
 def read_lora(path: Path, shapes: Shapes) -> Lora:
@@ -199,7 +199,7 @@ def read_lora(path: Path, shapes: Shapes) -> Lora:
 def attach_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]], part: str = "unet") -> None:
     """Put LoRAs on `network`, in place and frozen: together they add the sum of scale times each.
 
-    `core.adapters.adapters_off` then gives the base, also where a training adapter was attached before.
+    `core.lora.adapters.adapters_off` then gives the base, also where a training adapter was attached before.
 
     Args:
         network: the UNet, or with `part` a text encoder.
@@ -298,7 +298,7 @@ def _place(
     prefix = next((p for p in prefixes if name.startswith(p)), "")
     part, name = prefixes.get(prefix, "unet"), name.removeprefix(prefix).replace(".processor.", ".")
     if part not in spellings and part != "unet":
-        return part, name, None  # a text encoder's part, kept to be told of
+        return part, name, None  # a text encoder's part, kept so that callers can report it
     if part != "unet" and "self_attn.to_" in name:
         stem, _, last = name.rpartition(".")
         name = f"{stem}.{_OLD_ATTENTION.get(last, last)}"
@@ -341,7 +341,7 @@ class _Scales:
                 self.settings |= {f"unet.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
         except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise InputError(f"{file}: the settings beside its weights cannot be read ({error})") from error
-        if any(self.settings.get(f"{part}.use_dora") for part in PARTS):
+        if any(self.settings.get(f"{part}.use_dora") for part in LORA_PARTS):
             raise InputError(f"{file} is DoRA, which draftp does not read; only plain LoRAs can be merged and applied")
 
     def __call__(self, part: str, module: str, rank: int, alpha: float | None) -> float:
