@@ -10,17 +10,17 @@ import typer
 
 def doctor(
     preset: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="The recipe whose model and precision are looked at.")
+        str, typer.Option(metavar="NAME|FILE", help="The recipe whose model and precision are checked.")
     ] = "toy",
     override: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train. Repeatable."),
     ] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would lie.")] = Path("runs"),
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would be stored.")] = Path("runs"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and failures only.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Look at this machine and a recipe's model: would a training work?
+    """Check this machine and a recipe's model: would a training work?
 
     Device, precision, attention, disk and hub; whether every trained weight gets gradient, whether the VAE stays finite
     in its precision, whether the adapters switched off are the base, bit for bit. Exit code 0: healthy, also with

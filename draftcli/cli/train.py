@@ -145,7 +145,7 @@ def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, console: 
     if not console.quiet:
         typer.echo(f"fit {size}: needs {found.plan.needed / GB:.1f} GB")
         for choice in found.choices:
-            typer.echo(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.price}")
+            typer.echo(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.cost}")
     return found.cfg
 
 

@@ -1,4 +1,4 @@
-"""Is this machine, with this model, fit to train? Each question is asked of the real thing, and answered in a line."""
+"""Is this machine, with this model, ready to train? Each check tries the real thing and reports one line."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.runtime import Runtime, choose_runtime
 from draftcli.core.engine.sharding import compiled, working_attention
+from draftcli.core.models.loading import model_path
 from draftcli.errors import DraftpError, InputError
 
 State = Literal["ok", "warning", "failed"]
@@ -31,10 +32,10 @@ ROOM = 20e9  # bytes: a download of SDXL and a reward, and a run's checkpoints
 
 @dataclass(frozen=True)
 class Finding:
-    """The answer to one question.
+    """The result of one check.
 
     Attributes:
-        what: was asked.
+        what: was checked.
         state: only `failed` keeps a training from working.
         words: what was found, and what to do about it.
     """
@@ -45,11 +46,11 @@ class Finding:
 
 
 def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
-    """Ask everything, one finding after the other.
+    """Make every check, one finding after the other.
 
     Args:
         cfg: settings of the training to be. Its model is loaded.
-        folder: where runs would lie.
+        folder: where runs would be stored.
     """
     yield Finding("python, torch", "ok", f"Python {platform.python_version()}, torch {torch.__version__}")
     try:
@@ -61,10 +62,10 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
     yield _computes(runtime.device, runtime.dtype)
     yield _attention(runtime)
     yield _disk(folder)
-    yield _hub(is_needed=not Path(cfg.model.pretrained).exists() and cfg.model.pretrained != "toy")
+    yield _hub(is_needed=not Path(model_path(cfg.model.pretrained)).exists())
     if cfg.sharding.compile:
         yield _compiles(runtime)
-    # The rest is asked of the plain network: all of its blocks would take minutes to compile.
+    # The rest is checked on the plain network: all of its blocks would take minutes to compile.
     cfg = cfg.model_copy(update={"sharding": cfg.sharding.model_copy(update={"compile": False})})
     try:
         check_installed(cfg)
@@ -78,13 +79,13 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
         ("adapters off", _off_is_base),
         ("gradient", _every_weight_gets_gradient),
     ):
-        yield _asked(what, check, model)
+        yield _checked(what, check, model)
 
 
-def _asked(what: str, check: Callable[[SDXLDRaFTPModel], Finding], model: SDXLDRaFTPModel) -> Finding:
+def _checked(what: str, check: Callable[[SDXLDRaFTPModel], Finding], model: SDXLDRaFTPModel) -> Finding:
     try:
         return check(model)
-    except RuntimeError as error:  # what torch says where a kernel or memory is missing
+    except RuntimeError as error:  # torch's own, where a kernel or memory is missing
         return Finding(what, "failed", " ".join(str(error).split())[:200])
 
 
@@ -147,7 +148,7 @@ def _hub(is_needed: bool) -> Finding:
         except OSError as error:
             reasons[:] = [f"{host} does not answer ({error.strerror or type(error).__name__})"]
 
-    if not offline:  # in a thread, as looking up a name knows no time-out
+    if not offline:  # in a thread, as looking up a name has no time-out
         caller = threading.Thread(target=call, daemon=True)
         caller.start()
         caller.join(HUB_TIMEOUT)
@@ -158,7 +159,7 @@ def _hub(is_needed: bool) -> Finding:
 
 
 def _batch(model: SDXLDRaFTPModel) -> Batch:
-    """One small picture: the network's answer, not its quality, is looked at."""
+    """One small picture: only the network's output counts here, not its quality."""
     return Batch(["a red circle"], [0], (64, 64), [None])
 
 
@@ -188,7 +189,7 @@ def _overflows(output: object) -> bool:
 
 @torch.no_grad()
 def _off_is_base(model: SDXLDRaFTPModel) -> Finding:
-    """What the frozen base says must not move by a bit when the trained weights do."""
+    """The output of the frozen base must not change by a bit when the trained weights do."""
     batch = _batch(model)
     cond = model.encode(batch)
     x, level = model.networks.at_first_level(model.initial_noise(batch)), model.schedule.level(len(model.schedule) - 1)
@@ -200,7 +201,7 @@ def _off_is_base(model: SDXLDRaFTPModel) -> Finding:
     if not torch.equal(before, after):
         return Finding("adapters off", "failed", "the base changes with the trained weights: the KL penalty is wrong")
     if torch.equal(tuned, before):
-        return Finding("adapters off", "failed", "the trained weights do not change what the UNet says")
+        return Finding("adapters off", "failed", "the trained weights do not change the UNet's output")
     return Finding("adapters off", "ok", "equals the base, bit for bit")
 
 

@@ -1,7 +1,7 @@
 """Settings that fit a device: the fastest first, then one concession after the other, the cheapest first.
 
-A concession is made only where it helps the phase that is too large, and what it costs is said. The global batch, the
-picture and the method stay as they are; what somebody set is not touched.
+A concession is made only where it helps the phase that needs most, and its cost is reported. The global batch, the
+picture and the method stay as they are; a setting that the user gave is not touched.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftcli.config import Config, check_config
+from draftcli.core.phase import JUDGING_PHASES, Phase
 from draftcli.errors import InputError
 from draftcli.planning.memory import GB, MemoryPlan
 from draftcli.planning.plan import count_evaluations
-from draftcli.planning.rehearsal import OPTIMIZER, PREFIX, TEXT
 
 _UNITS = {"MB": 1e6, "MIB": 2**20, "GB": 1e9, "GIB": 2**30, "TB": 1e12, "TIB": 2**40}
 LARGEST = 8  # images per backward: at SDXL's size more keep no GPU busier
@@ -28,12 +28,12 @@ class Choice:
     Attributes:
         setting: dotted key.
         value: its new value.
-        price: what it costs, in words.
+        cost: what is lost with it, in words.
     """
 
     setting: str
     value: Any
-    price: str
+    cost: str
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Fit:
     """Settings that fit.
 
     Attributes:
-        cfg: they.
+        cfg: the settings that fit.
         choices: what was chosen beside what was given, in order.
-        plan: their memory.
+        plan: the memory that they need.
     """
 
     cfg: Config
@@ -69,14 +69,14 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
     """Choose settings that need at most `size` bytes.
 
     Args:
-        cfg: what is asked for.
+        cfg: the settings asked for.
         size: bytes of the device.
-        plan: of the memory of some settings.
-        given: dotted keys, or whole sections, that are not to be touched.
-        ranks: processes that train together.
+        plan: from settings to their memory plan.
+        given: dotted keys, or whole sections, that the user gave and that are not to be touched.
+        ranks: processes that share the training.
 
     Raises:
-        InputError: nothing fits; says what is needed at least.
+        InputError: nothing fits; the message has the least that is needed.
     """
     if not cfg.sharding.two_stage and _is_given("sharding.two_stage", given):  # without it these have no effect
         given |= {"sharding.decode_batch_size", "sharding.prefix_batch_size"}
@@ -103,7 +103,7 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
             vain.add(choice)
     options = [c for c in reversed(chosen.values()) if _get(before, c.setting) != c.value]
     options = [Choice(c.setting, _get(before, c.setting), "nothing") for c in options]
-    for choice in options:  # the dearer one may have made a cheaper one unnecessary
+    for choice in options:  # a later, costlier one may have made an earlier one unnecessary
         after = plan(larger := _with(cfg, choice))
         if after.needed <= size:
             cfg, found = larger, after
@@ -132,13 +132,14 @@ def _start(cfg: Config) -> Iterator[Choice]:
 
 
 def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
-    """What could make the worst phase smaller, from cheapest to dearest."""
+    """What could make the worst phase smaller, from the cheapest to the costliest."""
     phase = plan.worst
-    decodes, steps = "deco" in phase or phase == "reward", phase not in (TEXT, PREFIX, OPTIMIZER)
+    decodes = phase in JUDGING_PHASES or phase is Phase.ALL
+    steps = phase not in (Phase.TEXT, Phase.PREFIX, Phase.OPTIMIZER)
     yield Choice("model.offload_text_encoders", True, "text encoders move to the GPU for prompts that are new")
     if cfg.ema.decay is not None and cfg.sharding.strategy != "fsdp":
         yield Choice("ema.device", "cpu", "the average travels over the bus each step")
-    if phase == PREFIX:
+    if phase is Phase.PREFIX:
         for count in (4, 2, 1):
             if count < (cfg.sharding.prefix_batch_size or 8):
                 yield Choice("sharding.prefix_batch_size", count, "some speed of the prefix")
@@ -157,9 +158,9 @@ def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
                 yield Choice("model.vae_tile", tile, "tiles are decoded twice, pictures and gradient change a little")
 
 
-def _evaluations(cfg: Config, lever: str) -> str:
-    """What a lever of cfg.sharding that computes something again costs, in words."""
-    before, after = (count_evaluations(some) for some in (cfg, _with(cfg, Choice(f"sharding.{lever}", True, ""))))
+def _evaluations(cfg: Config, name: str) -> str:
+    """The cost, in words, of a setting in `sharding` that computes something twice."""
+    before, after = (count_evaluations(some) for some in (cfg, _with(cfg, Choice(f"sharding.{name}", True, ""))))
     more = sum(after.values()) - sum(before.values())
     return f"{more or 'no'} more UNet evaluations an image, of about {before['forward']}"
 

@@ -1,4 +1,4 @@
-"""Bytes of tensors alive at once: measured on real tensors, or foretold on tensors without data."""
+"""Bytes of tensors alive at once: measured on real tensors, or predicted on tensors without data."""
 
 from __future__ import annotations
 

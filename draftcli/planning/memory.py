@@ -1,49 +1,31 @@
-"""How much memory a training takes, before it runs: what lies there all the time, and what each phase of a step adds
+"""How much memory a training takes, before it runs: what is held all the time, and what each phase of a step adds
 (planning/rehearsal.py takes one without data).
 
-What cannot be seen this way is added as `allowance`: the CUDA context, the workspaces of libraries within their
+What cannot be counted this way is added as `allowance`: the CUDA context, the workspaces of libraries within their
 kernels, and what fragmentation wastes.
 
-Planned is one process of a GPU's, unless model.device says cpu. A GB is 10^9 bytes, as a card's maker counts.
+The plan is of one process on a GPU, unless model.device is cpu. A GB is 10^9 bytes, as makers of cards count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from draftcli.config import Config, check_batch_size
 from draftcli.core.backward import Work
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
-from draftcli.planning.rehearsal import (
-    ALL,
-    BACKWARD,
-    BASE,
-    DECODE,
-    JUDGING,
-    OPTIMIZER,
-    PREFIX,
-    REWARD,
-    STEPS,
-    TEXT,
-    VALIDATION,
-    judging_of,
-    largest,
-    prefix_of,
-    steps_of,
-    validates,
-    weights_of,
-)
+from draftcli.core.phase import JUDGING_PHASES, Phase
+from draftcli.planning.rehearsal import judging_of, largest, prefix_of, steps_of, validates, weights_of
 from draftcli.planning.shares import per_rank
 
 GB = 1e9
 CONTEXT = 700_000_000  # a CUDA context with its loaded kernels, and the workspaces of cuBLAS and cuDNN
 FRAGMENTATION = 0.08  # of what comes and goes
 
-
-_JUDGE = (DECODE, REWARD, JUDGING, VALIDATION)
-_ASK_THE_UNET = (PREFIX, BASE, STEPS, DECODE, REWARD, JUDGING, BACKWARD, ALL)  # a split root stays gathered meanwhile
+# Once it has run, FSDP's root stays gathered.
+_GATHERED = frozenset(Phase) - {Phase.TEXT, Phase.VALIDATION, Phase.OPTIMIZER}
 
 
 @dataclass(frozen=True)
@@ -58,12 +40,12 @@ class MemoryPlan:
     """
 
     resident: dict[str, int]
-    phases: dict[str, int]
+    phases: dict[Phase, int]
     allowance: int
     uncounted: tuple[str, ...]
 
     @property
-    def worst(self) -> str:
+    def worst(self) -> Phase:
         """The phase that needs most."""
         return max(self.phases, key=lambda phase: self.phases[phase])
 
@@ -103,18 +85,20 @@ def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
     resident["AdamW's moments"] = 2 * trained if split else weights.moments  # fsdp splits none in 8 bits
     if cfg.ema.decay is not None and cfg.ema.device == "same":
         resident["moving average"] = trained
-    passing[OPTIMIZER] = weights.optimizer * trained // weights.trained
+    passing[Phase.OPTIMIZER] = weights.optimizer * trained // weights.trained
     if cfg.peft.peft_scheme == "lora" and cfg.sharding.fold_lora and not split and cfg.model.quantize is None:
         bases = prefix_of(cfg, folder, _prefix_batch(cfg, images), with_lora=False)
-        folded = bases[PREFIX] + weights.adapted  # a second copy of the weights that have a LoRA
+        folded = bases[Phase.PREFIX] + weights.adapted  # a second copy of the weights that have a LoRA
         # In half precision rounding may forbid the fold, at any step anew: then the LoRA acts by itself.
-        passing[PREFIX] = max(folded, passing[PREFIX]) if cfg.model.precision in ("bf16", "fp16") else folded
+        passing[Phase.PREFIX] = (
+            max(folded, passing[Phase.PREFIX]) if cfg.model.precision in ("bf16", "fp16") else folded
+        )
     _add_gradient(passing, cfg, images, trained)
     for phase in passing:
-        passing[phase] += gathered if phase in _ASK_THE_UNET else 0
+        passing[phase] += gathered if phase in _GATHERED else 0
     for names, phases in _visitors(cfg):
         size = sum(resident.pop(name, 0) for name in names)
-        for phase in filter(phases, passing):
+        for phase in passing.keys() & phases:
             passing[phase] += size
     always = sum(resident.values())
     phases = {phase: always + size for phase, size in passing.items()}
@@ -122,41 +106,43 @@ def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
     return MemoryPlan(resident, phases, allowance, weights.uncounted)
 
 
-def _add_gradient(passing: dict[str, int], cfg: Config, images: int, size: int) -> None:
+def _add_gradient(passing: dict[Phase, int], cfg: Config, images: int, size: int) -> None:
     """Of the weights: there in the backward that makes it, and in all that comes between that and the optimizer."""
     mode = make_mode(cfg)
     again = recomputes_steps(cfg)
     several = images > cfg.trainer.micro_batch_size or mode.pieces_per_image > 1
-    held = {OPTIMIZER, BACKWARD, ALL}
-    held |= {BASE, STEPS} if several or (again and mode.longest > 1) else set()
-    held |= {DECODE, REWARD, JUDGING} if several and not again else set()  # again: all are judged before any backward
+    held = {Phase.OPTIMIZER, Phase.BACKWARD, Phase.ALL}
+    held |= {Phase.BASE, Phase.STEPS} if several or (again and mode.longest > 1) else set()
+    if several and not again:  # else all are judged before any backward
+        held |= {Phase.DECODE, Phase.REWARD, Phase.JUDGING}
     for phase in held & passing.keys():
         passing[phase] += size
 
 
-def _visitors(cfg: Config) -> Iterator[tuple[Sequence[str], Callable[[str], bool]]]:
+def _visitors(cfg: Config) -> Iterator[tuple[Sequence[str], frozenset[Phase]]]:
     """Parts that are on the device in some phases alone, and in which."""
     if cfg.model.offload_text_encoders:
-        yield ("text encoder", "text encoder 2"), lambda phase: phase == TEXT
+        yield ("text encoder", "text encoder 2"), frozenset({Phase.TEXT})
     if cfg.sharding.offload:
         frozen = "unet" if cfg.peft.peft_scheme == "lora" else "frozen copy of the unet"
-        yield (frozen,), lambda phase: phase not in _JUDGE
-        yield ("vae decoder", "rewards"), lambda phase: phase in _JUDGE
+        yield (frozen,), frozenset(Phase) - JUDGING_PHASES
+        yield ("vae decoder", "rewards"), JUDGING_PHASES
 
 
-def _passing(cfg: Config, folder: Path, images: int) -> dict[str, int]:
+def _passing(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
     """What comes and goes in each phase of a process that trains on `images` a step, gradients of others apart."""
     micro = min(cfg.trainer.micro_batch_size, images)
     prefix = prefix_of(cfg, folder, _prefix_batch(cfg, images), with_lora=True)
-    found = {TEXT: prefix[TEXT], PREFIX: prefix[PREFIX]}
+    found = {Phase.TEXT: prefix[Phase.TEXT], Phase.PREFIX: prefix[Phase.PREFIX]}
     steps = steps_of(cfg, folder, micro)
     if cfg.sharding.two_stage:
         # Decoder and reward come between the steps and their backward: on top of the graph, where that is kept.
-        graph = steps[DECODE]
+        graph = steps[Phase.DECODE]
         judging = judging_of(cfg, folder, min(micro, cfg.sharding.decode_batch_size or micro))
-        found |= {name: size for name, size in steps.items() if name not in (TEXT, PREFIX, BACKWARD, *judging)}
-        found |= {name: graph + size for name, size in judging.items()}
-    found |= {name: size for name, size in steps.items() if name in (BACKWARD, ALL)}
+        others = {Phase.TEXT, Phase.PREFIX, Phase.BACKWARD, *judging}
+        found |= {phase: size for phase, size in steps.items() if phase not in others}
+        found |= {phase: graph + size for phase, size in judging.items()}
+    found |= {phase: size for phase, size in steps.items() if phase in (Phase.BACKWARD, Phase.ALL)}
     if validates(cfg):
         found |= judging_of(cfg, folder, micro, training=False)
     return found

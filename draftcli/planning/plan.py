@@ -18,7 +18,8 @@ from draftcli.core.models.family import drop_vae_encoder, find_family
 from draftcli.core.models.loading import model_path
 from draftcli.core.models.meta import PARTS
 from draftcli.core.models.sdxl import SDXL_CONFIG
-from draftcli.planning.stand_ins import shortened_modules, tensors
+from draftcli.planning.blank_networks import shortened_modules
+from draftcli.planning.repeated_layers import tensors
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Plan:
         with_gradient: how many of them carry gradient.
         base: evaluations of the frozen base per image.
         again: evaluations that activation checkpointing repeats in backward, per image.
-        folder: where the configuration of the networks lies.
+        folder: with the configuration of the networks.
     """
 
     source: str
@@ -93,7 +94,7 @@ def count_evaluations(cfg: Config) -> dict[str, int]:
 
 
 def configuration_folder(cfg: Config) -> Path:
-    """Where the configuration of the model's networks lies: its own folder, else SDXL's, which ships with draftp."""
+    """The folder with the configuration of the model's networks: its own, else SDXL's, which ships with draftp."""
     folder = Path(model_path(cfg.model.pretrained))
     return folder if all((folder / part / "config.json").is_file() for part in PARTS) else SDXL_CONFIG
 

@@ -4,7 +4,7 @@ The real modules, the real code of core/backward.py and a real AdamW run on torc
 saved activation is there, and no data. What is alive is counted operator by operator, so that whatever a setting does
 to memory (checkpointing, two stages, tiles, batches) it does here too.
 
-The step is taken in pieces that hang on few settings each (prefix; gradient steps; decoder and reward), so that
+The step is taken in pieces that depend on few settings each (prefix; gradient steps; decoder and reward), so that
 settings that differ little share most of their rehearsals.
 """
 
@@ -31,36 +31,24 @@ from draftcli.core.engine.sharding import checkpoint_activations
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.family import Parts
-from draftcli.core.precision import DTYPES
+from draftcli.core.phase import Phase
+from draftcli.planning.blank_networks import BlankRewards, blank_parts, stays
 from draftcli.planning.live_bytes import PeakMeter
-from draftcli.planning.stand_ins import (
-    RepeatedLayers,
-    StandInReward,
-    WithoutData,
-    autocast_to,
-    size_of,
-    stand_in_parts,
-    stays,
-    tensors,
-)
+from draftcli.planning.repeated_layers import RepeatedLayers, size_of, tensors
+from draftcli.planning.without_data import WithoutData
 from draftcli.training.optimizer import moment_bytes
-
-TEXT, PREFIX, BASE, STEPS = "text", "prefix", "base pass", "gradient steps"
-DECODE, REWARD, JUDGING = "decode", "reward", "backward of decoder and reward"
-BACKWARD, OPTIMIZER, VALIDATION = "backward of gradient steps", "optimizer", "decode in validation"
-ALL = "steps, decode, reward and backward"  # without sharding.two_stage they are one
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of what lies in memory all the time.
+    """Bytes that are in memory all the time.
 
     Attributes:
-        parts: by part.
-        trained: of those that are trained.
-        moments: the optimizer's, of those.
-        adapted: of those that have a LoRA.
-        optimizer: what the optimizer's step takes for itself beside weights, gradients and moments.
+        parts: of the weights, by part.
+        trained: of the trained weights.
+        moments: of the optimizer's moments.
+        adapted: of the weights that have a LoRA.
+        optimizer: that the optimizer's step takes for itself beside weights, gradients and moments.
         uncounted: rewards whose networks are not known.
     """
 
@@ -115,7 +103,7 @@ def validates(cfg: Config) -> bool:
     return bool(cfg.trainer.val_check_interval and cfg.data.validation_prompts)
 
 
-def prefix_of(cfg: Config, folder: Path, images: int, with_lora: bool) -> dict[str, int]:
+def prefix_of(cfg: Config, folder: Path, images: int, with_lora: bool) -> dict[Phase, int]:
     """Bytes that come and go while prompts are encoded and while no gradient is needed, for `images` at a time."""
     draftp = _LAST_STEP
     sampling = {**_SHORT, **_guidance(cfg, range(cfg.sampling.steps))}
@@ -123,7 +111,7 @@ def prefix_of(cfg: Config, folder: Path, images: int, with_lora: bool) -> dict[s
     return _prefix(key, folder, with_lora)
 
 
-def steps_of(cfg: Config, folder: Path, images: int) -> dict[str, int]:
+def steps_of(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
     """Bytes that come and go from the latents at the first gradient step to the weights' gradient, for one
     micro-batch of `images`; the decoder and the rewards take nothing here. Without sharding.two_stage they are in it.
 
@@ -142,7 +130,7 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[str, int]:
     return {name: size + (k - 3) * (size - two[name]) for name, size in three.items()}
 
 
-def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) -> dict[str, int]:
+def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) -> dict[Phase, int]:
     """Bytes that come and go while `images` are decoded and judged together, and in the backward of that; not in
     training: while held-out rewards judge them as well, without gradient, at the size of validation.
     """
@@ -162,7 +150,7 @@ _SHORT: dict[str, Any] = {"steps": 2, "s_churn": 0.0}
 
 
 def _key(cfg: Config, images: int, **changes: dict[str, Any]) -> str:
-    """The settings that a piece hangs on, for `images` at a time; those that it does not hang on take one value."""
+    """A cache key: the settings that a piece depends on, for `images` at a time; all others have one value."""
     sections = cfg.model_dump(mode="json", include={"model", "draftp", "sampling", "peft", "sharding"})
     sections["model"] |= {"pretrained": "toy", "offload_text_encoders": False, "config": None, "vae": None}
     sections["model"] |= {"device": "cpu" if cfg.model.device == "cpu" else "auto", "variant": None}
@@ -220,11 +208,9 @@ def stand_ins(cfg: Config, folder: Path) -> Parts:
 def _stand_ins(key: str, folder: Path) -> Parts:
     cfg = check_config(json.loads(key))
     with _quiet():
-        parts = stand_in_parts(folder, cfg)
+        parts = blank_parts(folder, cfg)
     for network in parts.modules.values():
         stays(network)
-    if cfg.model.precision in ("bf16", "fp16"):
-        autocast_to(parts.unet, DTYPES[cfg.model.precision])
     if cfg.sharding.activation_checkpointing:
         checkpoint_activations(parts.unet, parts.vae)
         for others in (module for module in parts.unet.modules() if isinstance(module, RepeatedLayers)):
@@ -240,9 +226,9 @@ def _quiet() -> Iterator[None]:
 
 
 @cache
-def _rewards(key: str) -> StandInReward:
+def _rewards(key: str) -> BlankRewards:
     with _quiet():
-        return StandInReward({name: RewardConfig(**setting) for name, setting in json.loads(key).items()})
+        return BlankRewards({name: RewardConfig(**setting) for name, setting in json.loads(key).items()})
 
 
 @contextmanager
@@ -259,23 +245,29 @@ def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
         yield model
 
 
+def forget() -> None:
+    """Drop every network and every rehearsal that is remembered."""
+    for remembered in (_stand_ins, _rewards, _prefix, _steps, _judging, _optimizer_step):
+        remembered.cache_clear()
+
+
 # ------------------------------------------------------------------------------------------------------- the pieces
 
 
 @cache
-def _prefix(key: str, folder: Path, with_lora: bool) -> dict[str, int]:
+def _prefix(key: str, folder: Path, with_lora: bool) -> dict[Phase, int]:
     cfg = check_config(json.loads(key))
     with _model(cfg, folder) as model:
         batch = _batch(cfg)
         with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
             cond = model.encode(batch)
-            with meter(PREFIX), torch.no_grad(), nullcontext() if with_lora else model.base_weights():
+            with meter(Phase.PREFIX), torch.no_grad(), nullcontext() if with_lora else model.base_weights():
                 model.sampler.walk(model.networks.tuned(cond), model.networks.start(batch), stop=cfg.sampling.steps - 1)
             return passing()
 
 
 @cache
-def _steps(key: str, folder: Path, k: int, rewards: str) -> dict[str, int]:
+def _steps(key: str, folder: Path, k: int, rewards: str) -> dict[Phase, int]:
     sections = json.loads(key)
     sections["draftp"]["truncation_steps"] = k
     sections["sampling"]["steps"] = k
@@ -289,16 +281,16 @@ def _steps(key: str, folder: Path, k: int, rewards: str) -> dict[str, int]:
         for weight in model.trainable_parameters:  # as the micro-batches before have left it
             weight.grad = torch.empty_like(weight)
         with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
-            with meter(ALL):
+            with meter(Phase.ALL):
                 model.get_loss_and_metrics(_batch(cfg))
             found = passing()
         for weight in model.trainable_parameters:
             weight.grad = None
-    return {name: size for name, size in found.items() if (name == ALL) != cfg.sharding.two_stage}
+    return {name: size for name, size in found.items() if (name == Phase.ALL) != cfg.sharding.two_stage}
 
 
 @cache
-def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[str, int]:
+def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[Phase, int]:
     cfg = check_config(json.loads(key))
     with _model(cfg, folder) as model:
         batch, reward = _batch(cfg), _rewards(rewards)
@@ -308,7 +300,7 @@ def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[str, 
             if training:
                 judge(model.networks, reward, x_0, prompts, 1.0, Work.of(cfg))
             else:
-                with meter(VALIDATION), torch.no_grad():
+                with meter(Phase.VALIDATION), torch.no_grad():
                     reward(model.decode(x_0), prompts)
             return passing()
 

@@ -16,7 +16,7 @@ from draftcli.core.engine.sharding import BLOCKS
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
 from draftcli.planning.rehearsal import Weights, stand_ins, weights_of
-from draftcli.planning.stand_ins import tensors
+from draftcli.planning.repeated_layers import tensors
 
 Counted = tuple[Tensor, int]  # a tensor, and how often there is one like it
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftcli.errors import InputError
+from draftcli.rewards.blank import with_blank
 from draftcli.rewards.checkpoints import Official, fill, find_checkpoint, load_pretrained, loading, read_checkpoint
+from draftcli.rewards.clip import LARGE, Sizes
 from draftcli.rewards.pixels import Preprocess
 
 VIT_L = "openai/clip-vit-large-patch14"
@@ -70,6 +74,25 @@ def scoring_head(width: int, last_dropout: bool = False) -> nn.Sequential:
     )  # fmt: skip
 
 
+def _blank_on_clip(name: str, head: Callable[[], nn.Module]) -> AestheticReward:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with torch.device("meta"):
+        vision = CLIPVisionModelWithProjection(CLIPVisionConfig(**LARGE, patch_size=14, projection_dim=768))
+        return AestheticReward(name, vision, head(), Preprocess(224, "crop_even"))
+
+
+def _blank_on_siglip() -> AestheticReward:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    sizes: Sizes = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    with torch.device("meta"):
+        vision = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=384, patch_size=14))
+        head = scoring_head(1152, last_dropout=True)
+        return AestheticReward("aesthetic_v2_5", vision, head, Preprocess(384, "squash"))
+
+
+@with_blank(lambda: _blank_on_clip("aesthetic", lambda: scoring_head(768)))
 def aesthetic(pretrained: str | None = None, backbone: str = VIT_L) -> AestheticReward:
     """LAION's improved aesthetic predictor ("v2"): about 1 to 10, by OpenAI's CLIP ViT-L/14, which is `backbone`."""
     head = _Head("aesthetic", V2, pretrained)
@@ -78,6 +101,7 @@ def aesthetic(pretrained: str | None = None, backbone: str = VIT_L) -> Aesthetic
     return AestheticReward("aesthetic", vision, layers, Preprocess(vision.config.image_size, "crop_even"))
 
 
+@with_blank(lambda: _blank_on_clip("aesthetic_v1", lambda: nn.Linear(768, 1)))
 def aesthetic_v1(pretrained: str | None = None, backbone: str = VIT_L) -> AestheticReward:
     """LAION's first aesthetic predictor, linear: about 1 to 10, by OpenAI's CLIP ViT-L/14, which is `backbone`."""
     head = _Head("aesthetic_v1", V1, pretrained)
@@ -86,6 +110,7 @@ def aesthetic_v1(pretrained: str | None = None, backbone: str = VIT_L) -> Aesthe
     return AestheticReward("aesthetic_v1", vision, layer, Preprocess(vision.config.image_size, "crop_even"))
 
 
+@with_blank(_blank_on_siglip)
 def aesthetic_v2_5(pretrained: str | None = None, backbone: str = SIGLIP) -> AestheticReward:
     """Aesthetic Predictor V2.5: 1 to 10, 5.5 and more is good, by SigLIP so400m/14 at 384, which is `backbone`."""
     from transformers import SiglipVisionModel

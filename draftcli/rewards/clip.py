@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from draftcli.errors import InputError
+from draftcli.rewards.blank import BlankTokenizer, with_blank
 from draftcli.rewards.checkpoints import (
     Official,
     Origin,
@@ -27,6 +28,12 @@ from draftcli.rewards.checkpoints import (
 from draftcli.rewards.pixels import Preprocess
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+
+# Transformers of the official weights, as transformers' configurations name their sizes.
+Sizes = Mapping[str, Any]
+HUGE: Sizes = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16}
+LARGE: Sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+BASE: Sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 
 
 class CLIPReward(nn.Module):
@@ -112,6 +119,19 @@ def load_tokenizer(name: str, place: str, setting: str) -> Any:
         return AutoTokenizer.from_pretrained(place)
 
 
+def _blank(name: str, vision: Sizes, text: Sizes, preprocess: Preprocess) -> CLIPReward:
+    """A CLIP of those two towers without weights, on the meta device; its embeddings are as wide as the text."""
+    from transformers import CLIPConfig, CLIPModel
+
+    config = CLIPConfig(
+        vision_config={**vision, "patch_size": 14}, text_config={**text}, projection_dim=text["hidden_size"]
+    )
+    with torch.device("meta"):
+        clip = CLIPModel(config)
+    return CLIPReward(name, clip, BlankTokenizer(), preprocess)
+
+
+@with_blank(lambda: _blank("pickscore", HUGE, LARGE, Preprocess(224, "crop")))
 def pickscore(pretrained: str = "yuvalkirstain/PickScore_v1", backbone: str | None = None) -> CLIPReward:
     """PickScore (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) * cos of a CLIP ViT-H/14, about 17 to 25.
 
@@ -121,11 +141,13 @@ def pickscore(pretrained: str = "yuvalkirstain/PickScore_v1", backbone: str | No
     return load_clip_reward("pickscore", pretrained, backbone or (VIT_H if official else None))
 
 
+@with_blank(lambda: _blank("clip", LARGE, BASE, Preprocess(224, "crop")))
 def clip_score(pretrained: str = "openai/clip-vit-large-patch14", backbone: str | None = None) -> CLIPReward:
     """Cosine of picture and prompt by any CLIP, in [-1, 1]. `backbone`: tokenizer and preprocessor, if elsewhere."""
     return load_clip_reward("clip", pretrained, backbone, bare_cosine=True)
 
 
+@with_blank(lambda: _blank("hpsv2", HUGE, LARGE, Preprocess(224, "pad")))
 def hpsv2(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
     """HPSv2 (Wu et al. 2023, arXiv 2306.09341): cosine of a CLIP ViT-H/14, about 0.2 to 0.3. Not comparable with 2.1.
 
@@ -134,6 +156,7 @@ def hpsv2(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
     return load_hps("hpsv2", "HPS_v2_compressed.pt", pretrained, backbone)
 
 
+@with_blank(lambda: _blank("hpsv2_1", HUGE, LARGE, Preprocess(224, "pad")))
 def hpsv2_1(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
     """HPSv2.1, as `hpsv2`: the version that the HPSv2 benchmark reports by default, times 100."""
     return load_hps("hpsv2_1", "HPS_v2.1_compressed.pt", pretrained, backbone)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from draftcli.rewards.aesthetic import scoring_head
+from draftcli.rewards.blank import BlankTokenizer, with_blank
 from draftcli.rewards.checkpoints import (
     Official,
     Origin,
@@ -20,7 +21,7 @@ from draftcli.rewards.checkpoints import (
     read_checkpoint,
     shape_of,
 )
-from draftcli.rewards.clip import load_tokenizer
+from draftcli.rewards.clip import BASE, LARGE, load_tokenizer
 from draftcli.rewards.pixels import Preprocess
 
 # Of the scores on the authors' validation set, part of the definition.
@@ -65,6 +66,20 @@ class ImageReward(nn.Module):
         return (self.mlp(read[:, 0]).squeeze(-1) - MEAN) / STD
 
 
+def _blank() -> ImageReward:
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    text_config = BlipTextConfig(
+        **BASE, vocab_size=30524, encoder_hidden_size=1024, max_position_embeddings=512, use_cache=False
+    )
+    with torch.device("meta"):
+        vision = BlipVisionModel(BlipVisionConfig(**LARGE, image_size=224, patch_size=16))
+        text = BlipTextModel(text_config, add_pooling_layer=False)
+        return ImageReward(vision, text, scoring_head(768), BlankTokenizer(), Preprocess(224, "crop_even"))
+
+
+@with_blank(_blank)
 def imagereward(pretrained: str | None = None, backbone: str = "google-bert/bert-base-uncased") -> ImageReward:
     """ImageReward (Xu et al. 2023, arXiv 2304.05977), mostly -2 to 2. `backbone` holds the tokenizer.
 

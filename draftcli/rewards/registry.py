@@ -46,6 +46,21 @@ def load_reward(name: str, pretrained: str | None = None, backbone: str | None =
     return cast("Reward", reward)
 
 
+def blank_reward(name: str) -> nn.Module | None:
+    """The reward called `name` without weights, where its factory has a `blank`; see `draftcli.rewards.blank`.
+
+    Raises:
+        InputError: nothing has that name, it cannot be imported, or its `blank` fails.
+    """
+    blank = getattr(_factory(name), "blank", None)
+    if blank is None:
+        return None
+    try:
+        return blank()
+    except Exception as error:  # a plug-in's own troubles, in one line
+        raise InputError(f"reward {name}: has no blank network ({type(error).__name__}: {error})") from error
+
+
 def load_from(name: str, source: RewardSource) -> Reward:
     """The reward called `name` as its settings want it: relative to control words, in micro-batches.
 

@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 import draftcli
 from draftcli.cli.console import open_console
-from draftcli.core import draftp as model_module
+from draftcli.core.engine import networks as model_module
 from draftcli.core.models.loading import load_parts
 from draftcli.runs import Run
 from draftcli.training import checkpoint, session

@@ -86,13 +86,13 @@ def tightest(cfg, folder, given=frozenset()):
         size = found.plan.needed - 1
 
 
-def test_the_price_is_what_the_plan_counts_more(tiny_sdxl):
+def test_the_cost_is_what_the_plan_counts_more(tiny_sdxl):
     """At K = 2 recomputed activations bring recomputed steps with them: two more forward passes each."""
     cfg = load_config(recipe(tiny_sdxl, model={"device": "auto"}, trainer={"max_steps": 1}))
     slim = tightest(cfg, tiny_sdxl)
-    prices = {choice.setting: choice.price for choice in slim.choices}
-    assert prices["sharding.activation_checkpointing"] == "8 more UNet evaluations an image, of about 6"
-    assert "no more UNet evaluations" in prices["sharding.offload"]
+    costs = {choice.setting: choice.cost for choice in slim.choices}
+    assert costs["sharding.activation_checkpointing"] == "8 more UNet evaluations an image, of about 6"
+    assert "no more UNet evaluations" in costs["sharding.offload"]
 
 
 def test_an_average_split_over_processes_is_left_where_it_is(tiny_sdxl):

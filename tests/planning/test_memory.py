@@ -12,8 +12,10 @@ from draftcli.config import load_config
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.models.loading import load_parts, model_path
-from draftcli.planning import memory, rehearsal, stand_ins
+from draftcli.core.phase import Phase
+from draftcli.planning import blank_networks, memory, rehearsal
 from draftcli.planning.live_bytes import LiveBytes, PeakMeter
+from draftcli.planning.repeated_layers import RepeatedLayers
 from draftcli.rewards import get_reward_model
 from draftcli.training import launch
 from draftcli.training.optimizer import make_optimizer
@@ -77,7 +79,7 @@ def measured(cfg) -> tuple[int, dict[str, int]]:
             meter.peaks.clear()
             live.peak = live.now
             model.get_loss_and_metrics(batch)
-            with meter("optimizer"):
+            with meter(Phase.OPTIMIZER):
                 torch.nn.utils.clip_grad_norm_(model.trainable_parameters, 1.0)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -106,8 +108,8 @@ def test_validation_is_planned_at_its_own_size(tiny_sdxl):
     validated = {"data": {"validation_prompts": ["a fox"]}, "sampling": {"height": 256, "width": 128}}
     small = {**validated, "sampling": {**validated["sampling"], "sizes": [[64, 64]]}}
     whole, mixed = (memory.memory_plan(tiny_config(tiny_sdxl, **s), tiny_sdxl).phases for s in (validated, small))
-    assert mixed[rehearsal.VALIDATION] == whole[rehearsal.VALIDATION]
-    assert mixed[rehearsal.DECODE] < whole[rehearsal.DECODE]
+    assert mixed[Phase.VALIDATION] == whole[Phase.VALIDATION]
+    assert mixed[Phase.DECODE] < whole[Phase.DECODE]
 
 
 def test_steps_without_guidance_are_planned_at_half(tiny_sdxl):
@@ -120,9 +122,9 @@ def test_steps_without_guidance_are_planned_at_half(tiny_sdxl):
     unguided, guided = phases(scale=1.0), phases()
     assert phases(**never) == unguided
     first, last = phases(**at_first), phases(**at_last)
-    assert (first[rehearsal.STEPS], first[rehearsal.PREFIX]) == (unguided[rehearsal.STEPS], guided[rehearsal.PREFIX])
+    assert (first[Phase.STEPS], first[Phase.PREFIX]) == (unguided[Phase.STEPS], guided[Phase.PREFIX])
     assert last == guided
-    assert unguided[rehearsal.STEPS] < guided[rehearsal.STEPS]
+    assert unguided[Phase.STEPS] < guided[Phase.STEPS]
 
 
 @pytest.mark.parametrize(
@@ -171,19 +173,13 @@ def deep(tiny_sdxl, tmp_path_factory):
 def whole(monkeypatch):
     """Call it: from there on nothing is shortened."""
 
-    def forget():
-        rehearsal._stand_ins.cache_clear()
-        rehearsal._rewards.cache_clear()
-        for piece in (rehearsal._prefix, rehearsal._steps, rehearsal._judging):
-            piece.cache_clear()
-
     def switch():
-        monkeypatch.setattr(stand_ins, "shorten", lambda network: network.register_forward_hook(stand_ins._let_go))
-        forget()
+        monkeypatch.setattr(blank_networks, "shorten", lambda network: None)
+        rehearsal.forget()
 
-    forget()
+    rehearsal.forget()
     yield switch
-    forget()
+    rehearsal.forget()
 
 
 DEEP = {
@@ -201,15 +197,15 @@ def test_equal_layers_left_out_hardly_change_the_plan(deep, whole, case):
     sections = {name: base.get(name, {}) | DEEP[case].get(name, {}) for name in base | DEEP[case]}
     cfg = tiny_config(deep, **sections)
     short = memory.memory_plan(cfg, deep)
-    assert any(isinstance(m, stand_ins.RepeatedLayers) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
+    assert any(isinstance(m, RepeatedLayers) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
     whole()
     long = memory.memory_plan(cfg, deep)
-    assert not any(isinstance(m, stand_ins.RepeatedLayers) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
+    assert not any(isinstance(m, RepeatedLayers) for m in rehearsal.stand_ins(cfg, deep).unet.modules())
     assert short.resident == long.resident
     assert short.phases.keys() == long.phases.keys()
     always = sum(long.resident.values())
     close = 0.03 if case == "the whole UNet" else 0.02  # 2.05 % there, too much rather than too little
     for phase, size in long.phases.items():
         assert short.phases[phase] == pytest.approx(size, rel=close), phase
-        if phase != rehearsal.TEXT:  # where a list of every layer's output is kept, of 77 tokens
+        if phase != Phase.TEXT:  # where a list of every layer's output is kept, of 77 tokens
             assert short.phases[phase] - always == pytest.approx(size - always, rel=2 * close), phase
