@@ -20,7 +20,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.metrics.statistics import paired
 from draftcli.metrics.thumbnails import EDGE, pairwise_distance, thumbnail
-from draftcli.prompts import Prompt, fingerprint
+from draftcli.prompts import Prompt, PromptSequence
 from draftcli.rewards import Reward
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
 from draftcli.sampling.draw import batches, draw, plan
@@ -189,7 +189,7 @@ def _made_by(cfg: Config, prompts: Sequence[Prompt], rewards: list[str]) -> str:
     """Everything the base's pictures and scores hang on."""
     settings = cfg.model_dump(mode="json", exclude={"model": {"offload_text_encoders"}})
     facts = [settings["model"], settings["sampling"], settings["rewards"], rewards, cfg.data.validation_images]
-    facts += [cfg.trainer.seed, fingerprint(prompts), __version__]
+    facts += [cfg.trainer.seed, PromptSequence.of(prompts).sha256, __version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
