@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from draftcli.errors import DraftpError, InputError
-from draftcli.prompts import Batches, Prompt, Shuffled, built_in_sets, fingerprint, past_the_limit, read_prompts
+from draftcli.prompts import Batches, Prompt, Shuffled, built_in_sets, past_the_limit, read_prompts
 
 
 def test_a_text_file_has_one_prompt_a_line_and_blank_lines_do_not_count():
@@ -78,12 +78,12 @@ def test_a_file_that_is_replaced_stays_what_it_was_and_one_that_is_changed_is_no
     path = Path("p.txt")
     path.write_text("a fox\nan owl\n")
     prompts = read_prompts("p.txt")
-    before = fingerprint(prompts)
+    before = prompts.sha256
     Path("new.txt").write_text("a cat\n")
     Path("new.txt").replace(path)
     assert prompts[1].text == "an owl"
     other = read_prompts("p.txt")
-    assert fingerprint(other) != before
+    assert other.sha256 != before
     path.write_text("a caterpillar\n")
     with pytest.raises(DraftpError, match="was changed while it was read"):
         other[0]
@@ -131,7 +131,7 @@ def test_a_dataset_is_read_by_its_column():
 
 
 def test_a_list_may_hold_an_empty_prompt():
-    assert read_prompts(["a fox", ""]) == [Prompt("a fox"), Prompt("")]
+    assert list(read_prompts(["a fox", ""])) == [Prompt("a fox"), Prompt("")]
 
 
 def test_built_in_sets_are_found_by_name_and_are_not_empty():
@@ -175,4 +175,4 @@ def test_batches_have_one_size_each_and_every_prompt_comes_up():
         assert seen.keys() == set(prompts)
         by_size = Counter(batch[0].size for batch in steps)
         assert by_size == {(64, 64): 20, (64, 96): 20, (64, 128): 20, None: 10}
-        assert [Batches(source, 4, 3)[step] for step in reversed(range(70))] == steps[::-1]
+        assert [Batches(prompts, 4, 3)[step] for step in reversed(range(70))] == steps[::-1], "one order for both"

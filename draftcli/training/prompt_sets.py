@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from draftcli.config import Config
-from draftcli.prompts import Prompt, fingerprint, read_prompts
+from draftcli.prompts import PromptList, PromptSequence, read_prompts
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,16 @@ class PromptSets:
     """Both sets; `source` is data.prompts, for messages."""
 
     source: str | list[str]
-    training: Sequence[Prompt]
-    validation: Sequence[Prompt]
+    training: PromptSequence
+    validation: PromptSequence
 
     @cached_property
     def facts(self) -> dict[str, Any]:
         """What a checkpoint keeps of them: sha256 and count of the training's, and the sha256 of the validation's."""
         return {
-            "sha256": fingerprint(self.training),
+            "sha256": self.training.sha256,
             "count": len(self.training),
-            "validation": fingerprint(self.validation),
+            "validation": self.validation.sha256,
         }
 
     def changes_since(self, facts: Mapping[str, Any]) -> list[str]:
@@ -50,7 +50,7 @@ def read_prompt_sets(cfg: Config) -> PromptSets:
     Raises:
         InputError: one of them cannot be read.
     """
-    held_out: Sequence[Prompt] = []
+    held_out: PromptSequence = PromptList()
     if cfg.data.validation_prompts:
         held_out = read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
     return PromptSets(cfg.data.prompts, read_prompts(cfg.data.prompts), held_out)

@@ -20,7 +20,7 @@ import draftcli
 from draftcli.config import dump_config, presets_folder, without_effect
 from draftcli.errors import InputError
 from draftcli.evaluation.pictures import folder_gallery, items_of, read_index, read_picture
-from draftcli.prompts import fingerprint, read_prompts
+from draftcli.prompts import read_prompts
 from draftcli.runs import Run, find_run
 from draftcli.sampling import embedded
 from draftcli.sampling.source import find_source
@@ -124,7 +124,7 @@ def test_names_of_presets_runs_and_prompts(name):
 
 def use_prompts(path: Path) -> None:
     prompts = read_prompts(str(path))
-    fingerprint(prompts)
+    assert prompts.sha256
     for i in range(min(50, len(prompts))):
         (prompts[i].text + (prompts[i].negative or "")).encode()  # tokenizers take nothing else
 
