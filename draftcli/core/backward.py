@@ -21,7 +21,7 @@ from torch import Tensor
 
 from draftcli.config import Config
 from draftcli.core.denoise import denoise, euler_step
-from draftcli.core.networks import Judge, Networks
+from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.penalty import Penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.core.schedule import Level
@@ -113,7 +113,9 @@ class Work:
         return RecomputedSteps() if self.recompute else KeptGraph()
 
 
-def judge(nets: Networks, reward: Judge, x_0: Tensor, prompts: Sequence[str], share: float, work: Work) -> Judged:
+def reward_slope(
+    nets: Networks, reward: RewardFunction, x_0: Tensor, prompts: Sequence[str], share: float, work: Work
+) -> RewardSlope:
     """Stage one: the mean reward r of B images, and s = d (share r) / d x_0 (B, C, H, W), scaled under fp16."""
     slopes: list[Tensor] = []
     total = torch.zeros((), device=x_0.device, dtype=x_0.dtype)
@@ -129,12 +131,12 @@ def judge(nets: Networks, reward: Judge, x_0: Tensor, prompts: Sequence[str], sh
         # A reward that does not look at the picture, at least not here, has no gradient.
         slopes.append(torch.zeros_like(latents) if latents.grad is None else latents.grad)
         total = total + r.detach()
-    return Judged(total, torch.cat(slopes), share)
+    return RewardSlope(total, torch.cat(slopes), share)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """What stage one found out.
+class RewardSlope:
+    """What stage one finds out.
 
     Attributes:
         reward: mean of B images, a scalar.
@@ -174,7 +176,7 @@ class Executor(Protocol):
         ...
 
     def backward(
-        self, nets: Networks, piece: Piece, walked: Walked, judged: Judged, penalty: Penalty, work: Work
+        self, nets: Networks, piece: Piece, walked: Walked, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """Stage two: adds the gradient to the weights' `.grad`. The penalty, without graph; None: not measured."""
         ...
@@ -206,7 +208,7 @@ class KeptGraph:
         return Walked(x_0, torch.stack(eps), torch.stack(eps_base) if with_base else None)
 
     def backward(
-        self, nets: Networks, piece: Piece, walked: Walked, judged: Judged, penalty: Penalty, work: Work
+        self, nets: Networks, piece: Piece, walked: Walked, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """See `Executor`."""
         with nets.phase(Phase.BACKWARD):
@@ -214,7 +216,7 @@ class KeptGraph:
             if walked.eps is not None and walked.eps_base is not None:
                 kl = penalty(walked.eps, walked.eps_base, piece.levels)
             scaled = None if kl is None else work.scale(kl)
-            objective((judged.slope * walked.x_0).sum(), scaled, judged.share * penalty.beta).backward()
+            objective((seen.slope * walked.x_0).sum(), scaled, seen.share * penalty.beta).backward()
         return None if kl is None else kl.detach()
 
 
@@ -231,11 +233,11 @@ class RecomputedSteps:
         return Walked(piece.x_0)
 
     def backward(
-        self, nets: Networks, piece: Piece, walked: Walked, judged: Judged, penalty: Penalty, work: Work
+        self, nets: Networks, piece: Piece, walked: Walked, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """See `Executor`. In every step d loss / d x is handed on to the step before."""
         tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
-        slope, count = judged.slope, len(piece.levels)
+        slope, count = seen.slope, len(piece.levels)
         penalties: list[Tensor] = []
         for k in reversed(range(count)):
             level, follows = piece.levels[k], piece.reach is None and k > 0
@@ -248,7 +250,7 @@ class RecomputedSteps:
                 kl = penalty(eps[None], base(x, level)[None], [level]) / count
                 penalties.append(kl.detach())
             scaled = None if kl is None else work.scale(kl)
-            loss = objective(gain, scaled, judged.share * penalty.beta)
+            loss = objective(gain, scaled, seen.share * penalty.beta)
             with nets.phase(Phase.BACKWARD):
                 loss.backward()
             if follows:

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from draftcli.config import Config
 from draftcli.core.annealing import Weighing, annealed_denoiser, linear, step_weights
-from draftcli.core.backward import KeptGraph, Piece, Work, judge
+from draftcli.core.backward import KeptGraph, Piece, Work, reward_slope
 from draftcli.core.batch import Batch, derived_seed
 from draftcli.core.denoise import SOLVERS, Sampler
 from draftcli.core.engine.networks import PlacedNetworks, Watch
@@ -42,7 +42,7 @@ from draftcli.core.gradient.mode import GradientMode, Rollout, churn_noise, make
 from draftcli.core.lora.files import Lora
 from draftcli.core.models.family import Conditioning, Parts
 from draftcli.core.models.size_keys import size_keys
-from draftcli.core.networks import Judge, Networks
+from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.penalty import Penalty, make_penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError
@@ -53,7 +53,13 @@ Forward = Callable[[Iterator[Batch | Sequence[str]], Any], tuple[Tensor, Callabl
 
 
 def training_step(
-    nets: Networks, reward: Judge, mode: GradientMode, penalty: Penalty, sampler: Sampler, batch: Batch, work: Work
+    nets: Networks,
+    reward: RewardFunction,
+    mode: GradientMode,
+    penalty: Penalty,
+    sampler: Sampler,
+    batch: Batch,
+    work: Work,
 ) -> StepFigures:
     """One step of DRaFT+: adds d (-mean reward + beta KL) / d weights to the weights' `.grad`.
 
@@ -66,22 +72,26 @@ def training_step(
         batch: B images; the loss is the mean over them.
         work: in which portions; it does not change the gradient.
     """
+    executor, figures = work.executor, StepFigures()
     parts = [(part, nets.encode(part)) for part in batch.split(work.prefix)]
-    with nets.phase(Phase.PREFIX), nets.without_gradient():  # x_T ~ N(0, I), then x <- x + (sigma' - sigma) eps(x)
+    with nets.phase(Phase.PREFIX), nets.without_gradient():
+        # x_T ~ N(0, I), then x <- x + (sigma' - sigma) eps(x, c), to where the mode wants a gradient
         walked = work.recompute or mode.recomputes
         rollouts = (Rollout(nets, sampler, part, cond, walked) for part, cond in parts)
         pieces = [piece for rollout in rollouts for piece in mode.pieces(rollout)]
     count = sum(map(len, pieces))
-    figures, executor = StepFigures(), work.executor
     for group in executor.groups([small for piece in pieces for small in piece.split(work.micro)]):
-        walks = [executor.walk(nets, piece, penalty.is_measured) for piece in group]  # the gradient steps -> x_0
-        judged = [  # stage one: r(x_0, c) and s = dr / dx_0, after which decoder and reward are freed
-            judge(nets, reward, walk.x_0, piece.prompts, len(piece) / count, work)
+        # the steps with gradient, tuned beside base: eps, eps_base -> x_0
+        walks = [executor.walk(nets, piece, penalty.is_measured) for piece in group]
+        # stage one: r(x_0, c) and its slope s = d r / d x_0; then decoder and reward are freed
+        slopes = [
+            reward_slope(nets, reward, walk.x_0, piece.prompts, len(piece) / count, work)
             for walk, piece in zip(walks, group, strict=True)
         ]
-        for piece, walk, seen in zip(group, walks, judged, strict=True):  # stage two: d (-<s, x_0> + beta KL)
-            kl = executor.backward(nets, piece, walk, seen, penalty, work)
-            figures.add(seen.share, seen.reward, kl)
+        # stage two: the gradient of -<s, x_0> + beta mean (eps - eps_base)^2
+        for piece, walk, slope in zip(group, walks, slopes, strict=True):
+            kl = executor.backward(nets, piece, walk, slope, penalty, work)
+            figures.add(slope.share, slope.reward, kl)
     return figures
 
 
@@ -140,7 +150,7 @@ class SDXLDRaFTPModel:
         self.sampler = Sampler(self.networks.schedule, SOLVERS[cfg.sampling.sampler], cfg.sampling.s_churn)
         self.penalty = make_penalty(cfg.draftp)
         self.grad_scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=cfg.model.precision == "fp16")
-        self._reward_model: Judge | None = None
+        self._reward_model: RewardFunction | None = None
         self._images_seen = 0
 
     # ------------------------------------------------------------------------------------------------ the networks
@@ -158,12 +168,12 @@ class SDXLDRaFTPModel:
         return [p for p in self.unet.parameters() if p.requires_grad]
 
     @property
-    def reward_model(self) -> Judge | None:
+    def reward_model(self) -> RewardFunction | None:
         """What the network is tuned for; assigning it moves a reward that is a network to the model's device."""
         return self._reward_model
 
     @reward_model.setter
-    def reward_model(self, reward: Judge) -> None:
+    def reward_model(self, reward: RewardFunction) -> None:
         self.networks.place_reward(reward)
         self._reward_model = reward
 
@@ -342,7 +352,7 @@ class SDXLDRaFTPModel:
     def _size(self) -> tuple[int, int]:
         return self.cfg.sampling.height, self.cfg.sampling.width
 
-    def _reward(self) -> Judge:
+    def _reward(self) -> RewardFunction:
         if self._reward_model is None:
             raise InputError("there is no reward to train for: assign model.reward_model first")
         return self._reward_model

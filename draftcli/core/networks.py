@@ -15,8 +15,8 @@ from draftcli.core.batch import Batch
 from draftcli.core.denoise import Predict
 from draftcli.core.phase import Phase
 
-# judge(images (B, 3, H, W) float in [0, 1], B prompts) -> (B,) scores, higher is better
-Judge = Callable[[Tensor, list[str]], Tensor]
+# reward(images (B, 3, H, W) float in [0, 1], B prompts) -> (B,) scores, higher is better
+RewardFunction = Callable[[Tensor, list[str]], Tensor]
 
 
 class Condition(Protocol):

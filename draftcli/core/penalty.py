@@ -75,12 +75,12 @@ class EpsPenalty:
         """Nothing."""
 
 
-KINDS = {"eps": EpsPenalty}
+PENALTIES = {"eps": EpsPenalty}
 
 
 def make_penalty(settings: DraftpConfig) -> Penalty:
     """The penalty that `draftp.kl_kind` and `draftp.kl_coeff` name."""
-    return KINDS[settings.kl_kind](settings.kl_coeff, settings.log_kl)
+    return PENALTIES[settings.kl_kind](settings.kl_coeff, settings.log_kl)
 
 
 def kl_penalty(eps_tuned: Tensor, eps_base: Tensor) -> Tensor:

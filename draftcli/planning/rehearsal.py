@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from draftcli.config import Config, RewardConfig, check_config
-from draftcli.core.backward import Work, judge
+from draftcli.core.backward import Work, reward_slope
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.eight_bit import EightBitLinear
@@ -298,7 +298,7 @@ def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[Phase
         with _counted(model, reward) as (meter, passing):
             x_0 = model.initial_noise(batch).to(model.runtime.latent_dtype)
             if training:
-                judge(model.networks, reward, x_0, prompts, 1.0, Work.of(cfg))
+                reward_slope(model.networks, reward, x_0, prompts, 1.0, Work.of(cfg))
             else:
                 with meter(Phase.VALIDATION), torch.no_grad():
                     reward(model.decode(x_0), prompts)

@@ -19,10 +19,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from draftcli.core.lora.adapters import lora_layers
-from draftcli.core.models.family import Parts, tokenize
+from draftcli.core.models.family import Embedding, Parts, tokenize
 from draftcli.runs import disk_errors
 
-Embedding = tuple[Tensor, Tensor]
 KEPT = 2048  # prompts in memory: 0.6 GB of SDXL's embeddings in bfloat16
 
 
