@@ -50,11 +50,11 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (Exception, KeyboardInterrupt) as error:
-        told = None if debug else explain(error)
-        if told is None:
+        explained = None if debug else explain(error)
+        if explained is None:
             raise
-        print(f"draftp: {told[0]}", file=sys.stderr)
-        sys.exit(told[1])
+        print(f"draftp: {explained[0]}", file=sys.stderr)
+        sys.exit(explained[1])
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

@@ -47,7 +47,7 @@ def check(
         str | None, typer.Option(metavar="ID|PATH", help="Its weights: hub id, local folder or file.")
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(metavar="ID|PATH", help="What its weights stand on, where it lies elsewhere.")
+        str | None, typer.Option(metavar="ID|PATH", help="What its weights stand on, where it is elsewhere.")
     ] = None,
     size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Of the pictures that are scored.")] = "256x192",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")] = "cpu",

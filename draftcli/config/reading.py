@@ -22,7 +22,7 @@ from draftcli.errors import InputError, brief
 
 
 def presets_folder() -> Path:
-    """Where the recipes lie: inside the installed package, or beside it in a checkout."""
+    """Where the recipes are: inside the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     return next(p for p in (package / "presets", package.parent / "presets") if p.is_dir())
 

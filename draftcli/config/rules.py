@@ -130,7 +130,7 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
     if cfg.peft.peft_scheme == "none" and given & {"fold_lora", "fold_tolerance"}:
         yield "sharding.fold_lora and fold_tolerance have no effect: peft_scheme none has no LoRA"
     if sharding.strategy == "fsdp" and asks_to_fold:
-        yield "sharding.fold_lora has no effect: fsdp never folds, the weights lie on several processes"
+        yield "sharding.fold_lora has no effect: fsdp never folds, the weights are spread over several processes"
     if cfg.model.quantize is not None and asks_to_fold:
         yield f"sharding.fold_lora has no effect: model.quantize {cfg.model.quantize} leaves no room to fold into"
     if sharding.strategy != "fsdp" and sharding.shard_size is not None:

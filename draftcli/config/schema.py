@@ -154,7 +154,7 @@ class RewardSource(Section):
     pretrained: str | None = None
     """Its weights: hub id, local folder or local file; default the official ones."""
     backbone: str | None = None
-    """What its weights stand on (the CLIP under an aesthetic head, the tokenizer's folder), where it lies elsewhere."""
+    """What its weights stand on (the CLIP under an aesthetic head, the tokenizer's folder), where it is elsewhere."""
     relative: RelativeConfig | None = None
     """Only for rewards that compare a picture's embedding with its prompt's: clip, pickscore, hpsv2, hpsv2_1, toy."""
     micro_batch_size: Count | None = None

@@ -26,7 +26,7 @@ def to_noise_estimate(output: Tensor, x: Tensor, level: Level, prediction: Predi
     For an eps network D = x - sigma eps, hence d = eps. For a v network v = alpha n - s x_0 with
     alpha = 1 / sqrt(1 + sigma^2) and s = sigma alpha, hence D = alpha^2 x - s v and d = sigma alpha^2 x + alpha v,
     written so that nothing cancels at the sigma of 4096 of zero terminal SNR. With churn the level that the network
-    is told (table_sigma) differs from that of x (sigma), which leaves the factor table_sigma / sigma, as in the
+    is given (table_sigma) differs from that of x (sigma), which leaves the factor table_sigma / sigma, as in the
     reference.
     """
     sigma = level.table_sigma

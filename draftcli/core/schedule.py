@@ -29,7 +29,7 @@ class Level:
         sigma: noise level of x, after churn (sigma_hat).
         sigma_next: noise level after the step.
         table_sigma: the nearest level that the network was trained on; equal to sigma without churn.
-        timestep: its index in the table, 0 .. 999: what the network is told.
+        timestep: its index in the table, 0 .. 999: what the network is given.
         timestep_next: that of sigma_next; None where the step ends at the image.
         churn: deviation of the fresh noise that raises x to sigma before the step; 0: none.
     """

@@ -24,7 +24,7 @@ Origin = tuple[str, Callable[[Tensor], Tensor]]
 
 @dataclass(frozen=True)
 class Official:
-    """Where an official checkpoint lies.
+    """Where an official checkpoint is.
 
     Attributes:
         file: its name.
@@ -44,7 +44,7 @@ def find_checkpoint(name: str, official: Official, pretrained: str | None) -> Pa
 
     Args:
         name: of the reward, for messages.
-        official: where the original lies.
+        official: where the original is.
         pretrained: a local file, a local folder or hub id that holds `official.file`; None: the original.
 
     Raises:
@@ -92,7 +92,7 @@ def _from_url(official: Official) -> Path:
 def read_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
     """The tensors of a .safetensors file, or of a torch file read with weights_only=True.
 
-    What lies under `state_dict` is taken, where the file has that; the rest of such a file is not looked at.
+    What is under `state_dict` is taken, where the file has that; the rest of such a file is not looked at.
 
     Raises:
         InputError: the file is damaged, or holds more than tensors.

@@ -87,7 +87,7 @@ def load_clip_reward(name: str, pretrained: str, processor: str | None = None, b
     Args:
         name: of the reward.
         pretrained: the CLIP's weights.
-        processor: tokenizer and preprocessing, where they lie elsewhere.
+        processor: tokenizer and preprocessing, where they are elsewhere.
         bare_cosine: see `CLIPReward`.
 
     Raises:

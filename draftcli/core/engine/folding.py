@@ -28,7 +28,7 @@ def folded(unet: nn.Module, tolerance: float) -> Iterator[bool]:
     It costs a second copy of the adapted weights for as long as it lasts.
 
     Args:
-        unet: a network with a LoRA. A sharded one is never folded: its weights lie on other processes too; nor is one
+        unet: a network with a LoRA. A sharded one is never folded: its weights are spread over processes; nor is one
             in 8 bits, which have no room for it.
         tolerance: fold if `lost_share` is at most this.
 

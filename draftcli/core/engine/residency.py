@@ -1,4 +1,4 @@
-"""Which networks lie on the device: all of them, or under `sharding.offload` those that the phase at hand needs.
+"""Which networks are on the device: all of them, or under `sharding.offload` those that the phase at hand needs.
 
 A training step asks for the UNet twice (prefix, gradient steps) and once for decoder and rewards. Frozen weights never
 change, so they wait in the computer's memory, are copied to the device when their turn comes and dropped there when it

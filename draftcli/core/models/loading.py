@@ -117,15 +117,15 @@ def single_file_prediction(file: Path) -> tuple[Prediction | None, bool | None]:
     """What a checkpoint says of itself: its prediction, and whether it was trained with zero terminal SNR.
 
     Two empty tensors, `v_pred` and `ztsnr`, are the marks that ComfyUI, Forge and the authors of v-prediction models
-    go by; before them there was modelspec's metadata. None where nothing is said (which other programs take for
+    go by; before them there was modelspec's metadata. None where the file says nothing (which other programs take for
     epsilon).
     """
     with safe_open(file, framework="pt") as tensors:
         keys, metadata = set(tensors.keys()), tensors.metadata() or {}
     if "v_pred" in keys:
         return "v_prediction", "ztsnr" in keys
-    said: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-    return said.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
+    names: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+    return names.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
