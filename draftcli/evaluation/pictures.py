@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from draftcli.errors import InputError
-
-INDEX = "index.jsonl"
+from draftcli.sampling.files import INDEX
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ NOT_FOR_DRAWING: dict[str, Any] = {"draftp": {}, "sharding": {}, "model.quantize
 
 
 @dataclass(frozen=True)
-class Source:
+class DrawingSource:
     """A base and what is tuned on it.
 
     Attributes:
@@ -72,7 +72,7 @@ def find_source(
     loras: Sequence[str],
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
-) -> Source:
+) -> DrawingSource:
     """Find what to draw with.
 
     Args:
@@ -94,13 +94,13 @@ def find_source(
     values = {**NOT_FOR_DRAWING, **(values or {})}
     if model is not None:
         cfg = load_config(None, overrides, {"model.pretrained": model, "model.precision": _precision(), **values})
-        return Source(cfg, model, Path(), None, files, from_run=False, warnings=_without_effect(cfg))
+        return DrawingSource(cfg, model, Path(), None, files, from_run=False, warnings=_without_effect(cfg))
     found, weights = find_run(run)
     cfg = load_config(found.config, overrides, values)
     unfinished = weights != found.final and (run is None or Path(run).name != weights.name)
     notes = (f"{found.folder} is not finished; taking {weights}",) if unfinished else ()
     in_full = cfg.peft.peft_scheme == "none"
-    return Source(
+    return DrawingSource(
         cfg,
         name=str(found.folder),
         folder=found.folder,
