@@ -23,7 +23,7 @@ from draftcli.errors import InputError
 from draftcli.evaluation.compare import FORMAT, VERSION, compare
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
-from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_index
+from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries
 from draftcli.evaluation.report import write_outputs
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
@@ -99,7 +99,7 @@ def evaluate(request: Request, console: Console) -> Outcome:
         console.quiet = console.quiet or not ranks.is_main
         judges = _load_judges(rewards, features, sources)
         pictures = _plan(request, sources)
-        items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_index(folders[0]))
+        items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
         labels = _labels((named or [Path(source.name) for source in sources]) + folders)
         elsewhere = [folder_gallery(f, items, label) for f, label in zip(folders, labels[len(sources) :], strict=True)]
