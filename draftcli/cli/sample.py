@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from draftcli.sampling.job import Outcome
+    from draftcli.sampling.job import DrawingResult, Job
+    from draftcli.sampling.source import DrawingSource
 
 RunName = Annotated[
     str | None,
@@ -77,30 +82,87 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors 
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
-def sample(
-    run: RunName = None,
-    model: Model = None,
-    lora: Loras = None,
-    prompt: Prompts = None,
-    prompts: PromptFile = None,
-    negative_prompt: Negative = None,
-    seed: Seed = None,
-    num_images: Images = 1,
-    base: Annotated[bool, typer.Option("--base", help="Draw the base too, with the same seeds.")] = False,
-    height: Height = None,
-    width: Width = None,
-    steps: Steps = None,
-    scale: Scale = None,
-    sampler: Sampler = None,
-    schedule: Schedule = None,
-    precision: Precision = None,
-    batch_size: BatchSize = None,
-    format_: Format = "png",
-    override: Override = None,
-    output: Output = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
+@dataclass(frozen=True)
+class DrawingOptions:
+    """The options that `draftp sample` and `draftp anneal` share."""
+
+    run: RunName = None
+    model: Model = None
+    lora: Loras = None
+    prompt: Prompts = None
+    prompts: PromptFile = None
+    negative_prompt: Negative = None
+    seed: Seed = None
+    num_images: Images = 1
+    base: Annotated[bool, typer.Option("--base", help="Draw the base too, with the same seeds.")] = False
+    height: Height = None
+    width: Width = None
+    steps: Steps = None
+    scale: Scale = None
+    sampler: Sampler = None
+    schedule: Schedule = None
+    precision: Precision = None
+    batch_size: BatchSize = None
+    format_: Format = "png"
+    override: Override = None
+    output: Output = None
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def settings(self) -> dict[str, Any]:
+        """Those that are settings, by dotted key, without those that were not given."""
+        sampling = ("negative_prompt", "height", "width", "steps", "scale", "sampler", "schedule")
+        settings = {f"sampling.{name}": getattr(self, name) for name in sampling}
+        settings["model.precision"] = self.precision
+        return {key: value for key, value in settings.items() if value is not None}
+
+    def source(self) -> DrawingSource:
+        """What to draw with; see `find_source`."""
+        from draftcli.sampling.source import find_source
+
+        return find_source(self.run, self.model, self.lora or (), self.override or (), self.settings())
+
+    def job(self, name: str, source: DrawingSource, kinds: Sequence[str], stochastic: bool = False) -> Job:
+        """What the command `name` draws: a column for each of the annealing weights `kinds`."""
+        from draftcli.sampling.job import Job
+
+        return Job(
+            name=name,
+            source=source,
+            kinds=kinds,
+            stochastic=stochastic,
+            prompts=self.prompt or (),
+            prompt_file=self.prompts,
+            images=self.num_images,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            suffix=self.format_,
+            output=self.output,
+        )
+
+
+def with_drawing_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Give Typer a parameter for each field of `DrawingOptions` where `command` takes all of them as its first one."""
+    _, *own = inspect.signature(command, eval_str=True).parameters.values()
+    types = get_type_hints(DrawingOptions, include_extras=True)
+    shared = {f.name: f.default for f in fields(DrawingOptions)}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [parameter.replace(kind=keyword) for parameter in own]
+    parameters += [
+        inspect.Parameter(name, keyword, default=default, annotation=types[name]) for name, default in shared.items()
+    ]
+
+    @functools.wraps(command)
+    def flat(**given: Any) -> None:
+        command(DrawingOptions(**{name: given.pop(name) for name in shared}), **given)
+
+    flat.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    flat.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return flat
+
+
+@with_drawing_options
+def sample(options: DrawingOptions) -> None:
     """Draw pictures from a run, or from any SDXL with any LoRAs. What is there already is not drawn again.
 
     **Examples**
@@ -113,62 +175,21 @@ def sample(
 
     `torchrun --nproc-per-node 4 -m draftcli sample runs/mine --prompts many.jsonl --format webp`
     """
-    from draftcli.sampling.source import find_source
-
-    settings = drawing_settings(negative_prompt, height, width, steps, scale, sampler, schedule, precision)
-    source = find_source(run, model, lora or (), override or (), settings)
+    source = options.source()
     from draftcli.cli.console import open_console
-
-    console = open_console(quiet, debug)
-    from draftcli.sampling.job import Job
     from draftcli.sampling.job import run as run_job
 
-    job = Job(
-        name="sample",
-        source=source,
-        kinds=[*(["base"] if base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])],
-        prompts=prompt or (),
-        prompt_file=prompts,
-        images=num_images,
-        seed=seed,
-        size=(height, width),
-        batch_size=batch_size,
-        suffix=format_,
-        output=output,
-    )
-    print_outcome(run_job(job, console), console)
+    console = open_console(options.quiet, options.debug)
+    kinds = [*(["base"] if options.base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])]
+    print_result(run_job(options.job("sample", source, kinds), console), console)
 
 
-def drawing_settings(
-    negative_prompt: str | None,
-    height: int | None,
-    width: int | None,
-    steps: int | None,
-    scale: float | None,
-    sampler: str | None,
-    schedule: str | None,
-    precision: str | None,
-) -> dict[str, Any]:
-    """The options that are settings, by dotted key, without those that were not given."""
-    settings = {
-        "sampling.negative_prompt": negative_prompt,
-        "sampling.height": height,
-        "sampling.width": width,
-        "sampling.steps": steps,
-        "sampling.scale": scale,
-        "sampling.sampler": sampler,
-        "sampling.schedule": schedule,
-        "model.precision": precision,
-    }
-    return {key: value for key, value in settings.items() if value is not None}
-
-
-def print_outcome(outcome: Outcome, console: Console) -> None:
+def print_result(result: DrawingResult, console: Console) -> None:
     """What each column costs, what was done, and where it is."""
-    for name, count in outcome.evaluations.items():
+    for name, count in result.evaluations.items():
         console.print(f"{name}: {count} UNet evaluations a picture", highlight=False, markup=False)
-    there = outcome.total - outcome.drawn
-    drawn = f"{outcome.total} picture{'' if outcome.total == 1 else 's'}"
+    there = result.total - result.drawn
+    drawn = f"{result.total} picture{'' if result.total == 1 else 's'}"
     console.print(f"{drawn}{f', {there} of them there already' if there else ''}", highlight=False, markup=False)
-    for what, path in outcome.written.items():
+    for what, path in result.written.items():
         console.print(f"{what:<8} {path}", highlight=False, markup=False, soft_wrap=True)

@@ -23,7 +23,7 @@ from draftcli.errors import InputError
 from draftcli.evaluation.compare import FORMAT, VERSION, compare
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
-from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_index
+from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries
 from draftcli.evaluation.report import write_outputs
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
@@ -33,7 +33,7 @@ from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, plan
 from draftcli.sampling.files import write_pictures
 from draftcli.sampling.job import progress_bar
-from draftcli.sampling.source import Source, find_source
+from draftcli.sampling.source import DrawingSource, find_source
 
 DEFAULT_WEIGHTS = ("linear",)
 
@@ -99,7 +99,7 @@ def evaluate(request: Request, console: Console) -> Outcome:
         console.quiet = console.quiet or not ranks.is_main
         judges = _load_judges(rewards, features, sources)
         pictures = _plan(request, sources)
-        items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_index(folders[0]))
+        items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
         labels = _labels((named or [Path(source.name) for source in sources]) + folders)
         elsewhere = [folder_gallery(f, items, label) for f, label in zip(folders, labels[len(sources) :], strict=True)]
@@ -137,7 +137,7 @@ def parse_scales(texts: Sequence[str]) -> list[float]:
     raise InputError(f"--lora-scale {','.join(texts)}: expected numbers, such as --lora-scale 0.5,0.75")
 
 
-def _find(request: Request) -> tuple[list[Source], list[Path]]:
+def _find(request: Request) -> tuple[list[DrawingSource], list[Path]]:
     """The runs, all with the first one's sampling, and the folders of pictures."""
     folders = [Path(name) for name in request.names if (Path(name) / INDEX).is_file()]
     names: list[str | None] = [name for name in request.names if Path(name) not in folders]
@@ -147,7 +147,7 @@ def _find(request: Request) -> tuple[list[Source], list[Path]]:
         raise InputError("--lora-scale: only folders of pictures were named, so nothing can be drawn; name a run too")
     if not names and len(folders) == 1:
         raise InputError(f"{folders[0]} alone is nothing to compare; name a second folder or a run")
-    sources: list[Source] = []
+    sources: list[DrawingSource] = []
     for name in names:
         sampling = {"sampling": sources[0].cfg.sampling.model_dump()} if sources else {}
         source = find_source(name, None, (), () if sources else request.overrides, sampling)
@@ -157,7 +157,7 @@ def _find(request: Request) -> tuple[list[Source], list[Path]]:
     return sources, folders
 
 
-def _rewards(request: Request, sources: Sequence[Source]) -> tuple[dict[str, RewardSource], list[str]]:
+def _rewards(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[str, RewardSource], list[str]]:
     """Every judge with its settings, and the names of those that were trained on."""
     rewards: dict[str, RewardSource] = {}
     for source in sources:
@@ -173,11 +173,11 @@ def _rewards(request: Request, sources: Sequence[Source]) -> tuple[dict[str, Rew
     return rewards, trained
 
 
-def _default_features(sources: Sequence[Source]) -> str:
+def _default_features(sources: Sequence[DrawingSource]) -> str:
     return "toy" if sources and sources[0].cfg.model.pretrained == "toy" else "clip"
 
 
-def _load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[Source]) -> Judges:
+def _load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[DrawingSource]) -> Judges:
     device = choose_runtime(sources[0].cfg.model.device if sources else "auto", "fp32").device
     loaded = {name: load_from(name, setting) for name, setting in rewards.items()}
     for reward in loaded.values():
@@ -189,7 +189,7 @@ def _load_judges(rewards: dict[str, RewardSource], features: str, sources: Seque
     return Judges(loaded, load_features(features).to(device), device, tuple(settings))
 
 
-def _plan(request: Request, sources: Sequence[Source]) -> list[Picture]:
+def _plan(request: Request, sources: Sequence[DrawingSource]) -> list[Picture]:
     """What every run draws; nothing where there are only folders."""
     if not sources:
         if request.prompts is not None:
@@ -216,7 +216,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 def _draw(
     request: Request,
-    source: Source,
+    source: DrawingSource,
     label: str,
     pictures: Sequence[Picture],
     folder: Path,
@@ -292,7 +292,7 @@ def _measure(
 
 
 def _settings(
-    request: Request, sources: Sequence[Source], items: Sequence[Item], judges: Judges, trained: Sequence[str]
+    request: Request, sources: Sequence[DrawingSource], items: Sequence[Item], judges: Judges, trained: Sequence[str]
 ) -> dict[str, Any]:
     """What a reader needs to do it again."""
     prompts = len({item.prompt for item in items})

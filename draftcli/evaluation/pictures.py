@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image
 
 from draftcli.errors import InputError
-
-INDEX = "index.jsonl"
+from draftcli.sampling.files import INDEX
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Gallery:
     seconds: float | None = None
 
 
-def read_index(folder: Path) -> list[dict[str, Any]]:
+def read_entries(folder: Path) -> list[dict[str, Any]]:
     """The lines of a folder's index.jsonl, each with at least "file", "prompt" and "seed".
 
     Raises:
@@ -51,7 +50,7 @@ def read_index(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / INDEX
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # prompts may hold other line breaks
     except (OSError, UnicodeDecodeError):
         raise InputError(
             f"{folder}: no readable {INDEX} in it; a folder of pictures needs one, with a line such as "
@@ -97,7 +96,7 @@ def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None)
         InputError: a picture is missing, or lies outside the folder.
     """
     files: dict[Item, Path] = {}
-    for entry in read_index(folder):
+    for entry in read_entries(folder):
         path = folder / entry["file"]
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{folder / INDEX}: {entry['file']!r} lies outside the folder")

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-EDGE = 32
+THUMBNAIL_EDGE = 32
 
 
 def thumbnail(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> (B, 3 * 32 * 32): block averages, so that pictures of any size can be compared."""
-    return functional.adaptive_avg_pool2d(images.float(), EDGE).flatten(1)
+    return functional.adaptive_avg_pool2d(images.float(), THUMBNAIL_EDGE).flatten(1)
 
 
 def pairwise_distance(thumbnails: Tensor | np.ndarray, groups: Sequence[int]) -> np.ndarray:

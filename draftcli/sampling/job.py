@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from draftcli.sampling.embedded import FORMATS
 from draftcli.sampling.files import File, Written, write_pictures
 from draftcli.sampling.page import write_page
 from draftcli.sampling.sheet import Cell, Heading, Row, spread, write_sheet, write_table
-from draftcli.sampling.source import Source
+from draftcli.sampling.source import DrawingSource
 
 SHEET_CELLS, SHEET_ROWS, SHEET_ACROSS = 24, 12, 6
 
@@ -39,28 +39,26 @@ class Job:
         prompt_file: a file or built-in set; with neither, the run's validation prompts.
         images: pictures per prompt.
         seed: of a prompt's first picture; None: the run's.
-        size: (height, width), each None for the run's or the model's own.
         batch_size: pictures drawn together; None: by their size.
         suffix: png, jpg or webp.
         output: folder; None: in the source's.
     """
 
     name: str
-    source: Source
+    source: DrawingSource
     kinds: Sequence[str]
     stochastic: bool = False
     prompts: Sequence[str] = ()
     prompt_file: str | None = None
     images: int = 1
     seed: int | None = None
-    size: tuple[int | None, int | None] = (None, None)
     batch_size: int | None = None
     suffix: str = "png"
     output: Path | None = None
 
 
 @dataclass
-class Outcome:
+class DrawingResult:
     """What came of a job.
 
     Attributes:
@@ -76,7 +74,7 @@ class Outcome:
     written: dict[str, Path] = field(default_factory=dict)
 
 
-def run(job: Job, console: Console) -> Outcome:
+def run(job: Job, console: Console) -> DrawingResult:
     """Draw the pictures, the sheet and, where there is something to compare, the page.
 
     Raises:
@@ -118,10 +116,10 @@ def run(job: Job, console: Console) -> Outcome:
                 )
         except KeyboardInterrupt:
             raise Interrupted("interrupted; the same command again goes on") from None
-        outcome = Outcome(written.evaluations, written.drawn, len(written.files), {"pictures": folder})
+        result = DrawingResult(written.evaluations, written.drawn, len(written.files), {"pictures": folder})
         if ranks.is_main:
-            _overviews(job, model, written, outcome)
-    return outcome
+            _overviews(job, model, written, result)
+    return result
 
 
 def _prompts(job: Job) -> Sequence[Prompt]:
@@ -142,13 +140,17 @@ def _seed(job: Job) -> int:
 
 
 def _size(job: Job, model: SDXLDRaFTPModel) -> tuple[int, int]:
-    """As asked for, else the run's, else what the model was made for."""
+    """As the settings say: those that somebody gave, or the run's. Else what the model was made for."""
+    sampling = model.cfg.sampling
     if job.source.from_run:
-        own = (model.cfg.sampling.height, model.cfg.sampling.width)
-    else:
-        factor, native = 2 ** (len(model.vae.config.block_out_channels) - 1), model.unet.config.sample_size
-        own = tuple(factor * n for n in (native if isinstance(native, list | tuple) else (native, native)))
-    return (job.size[0] or own[0], job.size[1] or own[1])
+        return sampling.height, sampling.width
+    factor, native = 2 ** (len(model.vae.config.block_out_channels) - 1), model.unet.config.sample_size
+    height, width = native if isinstance(native, list | tuple) else (native, native)
+    given = sampling.model_fields_set
+    return (
+        sampling.height if "height" in given else factor * height,
+        sampling.width if "width" in given else factor * width,
+    )
 
 
 @contextmanager
@@ -160,27 +162,24 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
         yield lambda count: progress.advance(bar, count)
 
 
-def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, outcome: Outcome) -> None:
+def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, result: DrawingResult) -> None:
     sampling, source = model.cfg.sampling, job.source
     rows = written.rows()
     title = f"{source.name}: " + (
         "from base to tuned" if len(written.evaluations) > 1 else next(iter(written.evaluations))
     )
-    note = (
-        f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}. "
-        "UNet evaluations are a picture's, guidance counted twice."
-    )
+    settings = f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}."
     folder = written.index.parent
     sheet = folder / f"{job.name}-sheet.png"
     with disk_errors(sheet):
-        _write_overview(sheet, written, rows, title, note)
-        outcome.written |= {"index": written.index, "sheet": sheet}
+        _write_overview(sheet, written, rows, title, settings)
+        result.written |= {"index": written.index, "sheet": sheet}
         if len(written.evaluations) > 1:
-            outcome.written["page"] = folder / "compare.html"
-            write_page(outcome.written["page"], written, title, note)
+            result.written["page"] = folder / "compare.html"
+            write_page(result.written["page"], written, title, f"{settings} {_cost()}")
 
 
-def _write_overview(path: Path, written: Written, rows: list[list[File]], title: str, note: str) -> None:
+def _write_overview(path: Path, written: Written, rows: list[list[File]], title: str, settings: str) -> None:
     """Up to two columns as cells, several across; more as a table. Rows are spread over the whole set."""
     counts = written.evaluations
     small = all(max(row[0].picture.size) <= 192 for row in rows)
@@ -192,7 +191,7 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
             Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [_open(file) for file in row])
             for row in shown
         ]
-        write_table(path, headings, lines, title, _with_count(note, len(shown), len(rows)), edge)
+        write_table(path, headings, lines, title, _with_count(f"{settings} {_cost()}", len(shown), len(rows)), edge)
         return
     if len(counts) == 1:  # a prompt's seeds side by side
         cells = [
@@ -203,7 +202,6 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         cells = rows
     shown = [files[: 2 * SHEET_ACROSS] for files in (cells[i] for i in spread(len(cells), SHEET_CELLS))]
     across = max(1, SHEET_ACROSS // max(map(len, shown)))
-    said = ", ".join(f"{name} {count}" for name, count in counts.items())
     write_sheet(
         path,
         [
@@ -217,8 +215,16 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         title,
         across,
         edge,
-        _with_count(note.replace("are a picture's", f"a picture: {said}"), len(shown), len(cells)),
+        _with_count(f"{settings} {_cost(counts)}", len(shown), len(cells)),
     )
+
+
+def _cost(evaluations: Mapping[str, int] | None = None) -> str:
+    """What the figures of UNet evaluations mean, or where nothing else shows them, those of each column."""
+    if evaluations is None:
+        return "UNet evaluations are a picture's, guidance counted twice."
+    each = ", ".join(f"{name} {count}" for name, count in evaluations.items())
+    return f"UNet evaluations a picture: {each}, guidance counted twice."
 
 
 def _with_count(note: str, shown: int, there: int) -> str:

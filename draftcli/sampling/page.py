@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from draftcli.runs import write_aside
 from draftcli.sampling.files import Written
 
-SMALL = 256  # pictures up to this many pixels are shown with sharp pixels
+SHARP_UP_TO = 256  # pixels; larger pictures are shown smoothed
 
 
 def write_page(path: Path, written: Written, title: str, note: str) -> None:
@@ -25,7 +25,7 @@ def write_page(path: Path, written: Written, title: str, note: str) -> None:
             "seed": row[0].picture.seed,
             "height": row[0].picture.size[0],
             "width": row[0].picture.size[1],
-            "small": max(row[0].picture.size) <= SMALL,
+            "small": max(row[0].picture.size) <= SHARP_UP_TO,
             "files": [quote(file.path.name) for file in row],
         }
         for row in written.rows()

@@ -16,7 +16,7 @@ from draftcli.runs import write_aside
 PAPER, INK, FAINT, LINE_COLOUR = (255, 255, 255), (24, 24, 27), (113, 113, 122), (228, 228, 231)
 MARGIN, GAP = 32, 8
 LEFT = 200  # width of the captions beside a table's rows
-SIZES = {"title": 22, "heading": 15, "text": 13}
+FONT_SIZES = {"title": 22, "heading": 15, "text": 13}
 # Tried in this order for letters that Pillow's own font lacks.
 WIDER_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf", "Arial Unicode.ttf", "msgothic.ttc")
 
@@ -157,7 +157,7 @@ def _place(sheet: Image.Image, pen: ImageDraw.ImageDraw, picture: Image.Image, a
 
 
 def _line(style: str) -> int:
-    return round(1.35 * SIZES[style])
+    return round(1.35 * FONT_SIZES[style])
 
 
 def _write(
@@ -201,4 +201,4 @@ def _plain_font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _font(text: str, style: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     plain = all(ord(letter) < 0x180 or letter in "…–—’‘“”" for letter in text)
-    return (_plain_font if plain else _wider_font)(SIZES[style])
+    return (_plain_font if plain else _wider_font)(FONT_SIZES[style])

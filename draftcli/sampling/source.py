@@ -20,7 +20,7 @@ NOT_FOR_DRAWING: dict[str, Any] = {"draftp": {}, "sharding": {}, "model.quantize
 
 
 @dataclass(frozen=True)
-class Source:
+class DrawingSource:
     """A base and what is tuned on it.
 
     Attributes:
@@ -71,7 +71,7 @@ def find_source(
     loras: Sequence[str],
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
-) -> Source:
+) -> DrawingSource:
     """Find what to draw with.
 
     Args:
@@ -93,12 +93,12 @@ def find_source(
     values = {**NOT_FOR_DRAWING, **(values or {})}
     if model is not None:
         cfg = load_config(None, overrides, {"model.pretrained": model, "model.precision": _precision(), **values})
-        return Source(cfg, model, Path(), None, files, from_run=False, warnings=_without_effect(cfg))
+        return DrawingSource(cfg, model, Path(), None, files, from_run=False, warnings=_without_effect(cfg))
     found, weights = find_run(run)
     cfg = load_config(found.config, overrides, values)
     note = unfinished_note(found, weights, run)
     in_full = cfg.peft.peft_scheme == "none"
-    return Source(
+    return DrawingSource(
         cfg,
         name=str(found.folder),
         folder=found.folder,

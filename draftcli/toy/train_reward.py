@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
 from draftcli.toy import oracle
 from draftcli.toy.tokenizer import MAX_TOKENS, save_tokenizer
-from draftcli.toy.train_sdxl import GUIDANCE, draw, open_pipeline, text_config
+from draftcli.toy.train_sdxl import GUIDANCE, draw_pictures, open_pipeline, text_config
 from draftcli.toy.training import device, fit, paint, to_float
 from draftcli.toy.world import (
     ATTRIBUTES,
@@ -231,7 +231,7 @@ def hang(pipe: Any, families: int, seed: int, rng: np.random.Generator) -> Galle
     """
     scenes = new_families(families, rng)
     prompts = [caption(scene) for scene in scenes]
-    drawn = [draw(pipe, prompts, seed + 7777 * i, scale=s) for i, s in enumerate(SCALES, start=1)]
+    drawn = [draw_pictures(pipe, prompts, seed + 7777 * i, scale=s) for i, s in enumerate(SCALES, start=1)]
     base = [(pictures * 255).round().to(torch.uint8) for pictures in drawn]
     kinds = [*base, paint(scenes, rng, wear=1.0), spoil(base[SCALES.index(GUIDANCE)], rng)]
     pictures = torch.stack(kinds, dim=1).view(families, FAMILY * len(kinds), *base[0].shape[1:])
@@ -359,7 +359,7 @@ def agreement(clip: CLIPModel, tokenizer: CLIPTokenizer, pipe: Any, seed: int, c
     """
     scenes = (held_out_scenes() * 2)[:count]
     prompts = [caption(scene) for scene in scenes]
-    first, second = (draw(pipe, prompts, seed + offset) for offset in (100_000, 200_000))
+    first, second = (draw_pictures(pipe, prompts, seed + offset) for offset in (100_000, 200_000))
     told = read(clip, tokenizer, scenes)
     reward = [(look(clip, pictures.to(device()))[1] * told).sum(-1).cpu() for pictures in (first, second)]
     truth = [oracle.score(pictures, prompts) for pictures in (first, second)]

@@ -142,7 +142,7 @@ def open_pipeline(folder: Path) -> StableDiffusionXLPipeline:
     return pipe.to(device(), torch.float32)
 
 
-def draw(
+def draw_pictures(
     pipe: StableDiffusionXLPipeline,
     prompts: list[str],
     seed: int,

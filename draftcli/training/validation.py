@@ -20,7 +20,7 @@ from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.metrics.statistics import paired
-from draftcli.metrics.thumbnails import EDGE, pairwise_distance, thumbnail
+from draftcli.metrics.thumbnails import THUMBNAIL_EDGE, pairwise_distance, thumbnail
 from draftcli.prompts import Prompt
 from draftcli.rewards import Reward
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
@@ -113,9 +113,8 @@ class Validation:
 
     def _judge(self, kind: str, progress: Callable[[str], None], give_up_if_late: Callable[[], None]) -> Judged:
         count, mine = len(self.pictures), self.ranks.share(len(self.pictures))
-        judged = Judged(
-            torch.zeros(count, len(self.rewards), dtype=torch.float64), torch.zeros(count, 3 * EDGE * EDGE), {}
-        )
+        scores = torch.zeros(count, len(self.rewards), dtype=torch.float64)
+        judged = Judged(scores, torch.zeros(count, 3 * THUMBNAIL_EDGE**2), {})
         with self.ranks.all_or_none(), torch.no_grad():
             done = mine.start
             pictures = self.pictures[mine.start : mine.stop]

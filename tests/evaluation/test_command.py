@@ -10,7 +10,7 @@ from PIL import Image
 
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import CHUNK, Judges, collect, measure
-from draftcli.evaluation.pictures import Item, folder_gallery, read_picture
+from draftcli.evaluation.pictures import Item, folder_gallery, read_entries, read_picture
 from tests.cli.test_bad_input import expect
 from tests.command import DRAWN, draftp
 from tests.example_rewards import Red
@@ -285,3 +285,9 @@ def test_an_output_that_cannot_be_written():
     make_folder("one"), make_folder("two")
     Path("out").write_text("a file")
     expect(draftp("eval", "one", "two", "--reward", "toy", *TOY, "--output", "out"), 1, "out", "cannot be written")
+
+
+def test_a_prompt_of_an_index_may_hold_other_line_breaks():
+    line = {"file": "0001.png", "prompt": "a fox\u2028in snow", "seed": 0}
+    Path("index.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_entries(Path()) == [line]

@@ -19,7 +19,7 @@ from PIL import Image
 import draftcli
 from draftcli.config import dump_config, presets_folder, without_effect
 from draftcli.errors import InputError
-from draftcli.evaluation.pictures import folder_gallery, items_of, read_index, read_picture
+from draftcli.evaluation.pictures import folder_gallery, items_of, read_entries, read_picture
 from draftcli.prompts import read_prompts
 from draftcli.runs import Run, find_run
 from draftcli.sampling import embedded
@@ -271,7 +271,7 @@ def test_indexes_of_pictures(lines):
     folder.mkdir(exist_ok=True)
     (folder / "index.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogatepass"))
     with tried(Path()):
-        items = items_of(read_index(folder))
+        items = items_of(read_entries(folder))
         for item in items:
             json.dumps([item.prompt, item.seed], ensure_ascii=False).encode()
         folder_gallery(folder, items)

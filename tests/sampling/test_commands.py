@@ -512,3 +512,9 @@ def test_options_without_effect_are_warned_about(lora_run):
     assert result.err == "warning: --stochastic has no effect on base and tuned, which ask one network anyway\n"
     result = run("sample", lora_run, *ONE, "--negative-prompt", "dull", "--scale", 1, "--output", "out")
     assert result.err == "warning: sampling.negative_prompt has no effect at sampling.scale 1\n"
+
+
+def test_a_models_own_size_unless_another_is_given(tiny_sdxl):
+    for options in (("--height", 96), ("--set", "sampling.height=96")):
+        run("sample", "--model", tiny_sdxl, *ONE, "--steps", 1, *options, "--output", "out")
+        assert [(line["height"], line["width"]) for line in index()] == [(96, 64)]
