@@ -23,6 +23,7 @@ from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.gradient.mode import make_mode
 from draftcli.errors import InputError
+from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import Prompt, fingerprint, past_the_limit, read_prompts
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
 from draftcli.runs import FINAL_STEP, Run, disk_errors, write_aside
@@ -34,7 +35,7 @@ from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
 from draftcli.training.step import Trainer
 from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
-from draftcli.training.validation import Validation, hacking, score
+from draftcli.training.validation import Validation, score
 
 
 @dataclass
@@ -274,7 +275,7 @@ class _Session:
                 result["training_reward"] = self._recent_reward(step)
                 self.log.validation(result, sheet)
                 self.live.say(_in_words(result))
-                if (warning := hacking(self.run.validations(), list(weights))) is not None:
+                if (warning := training_warning(self.run.validations(), list(weights))) is not None:
                     self._warn(warning)
         return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
 

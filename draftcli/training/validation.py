@@ -188,38 +188,3 @@ def score(result: dict[str, Any], trained: dict[str, float], held_out: Sequence[
     if held_out:
         return rewards[held_out[0]]["tuned"]
     return sum(weight * rewards[name]["tuned"] for name, weight in trained.items())
-
-
-def hacking(history: Sequence[dict[str, Any]], trained: Sequence[str]) -> str | None:
-    """What looks like reward hacking in the newest of `history`, in words; None where nothing does.
-
-    A reward on held-out prompts has fallen from its best by more than half of its interval, while a trained reward,
-    or the mean reward of the training itself, has risen since.
-    """
-    *before, now = history
-    for name, figures in now["rewards"].items():
-        past = [line for line in before if name in line["rewards"] and line["rewards"][name]["tuned"] is not None]
-        if not past or figures["low"] is None:
-            continue
-        best = max(past, key=lambda line: line["rewards"][name]["tuned"])
-        fallen = best["rewards"][name]["tuned"] - figures["tuned"]
-        if not fallen > (figures["high"] - figures["low"]) / 2:
-            continue
-        rises = [
-            f"{other} on the same pictures rose"
-            for other in trained
-            if other != name and now["rewards"][other]["tuned"] > best["rewards"][other]["tuned"]
-        ]
-        if _above(now.get("training_reward"), best.get("training_reward")):
-            rises.append("the reward in training rose")
-        if rises:
-            return (
-                f"{name} on held-out prompts fell by {fallen:.3f} since step {best['step']} while {rises[0]}: this "
-                "looks like reward hacking. Look at samples/; stop here, or raise draftp.kl_coeff or lower optim.lr in "
-                "a new run"
-            )
-    return None
-
-
-def _above(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and a > b
