@@ -25,6 +25,7 @@ from draftcli.metrics.diversity import (
     squared_diversity,
     vendi_score,
 )
+from draftcli.metrics.hacking import RewardMean, Standing, find_hacking
 from draftcli.metrics.signs import SIGNS, near_duplicates
 from draftcli.metrics.statistics import estimate, paired, win_rate
 from draftcli.metrics.thumbnails import pairwise_distance
@@ -190,11 +191,8 @@ def warnings(
     for name, figure in figures.items():
         if name == base:
             continue
-        risen = [r for r in trained if r in rewards and _sure(figure[f"reward/{r}"]) > 0]
-        fallen = [r for r in rewards if r not in trained and _sure(figure[f"reward/{r}"]) < 0]
-        if risen and fallen:
-            falls = ", ".join(f"{r} falls by {-figure[f'reward/{r}']['difference']:.3g}" for r in fallen)
-            said.append(f"{name}: {', '.join(risen)} rises, which was trained on, while {falls}: reward hacking.")
+        if (verdict := find_hacking(_base_and_column(base, name, figure, rewards), trained)) is not None:
+            said.append(f"{name}: {verdict.sentence('these prompts')}.")
         kept = _ratio(figure["cosine_diversity"], figures[base]["cosine_diversity"])
         if kept is not None and kept < LARGE_LOSS and _sure(figure["cosine_diversity"]) < 0:
             said.append(f"{name}: {100 * kept:.0f} % of the base's diversity is left.")
@@ -207,6 +205,17 @@ def warnings(
         if drifted:
             said.append(f"{name}: as a multiple of the base's: {', '.join(drifted)}.")
     return said
+
+
+def _base_and_column(base: str, name: str, figures: Mapping[str, Figure], rewards: Sequence[str]) -> list[Standing]:
+    """The base and a column as `find_hacking` takes them."""
+    known = {r: figure for r in rewards if "difference" in (figure := figures[f"reward/{r}"])}
+    before = {r: RewardMean(figure["value"] - figure["difference"]) for r, figure in known.items()}
+    now = {
+        r: RewardMean(figure["value"], figure["difference_low"], figure["difference_high"])
+        for r, figure in known.items()
+    }
+    return [Standing(base, before), Standing(name, now)]
 
 
 def _figures(column: Gallery, here: Measured, base: Measured, groups: np.ndarray, is_base: bool) -> dict[str, Figure]:

@@ -20,6 +20,7 @@ from draftcli.core.engine.ranks import Ranks
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn
+from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import past_the_limit
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
 from draftcli.runs import Run, ValidationLine
@@ -34,7 +35,7 @@ from draftcli.training.result import validation_in_words
 from draftcli.training.step import Trainer, why_skipped
 from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
 from draftcli.training.trackers import Trackers, check_trackers
-from draftcli.training.validation import Validation, hacking, score
+from draftcli.training.validation import Validation, validation_score
 
 
 @dataclass
@@ -108,12 +109,11 @@ class Session:
         with self.ranks.all_or_none():
             if self.ranks.is_main:
                 weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
-                result["score"] = score(dict(result), weights, list(self.cfg.held_out_rewards))
+                result["score"] = validation_score(result, weights, list(self.cfg.held_out_rewards))
                 result["training_reward"] = self._recent_reward(step)
                 self.log.validation(result, sheet)
                 self.live.print(validation_in_words(result))
-                history = [dict(line) for line in self.run.validations()]
-                if (warning := hacking(history, list(weights))) is not None:
+                if (warning := training_warning(self.run.validations(), list(weights))) is not None:
                     self._warn(warning)
         return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def _made_by(model: SDXLDRaFTPModel, pictures: Sequence[Picture], rewards: Seque
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def score(result: dict[str, Any], trained: dict[str, float], held_out: Sequence[str]) -> float:
+def validation_score(result: Mapping[str, Any], trained: dict[str, float], held_out: Sequence[str]) -> float:
     """How good a validation is: the first held-out reward, else the weighted sum of the trained ones that had something
     to say. NaN where none had.
     """
@@ -204,38 +204,3 @@ def score(result: dict[str, Any], trained: dict[str, float], held_out: Sequence[
         return rewards[held_out[0]]["tuned"]
     parts = [weight * rewards[name]["tuned"] for name, weight in trained.items()]
     return sum(part for part in parts if not math.isnan(part)) if not all(map(math.isnan, parts)) else math.nan
-
-
-def hacking(history: Sequence[dict[str, Any]], trained: Sequence[str]) -> str | None:
-    """What looks like reward hacking in the newest of `history`, in words; None where nothing does.
-
-    A reward on held-out prompts has fallen from its best by more than half of its interval, while a trained reward,
-    or the mean reward of the training itself, has risen since.
-    """
-    *before, now = history
-    for name, figures in now["rewards"].items():
-        past = [line for line in before if name in line["rewards"] and line["rewards"][name]["tuned"] is not None]
-        if not past or figures["low"] is None:
-            continue
-        best = max(past, key=lambda line: line["rewards"][name]["tuned"])
-        fallen = best["rewards"][name]["tuned"] - figures["tuned"]
-        if not fallen > (figures["high"] - figures["low"]) / 2:
-            continue
-        rises = [
-            f"{other} on the same pictures rose"
-            for other in trained
-            if other != name and _above(now["rewards"][other]["tuned"], best["rewards"][other]["tuned"])
-        ]
-        if _above(now.get("training_reward"), best.get("training_reward")):
-            rises.append("the reward in training rose")
-        if rises:
-            return (
-                f"{name} on held-out prompts fell by {fallen:.3f} since step {best['step']} while {rises[0]}: this "
-                "looks like reward hacking. Look at samples/; stop here, or raise draftp.kl_coeff or lower optim.lr in "
-                "a new run"
-            )
-    return None
-
-
-def _above(a: float | None, b: float | None) -> bool:
-    return a is not None and b is not None and a > b

@@ -42,7 +42,9 @@ def test_front_recommendation_and_warnings(result):
     assert "tuned" in result["fronts"]["toy"]
     assert result["recommendation"]["column"] in ("linear", "power_2")
     said = " ".join(result["warnings"])
-    assert "tuned: toy rises, which was trained on, while toy_oracle falls by 0.09" in said
+    assert "tuned: toy_oracle on these prompts fell by 0.09" in said
+    assert "against base while toy, which was trained on, rose: this looks like reward hacking." in said
+    assert said.count("reward hacking") == 1, "the other columns gain both or lose nothing surely"
     assert "tuned: 1" in said, "a tenth of the base's diversity is left"
     assert "linear: 8" not in said
 

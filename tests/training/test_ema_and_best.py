@@ -18,7 +18,6 @@ from draftcli.config import check_config
 from draftcli.metrics.thumbnails import pairwise_distance, thumbnail
 from draftcli.runs import Run
 from draftcli.training.ema import Ema
-from draftcli.training.validation import hacking
 from tests.command import WITH_VALIDATION, draftp, recipe
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -91,38 +90,6 @@ def test_the_best_by_held_out_reward_stays_and_hacking_is_warned_about(tiny_sdxl
     assert Run(Path("run")).best() == 1
     assert "green on held-out prompts fell by" in result.err
     assert "this looks like reward hacking" in result.err
-
-
-def line(step: int, held: float, trained: float, width: float = 0.1) -> dict:
-    def figures(mean):
-        return {"tuned": mean, "low": mean - width / 2, "high": mean + width / 2}
-
-    return {"step": step, "rewards": {"trained": figures(trained), "held": figures(held)}}
-
-
-@pytest.mark.parametrize(
-    ("now", "is_hacking"),
-    [
-        (line(3, held=0.7, trained=1.5), True),
-        (line(3, held=0.98, trained=1.5), False),  # within its interval
-        (line(3, held=0.7, trained=1.0), False),  # both fall: a bad step, no hacking
-        (line(3, held=1.2, trained=1.5), False),
-        (line(3, held=float("nan"), trained=1.5), False),
-    ],
-)
-def test_hacking_is_a_held_out_reward_that_falls_while_a_trained_one_rises(now, is_hacking):
-    history = [line(0, 0.5, 1.0), line(1, 1.0, 1.2), line(2, 0.99, 1.3), now]
-    assert bool(hacking(history, ["trained"])) == is_hacking
-    assert hacking(history[:1], ["trained"]) is None
-
-
-def test_hacking_shows_also_without_a_held_out_reward():
-    """The trained reward falls on held-out prompts, and rises on those of the training."""
-    history = [line(1, 0, 1.0), line(2, 0, 0.5)]
-    for entry, reward in zip(history, (1.0, 2.0), strict=True):
-        del entry["rewards"]["held"]
-        entry["training_reward"] = reward
-    assert "the reward in training rose" in hacking(history, ["trained"])
 
 
 def test_pairwise_distance_is_between_pictures_of_one_group():

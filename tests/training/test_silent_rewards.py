@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftcli.training.validation import hacking, score
+from draftcli.metrics.hacking import training_warning
+from draftcli.training.validation import validation_score
 from tests.command import draftp, recipe
 from tests.ranks import train_in_ranks
 
@@ -90,8 +91,8 @@ def figures(tuned: float | None) -> dict[str, float | None]:
 
 def test_a_validation_is_scored_by_those_that_said_something():
     rewards = {"a": {"tuned": 2.0}, "b": {"tuned": math.nan}}
-    assert score({"rewards": rewards}, {"a": 0.5, "b": 1.0}, []) == 1.0
-    assert math.isnan(score({"rewards": rewards}, {"b": 1.0}, []))
+    assert validation_score({"rewards": rewards}, {"a": 0.5, "b": 1.0}, []) == 1.0
+    assert math.isnan(validation_score({"rewards": rewards}, {"b": 1.0}, []))
 
 
 def test_hacking_is_not_read_from_a_reward_that_said_nothing():
@@ -99,4 +100,4 @@ def test_hacking_is_not_read_from_a_reward_that_said_nothing():
         {"step": 0, "rewards": {"held_out": figures(1.0), "trained": figures(None)}},
         {"step": 5, "rewards": {"held_out": figures(0.5), "trained": figures(None)}},
     ]
-    assert hacking(history, ["trained"]) is None
+    assert training_warning(history, ["trained"]) is None
