@@ -33,6 +33,7 @@ from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, plan
 from draftcli.sampling.files import write_pictures
 from draftcli.sampling.job import progress_bar
+from draftcli.sampling.load import load_source
 from draftcli.sampling.source import DrawingSource, find_source
 
 DEFAULT_WEIGHTS = ("linear",)
@@ -225,7 +226,7 @@ def _draw(
     console: Console,
 ) -> list[Gallery]:
     """The columns of one run; the base is the first run's."""
-    model = source.load()
+    model = load_source(source)
     console.print(f"{source.name} on {model.runtime.reason}", highlight=False)
     kinds = [*(["base"] if is_first else []), "tuned", *request.weights]
     columns = [*map(Column.of, kinds), *map(Column.scaled, request.scales)]

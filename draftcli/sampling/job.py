@@ -19,6 +19,7 @@ from draftcli.runs import disk_errors
 from draftcli.sampling.draw import Column, plan
 from draftcli.sampling.embedded import FORMATS
 from draftcli.sampling.files import File, Written, write_pictures
+from draftcli.sampling.load import load_source
 from draftcli.sampling.page import write_page
 from draftcli.sampling.sheet import Cell, Heading, Row, spread, write_sheet, write_table
 from draftcli.sampling.source import DrawingSource
@@ -98,7 +99,7 @@ def run(job: Job, console: Console) -> DrawingResult:
         console.quiet = console.quiet or not ranks.is_main
         for line in warnings if ranks.is_main else ():
             Console(stderr=True).print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-        model = job.source.load()
+        model = load_source(job.source)
         console.print(f"{job.source.name} on {model.runtime.reason}", highlight=False, markup=False)
         pictures = plan(prompts, job.images, _seed(job), _size(job, model))
         share = -(-len(pictures) * len(columns) // ranks.size)

@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from draftcli.config import Config, load_config, without_effect
 from draftcli.errors import InputError
-from draftcli.runs import find_run, split_scale, unet_files, unfinished_note
+from draftcli.runs import find_run, split_scale, unfinished_note
 
-if TYPE_CHECKING:
-    from draftcli.core.draftp import SDXLDRaFTPModel
-
-# A run's settings that say how to train. They don't matter for drawing, and some don't go with other numbers of steps.
-# The base is drawn with as it is, not in 8 bits: as other programs will, that load the LoRA.
-NOT_FOR_DRAWING: dict[str, Any] = {"draftp": {}, "sharding": {}, "model.quantize": None}
+# Sections, and a setting, that say how to train: a model that draws does not look at them.
+TRAINING_ONLY = ("draftp.", "sharding.", "peft.", "optim.", "trainer.", "ema.", "logging.", "model.quantize")
 
 
 @dataclass(frozen=True)
@@ -46,24 +42,6 @@ class DrawingSource:
         """Whether there is anything beside the base."""
         return self.unet is not None or bool(self.loras)
 
-    def load(self) -> SDXLDRaFTPModel:
-        """The model: its base, and as tuned the run's UNet and all LoRAs together.
-
-        Raises:
-            InputError: model or LoRA cannot be loaded, or don't fit each other.
-        """
-        from draftcli.core.draftp import SDXLDRaFTPModel
-        from draftcli.core.lora.files import LORA_PARTS, read_lora, weight_shapes
-        from draftcli.core.models.loading import load_parts
-
-        parts = load_parts(self.cfg.model, trained_in_full=self.unet is not None)
-        shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in LORA_PARTS}
-        loras = [(read_lora(path, shapes), scale) for path, scale in self.loras]
-        model = SDXLDRaFTPModel(self.cfg, parts, loras)
-        if self.unet is not None:
-            _load_unet(model.unet, self.unet)
-        return model
-
 
 def find_source(
     run: str | None,
@@ -90,12 +68,16 @@ def find_source(
             f"--model {model} --lora {run}"
         )
     files = [parse_lora(text) for text in loras]
-    values = {**NOT_FOR_DRAWING, **(values or {})}
+    values, warnings = values or {}, _idle_overrides(overrides)
     if model is not None:
-        cfg = load_config(None, overrides, {"model.pretrained": model, "model.precision": _precision(), **values})
-        return DrawingSource(cfg, model, Path(), None, files, from_run=False, warnings=_without_effect(cfg))
+        cfg = load_config(
+            None, overrides, {"model.pretrained": model, "model.precision": _precision(), **values}, purpose="drawing"
+        )
+        return DrawingSource(
+            cfg, model, Path(), None, files, from_run=False, warnings=(*warnings, *without_effect(cfg, "drawing"))
+        )
     found, weights = find_run(run)
-    cfg = load_config(found.config, overrides, values)
+    cfg = load_config(found.config, overrides, values, purpose="drawing")
     note = unfinished_note(found, weights, run)
     in_full = cfg.peft.peft_scheme == "none"
     return DrawingSource(
@@ -105,7 +87,7 @@ def find_source(
         unet=weights / "unet" if in_full else None,
         loras=files if in_full else [(weights, 1.0), *files],
         from_run=True,
-        warnings=(*([note] if note else []), *_without_effect(cfg)),
+        warnings=(*([note] if note else []), *warnings, *without_effect(cfg, "drawing")),
     )
 
 
@@ -121,9 +103,10 @@ def parse_lora(text: str) -> tuple[Path, float]:
     return Path(name), scale
 
 
-def _without_effect(cfg: Config) -> tuple[str, ...]:
-    """Of the settings' warnings those that are about drawing."""
-    return tuple(without_effect(cfg, "drawing"))
+def _idle_overrides(overrides: Sequence[str]) -> list[str]:
+    """What is to be said of settings that were given and that have no part in drawing."""
+    keys = [text.partition("=")[0].strip() for text in overrides]
+    return [f"{key} has no effect on drawing: it says how to train" for key in keys if key.startswith(TRAINING_ONLY)]
 
 
 def _precision() -> str:
@@ -132,23 +115,3 @@ def _precision() -> str:
 
     fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     return "bf16" if fast else "fp32"
-
-
-def _load_unet(unet: Any, folder: Path) -> None:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    own = {n.replace(".base_layer.", "."): t for n, t in unet.state_dict().items() if ".lora_" not in n}
-    try:
-        stored = {n: t for shard in unet_files(folder) for n, t in load_file(shard).items()}
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder}: cannot be read, it may be damaged ({error})") from error
-    odd = sorted(own.keys() ^ stored.keys()) or sorted(n for n in own if own[n].shape != stored[n].shape)
-    if odd:
-        raise InputError(
-            f"{folder} does not fit the base: {len(odd)} tensors of the UNet differ, the first is {odd[0]}"
-        )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(stored[name])

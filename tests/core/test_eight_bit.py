@@ -21,6 +21,7 @@ from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.loading import model_path
 from draftcli.errors import InputError
 from draftcli.planning.memory import memory_plan
+from draftcli.sampling.load import load_source
 from draftcli.sampling.source import find_source
 from tests.command import draftp, recipe
 from tests.tiny import batch, tiny_model
@@ -219,8 +220,8 @@ def test_a_run_resumes_bit_for_bit_and_leaves_the_same_kind_of_lora(tiny_sdxl):
 @needs_it
 def test_pictures_of_a_run_are_drawn_with_the_base_as_it_is(tiny_sdxl):
     train(recipe(tiny_sdxl, model={"quantize": "8bit"}), "run", "--set", "trainer.max_steps=1")
-    assert not eight_bit_layers(find_source("run", None, []).load())
-    assert not eight_bit_layers(find_source("run", None, [], ["model.quantize=8bit"]).load())
+    assert not eight_bit_layers(load_source(find_source("run", None, [])))
+    assert not eight_bit_layers(load_source(find_source("run", None, [], ["model.quantize=8bit"])))
     drawn = draftp("sample", "run", "--prompt", "a red dog", "--output", "drawn")
     assert drawn.code == 0, drawn.err
 

@@ -20,6 +20,7 @@ from draftcli.prompts import Prompt
 from draftcli.sampling import files
 from draftcli.sampling.draw import plan
 from draftcli.sampling.embedded import read
+from draftcli.sampling.load import load_source
 from draftcli.sampling.sheet import to_pil
 from draftcli.sampling.source import find_source
 from tests.command import DRAWN, draftp
@@ -312,7 +313,7 @@ def either_run(request):
 def test_pictures_are_those_of_annealed_guidance_bit_for_bit(either_run, sampler):
     kinds = ["base", "linear", "reverse_power_2", "draft"]
     run("anneal", either_run, "--weight", ",".join(kinds), "--sampler", sampler, "--output", "out")
-    model = find_source(str(either_run), None, (), (), {"sampling.sampler": sampler}).load()
+    model = load_source(find_source(str(either_run), None, (), (), {"sampling.sampler": sampler}))
     batch = files_batch(DRAWN)
     for kind, name in zip(kinds, ["base", "linear", "reverse_power_2", "tuned"], strict=True):
         images = model.annealed_guidance(batch, model.initial_noise(batch), weighing(kind))
@@ -496,7 +497,7 @@ def test_every_format_holds_its_settings_and_is_reused(lora_run, suffix):
 
 def test_the_picture_api_is_what_the_commands_use(lora_run):
     """What evaluation builds on: model, columns and pictures -> files, in order; a LoRA's scale is a column too."""
-    model = find_source(str(lora_run), None, ()).load()
+    model = load_source(find_source(str(lora_run), None, ()))
     columns = [files.Column.of("base"), files.Column.of("tuned"), files.Column.scaled(0.0), files.Column.scaled(0.5)]
     written = files.write_pictures(model, columns, plan([Prompt(t) for t in DRAWN], 2, 7, (64, 64)), Path("out"))
     assert written.drawn == 24
