@@ -10,19 +10,18 @@ settings that differ little share most of their rehearsals.
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 
-from draftcli.config import Config, RewardConfig, check_config
+from draftcli.config import Config, RewardSource, check_config
 from draftcli.core.backward import Work, reward_slope
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
@@ -37,6 +36,12 @@ from draftcli.planning.live_bytes import PeakMeter
 from draftcli.planning.repeated_layers import RepeatedLayers, size_of, tensors
 from draftcli.planning.without_data import WithoutData
 from draftcli.training.optimizer import moment_bytes
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_Rewards = tuple[tuple[str, RewardSource], ...]  # a run's rewards by name, in an order that does not depend on the run
+
+_REMEMBERED: list[dict[Any, Any]] = []
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,8 @@ def weights_of(cfg: Config, folder: Path) -> Weights:
     found["vae decoder"] = size_of(tensors(parts.vae))
     for name, encoder in zip(("text encoder", "text encoder 2"), parts.text_encoders, strict=True):
         found[name] = size_of(tensors(encoder))
-    rewards, held_out = (
-        _rewards(_as_key(cfg.rewards)),
-        _rewards(_as_key(cfg.held_out_rewards if validates(cfg) else {})),
-    )
+    rewards = _rewards(_named(cfg.rewards))
+    held_out = _rewards(_named(cfg.held_out_rewards if validates(cfg) else {}))
     found["rewards"] = size_of(tensors(rewards))
     if held_out_size := size_of(tensors(held_out)):
         found["held-out rewards"] = held_out_size
@@ -107,8 +110,8 @@ def prefix_of(cfg: Config, folder: Path, images: int, with_lora: bool) -> dict[P
     """Bytes that come and go while prompts are encoded and while no gradient is needed, for `images` at a time."""
     draftp = _LAST_STEP
     sampling = {**_SHORT, **_guidance(cfg, range(cfg.sampling.steps))}
-    key = _key(cfg, images, draftp=draftp, sampling=sampling, sharding=_PLAIN, model={"vae_tile": None})
-    return _prefix(key, folder, with_lora)
+    settings = _relevant(cfg, images, draftp=draftp, sampling=sampling, sharding=_PLAIN, model={"vae_tile": None})
+    return _prefix(settings, folder, with_lora)
 
 
 def steps_of(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
@@ -120,13 +123,13 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
     """
     k, again = make_mode(cfg).longest, recomputes_steps(cfg)
     sampling = _guidance(cfg, range(cfg.sampling.steps - k, cfg.sampling.steps))
-    key = _key(cfg, images, sampling=sampling, model={"vae_tile": None} if cfg.sharding.two_stage else {})
-    rewards = "{}" if cfg.sharding.two_stage else _as_key(cfg.rewards)
+    settings = _relevant(cfg, images, sampling=sampling, model={"vae_tile": None} if cfg.sharding.two_stage else {})
+    rewards = _named({} if cfg.sharding.two_stage else cfg.rewards)
     if cfg.sharding.two_stage and again:
-        return _steps(key, folder, min(k, 2), rewards)
+        return _steps(settings, folder, min(k, 2), rewards)
     if k <= 3:
-        return _steps(key, folder, k, rewards)
-    two, three = (_steps(key, folder, count, rewards) for count in (2, 3))
+        return _steps(settings, folder, k, rewards)
+    two, three = (_steps(settings, folder, count, rewards) for count in (2, 3))
     return {name: size + (k - 3) * (size - two[name]) for name, size in three.items()}
 
 
@@ -137,9 +140,9 @@ def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) ->
     size = {} if training else {"height": cfg.sampling.height, "width": cfg.sampling.width}
     draftp = {**_LAST_STEP, "kl_coeff": 0.0}
     kept = {"activation_checkpointing": cfg.sharding.activation_checkpointing and training, "two_stage": True}
-    key = _key(cfg, images, draftp=draftp, sampling={**_SHORT, **size}, sharding={**_PLAIN, **kept})
+    settings = _relevant(cfg, images, draftp=draftp, sampling={**_SHORT, **size}, sharding={**_PLAIN, **kept})
     rewards = {**cfg.rewards, **({} if training else cfg.held_out_rewards)}
-    return _judging(key, folder, _as_key(rewards), training)
+    return _judging(settings, folder, _named(rewards), training)
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -149,8 +152,10 @@ _LAST_STEP: dict[str, Any] = {"truncation_steps": 1, "gradient": "last_k", "low_
 _SHORT: dict[str, Any] = {"steps": 2, "s_churn": 0.0}
 
 
-def _key(cfg: Config, images: int, **changes: dict[str, Any]) -> str:
-    """A cache key: the settings that a piece depends on, for `images` at a time; all others have one value."""
+def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
+    """The settings that a piece depends on, for `images` at a time; all others have one value, as it is remembered by
+    them.
+    """
     sections = cfg.model_dump(mode="json", include={"model", "draftp", "sampling", "peft", "sharding"})
     sections["model"] |= {"pretrained": "toy", "offload_text_encoders": False, "config": None, "vae": None}
     sections["model"] |= {"device": "cpu" if cfg.model.device == "cpu" else "auto", "variant": None}
@@ -166,7 +171,14 @@ def _key(cfg: Config, images: int, **changes: dict[str, Any]) -> str:
     sections["sampling"] |= {"height": height, "width": width, "sizes": [], "guidance_interval": [0.0, 1.0]}
     for section, values in changes.items():
         sections[section] |= values
-    return json.dumps(sections, sort_keys=True)
+    return check_config(sections)
+
+
+def _changed(cfg: Config, **changes: dict[str, Any]) -> Config:
+    sections = cfg.model_dump(mode="json")
+    for section, values in changes.items():
+        sections[section] |= values
+    return check_config(sections)
 
 
 def _guidance(cfg: Config, steps: range) -> dict[str, Any]:
@@ -178,8 +190,29 @@ def largest(cfg: Config) -> tuple[int, int]:
     return max(cfg.sampling.sizes or [(cfg.sampling.height, cfg.sampling.width)], key=lambda size: size[0] * size[1])
 
 
-def _as_key(settings: Any) -> str:
-    return json.dumps({name: setting.model_dump(mode="json") for name, setting in settings.items()}, sort_keys=True)
+def _named(rewards: Mapping[str, RewardSource]) -> _Rewards:
+    return tuple(sorted(rewards.items()))
+
+
+def _remembered(piece: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Cache what `piece` returns; as functools.cache, which a Config cannot be a key of, as it has lists in it."""
+    found: dict[tuple[Any, ...], _T] = {}
+    _REMEMBERED.append(found)
+
+    @wraps(piece)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        key = tuple(arg.model_dump_json() if isinstance(arg, Config) else arg for arg in (*args, *kwargs.items()))
+        if key not in found:
+            found[key] = piece(*args, **kwargs)
+        return found[key]
+
+    return call
+
+
+def forget() -> None:
+    """Drop every network and every rehearsal that is remembered."""
+    for found in _REMEMBERED:
+        found.clear()
 
 
 # --------------------------------------------------------------------------------------- networks, made once for all
@@ -187,26 +220,15 @@ def _as_key(settings: Any) -> str:
 
 def stand_ins(cfg: Config, folder: Path) -> Parts:
     """The networks of `cfg`, shortened and without data."""
-    key = _key(
-        cfg,
-        1,
-        draftp={
-            "truncation_steps": 1,
-            "gradient": "last_k",
-            "low_variance_samples": 0,
-            "kl_coeff": 0.0,
-            "log_kl": False,
-        },
-    )
-    sections = json.loads(key)
-    kept = {name: sections["sharding"][name] for name in ("strategy", "activation_checkpointing")}
-    model = {**sections["model"], "vae_tile": None}
-    return _stand_ins(json.dumps({"model": model, "peft": sections["peft"], "sharding": kept}), folder)
+    draftp = {**_LAST_STEP, "kl_coeff": 0.0, "log_kl": False}
+    settings = _relevant(cfg, 1, draftp=draftp, model={"vae_tile": None})
+    kept = settings.sharding.model_dump(include={"strategy", "activation_checkpointing"})
+    sections = settings.model_dump(mode="json", include={"model", "peft"})
+    return _stand_ins(check_config({**sections, "sharding": kept}), folder)
 
 
-@cache
-def _stand_ins(key: str, folder: Path) -> Parts:
-    cfg = check_config(json.loads(key))
+@_remembered
+def _stand_ins(cfg: Config, folder: Path) -> Parts:
     with _quiet():
         parts = blank_parts(folder, cfg)
     for network in parts.modules.values():
@@ -225,38 +247,29 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@cache
-def _rewards(key: str) -> BlankRewards:
+@_remembered
+def _rewards(rewards: _Rewards) -> BlankRewards:
     with _quiet():
-        return BlankRewards({name: RewardConfig(**setting) for name, setting in json.loads(key).items()})
+        return BlankRewards(dict(rewards))
 
 
 @contextmanager
 def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
     """The model of stand-ins; what it does is to be done inside `_counted`."""
     parts = stand_ins(cfg, folder)
-    data = cfg.model_dump(mode="json")
-    data["model"]["device"] = "cpu"
-    # The networks have this already, or `_counted` sees to it.
-    data["sharding"] |= {"activation_checkpointing": False, "strategy": "none", "attention": "auto"}
+    # The networks have these already, or `_counted` sees to them.
+    sharding = {"activation_checkpointing": False, "strategy": "none", "attention": "auto"}
     with _quiet():
         with WithoutData():
-            model = SDXLDRaFTPModel(check_config(data), parts)
+            model = SDXLDRaFTPModel(_changed(cfg, model={"device": "cpu"}, sharding=sharding), parts)
         yield model
-
-
-def forget() -> None:
-    """Drop every network and every rehearsal that is remembered."""
-    for remembered in (_stand_ins, _rewards, _prefix, _steps, _judging, _optimizer_step):
-        remembered.cache_clear()
 
 
 # ------------------------------------------------------------------------------------------------------- the pieces
 
 
-@cache
-def _prefix(key: str, folder: Path, with_lora: bool) -> dict[Phase, int]:
-    cfg = check_config(json.loads(key))
+@_remembered
+def _prefix(cfg: Config, folder: Path, with_lora: bool) -> dict[Phase, int]:
     with _model(cfg, folder) as model:
         batch = _batch(cfg)
         with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
@@ -266,12 +279,9 @@ def _prefix(key: str, folder: Path, with_lora: bool) -> dict[Phase, int]:
             return passing()
 
 
-@cache
-def _steps(key: str, folder: Path, k: int, rewards: str) -> dict[Phase, int]:
-    sections = json.loads(key)
-    sections["draftp"]["truncation_steps"] = k
-    sections["sampling"]["steps"] = k
-    cfg = check_config(sections)
+@_remembered
+def _steps(cfg: Config, folder: Path, k: int, rewards: _Rewards) -> dict[Phase, int]:
+    cfg = _changed(cfg, draftp={"truncation_steps": k}, sampling={"steps": k})
     with _model(cfg, folder) as model:
         if cfg.sharding.two_stage:
             model.networks.decode = lambda x_0: x_0[:, :3]
@@ -289,9 +299,8 @@ def _steps(key: str, folder: Path, k: int, rewards: str) -> dict[Phase, int]:
     return {name: size for name, size in found.items() if (name == Phase.ALL) != cfg.sharding.two_stage}
 
 
-@cache
-def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[Phase, int]:
-    cfg = check_config(json.loads(key))
+@_remembered
+def _judging(cfg: Config, folder: Path, rewards: _Rewards, training: bool) -> dict[Phase, int]:
     with _model(cfg, folder) as model:
         batch, reward = _batch(cfg), _rewards(rewards)
         model.reward_model, prompts = reward, list(batch.prompts)
@@ -305,7 +314,7 @@ def _judging(key: str, folder: Path, rewards: str, training: bool) -> dict[Phase
             return passing()
 
 
-@cache
+@_remembered
 def _optimizer_step(count: int, dtype: torch.dtype, on_gpu: bool) -> int:
     weight = nn.Parameter(torch.empty(count, dtype=dtype, device="meta"))
     weight.grad = torch.empty_like(weight)
