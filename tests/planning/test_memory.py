@@ -112,6 +112,28 @@ def test_validation_is_planned_at_its_own_size(tiny_sdxl):
     assert mixed[Phase.DECODE] < whole[Phase.DECODE]
 
 
+def test_a_plug_in_is_counted_where_it_has_a_blank(tiny_sdxl):
+    Path("plug_in_with_blank.py").write_text(
+        "import torch\n"
+        "class Reward(torch.nn.Linear):\n"
+        "    def forward(self, images, prompts):\n"
+        "        return super().forward(images.mean((2, 3))).sum(1)\n"
+        "    @classmethod\n"
+        "    def blank(cls):\n"
+        "        return cls(3, 1000, device='meta')\n"
+        "class Unknown(Reward):\n"
+        "    blank = None\n"
+    )
+
+    def plan(name):
+        return memory.memory_plan(tiny_config(tiny_sdxl, rewards={name: 1.0}), tiny_sdxl)
+
+    counted = plan("plug_in_with_blank:Reward")
+    assert (counted.resident["rewards"], counted.uncounted) == (4 * (3 * 1000 + 1000), ())
+    for name in ("plug_in_with_blank:Unknown", "elsewhere.installed:Reward"):
+        assert (plan(name).resident["rewards"], plan(name).uncounted) == (0, (name,))
+
+
 def test_steps_without_guidance_are_planned_at_half(tiny_sdxl):
     def phases(**sampling):
         return memory.memory_plan(
