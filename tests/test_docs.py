@@ -1,5 +1,6 @@
 """What the documents say is true: commands run, links lead somewhere, the pages made from code are up to date."""
 
+import ast
 import re
 import runpy
 import shlex
@@ -58,6 +59,47 @@ def test_documented_commands_are_understood(line):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+POINTERS = sorted(
+    {
+        (page.name, file, name)
+        for page in (ROOT / "docs").glob("*.md")
+        if page.name != "log.md"  # it tells what was
+        for file, names in re.findall(r"`((?:[\w-]+/)*\w+\.py)(?::\s+([^`]+))?`", page.read_text(encoding="utf-8"))
+        for name in re.split(r",\s+", names)
+    }
+)
+
+
+def defined(file: Path) -> set[str]:
+    """Functions, classes and constants of a module, and what its classes have, as `Class.name` and as `name`."""
+
+    def names(body: list[ast.stmt], owner: str = "") -> set[str]:
+        found = set()
+        for node in body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                found.add(owner + node.name)
+            elif isinstance(node, ast.Assign | ast.AnnAssign):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                found |= {owner + target.id for target in targets if isinstance(target, ast.Name)}
+            if isinstance(node, ast.ClassDef):
+                found |= names(node.body, f"{node.name}.") | names(node.body)
+        return found
+
+    return names(ast.parse(file.read_text(encoding="utf-8")).body)
+
+
+def test_there_are_pointers_to_check():
+    assert sum(bool(name) for _, _, name in POINTERS) >= 20
+
+
+@pytest.mark.parametrize(("page", "file", "name"), POINTERS)
+def test_pointers_into_the_code_are_right(page, file, name):
+    """`core/denoise.py: denoise` in a page: a file of the package, or from the root, and what it defines."""
+    path = next((folder / file for folder in (ROOT / "draftcli", ROOT) if (folder / file).is_file()), None)
+    assert path is not None, f"{page}: there is no {file}"
+    assert not name or name in defined(path), f"{page}: {file} defines no {name}"
 
 
 def test_cli_page_is_what_the_commands_say():
