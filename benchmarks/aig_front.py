@@ -13,14 +13,13 @@ learned reward's CLIP. Every point has a 95 % interval over prompts.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 
 KL = (0, 3, 6, 12, 30)
-WEIGHTS = "linear,power_2,power_4,step_0.3,step_0.6,cosine"
-SCALES = "0.25,0.5,0.75"
+WEIGHTS = ("linear", "power_2", "power_4", "step_0.3", "step_0.6", "cosine")
+SCALES = (0.25, 0.5, 0.75)
 
 
 def name(kl: float) -> str:
@@ -37,6 +36,10 @@ def train(folder: Path, steps: int) -> None:
 
 
 def evaluate(folder: Path, prompts: int, images: int, features: str) -> None:
+    from rich.console import Console
+
+    from draftcli.evaluation.evaluate import Request
+    from draftcli.evaluation.evaluate import evaluate as run_evaluation
     from draftcli.evaluation.plot import scatter
     from draftcli.evaluation.report import reward_points
     from draftcli.toy.world import COLOURS, SHAPES, Scene, caption
@@ -44,16 +47,24 @@ def evaluate(folder: Path, prompts: int, images: int, features: str) -> None:
     scenes = [caption(Scene(shape, colour)) for shape in SHAPES for colour in COLOURS]
     file = folder / "prompts.txt"
     file.write_text("\n".join(scenes[:: max(1, len(scenes) // prompts)][:prompts]) + "\n", encoding="utf-8")
-    shared = ("--prompts", file, "--num-images", images, "--features", features, "--output", folder / "eval")
     others = [folder / "pictures" / name(kl) for kl in KL[1:]]
     for run, pictures in zip(KL[1:], others, strict=True):  # as folders of pictures they are one column each
         _draftp("sample", folder / name(run), "--prompts", file, "--num-images", images, "--output", pictures)
-    _draftp("eval", folder / name(KL[0]), *others, "--weight", WEIGHTS, "--lora-scale", SCALES, *shared)
-    result = json.loads((folder / "eval" / "metrics.json").read_text(encoding="utf-8"))
-    for reward in (metric["label"] for metric in result["metrics"] if metric["group"] == "reward"):
+    request = Request(
+        names=[str(folder / name(KL[0])), *map(str, others)],
+        weights=WEIGHTS,
+        scales=SCALES,
+        prompts=str(file),
+        images=images,
+        features=features,
+        output=folder / "eval",
+    )
+    result = run_evaluation(request, Console())
+    assert result is not None  # one process, so this is the main one
+    for reward in result.comparison.rewards:
         path = folder / f"aig-front-{reward}.svg"
-        path.write_text(scatter(reward_points(result, reward), "diversity", reward), encoding="utf-8")
-        print(path, "front:", ", ".join(result["fronts"][reward]))
+        path.write_text(scatter(reward_points(result.comparison, reward), "diversity", reward), encoding="utf-8")
+        print(path, "front:", ", ".join(result.comparison.fronts[reward]))
 
 
 def _draftp(*arguments: object) -> None:

@@ -12,7 +12,7 @@ from draftcli.cli.sample import BatchSize, Debug, Override, Quiet, Seed
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from draftcli.evaluation.evaluate import Outcome
+    from draftcli.evaluation.evaluate import EvaluationResult
 
 
 def evaluate(
@@ -108,34 +108,34 @@ def evaluate(
         batch_size=batch_size,
         output=output,
     )
-    _print_outcome(run_evaluation(request, console), console)
+    result = run_evaluation(request, console)
+    if result is not None:  # None in all processes but the main one
+        _print_result(result, console)
 
 
 def _split(texts: list[str]) -> list[str]:
     return [part.strip() for text in texts for part in text.split(",")]
 
 
-def _print_outcome(outcome: Outcome, console: Console) -> None:
-    result = outcome.result
-    if not result:
-        return
+def _print_result(result: EvaluationResult, console: Console) -> None:
     from rich.table import Table
 
+    from draftcli.evaluation.figures import COSINE
     from draftcli.evaluation.report import cell
 
-    rewards = [metric for metric in result["metrics"] if metric["group"] == "reward"]
-    shown = [*rewards, *(metric for metric in result["metrics"] if metric["key"] == "cosine_diversity")]
+    comparison = result.comparison
+    shown = [*(metric for metric in comparison.metrics if metric.group == "reward"), COSINE]
     table = Table(box=None, pad_edge=False)
-    for label in ("", *(metric["label"] for metric in shown)):
+    for label in ("", *(metric.label for metric in shown)):
         table.add_column(label, justify="right" if label else "left")
-    for name, figures in result["figures"].items():
-        table.add_row(name, *(cell(figures[metric["key"]], metric["digits"]) for metric in shown))
+    for name, figures in comparison.figures.items():
+        table.add_row(name, *(cell(figures[metric], metric.digits) for metric in shown))
     console.print(table)
-    trained = ", ".join(result["trained"]) or "none of these"
-    console.print(f"trained on: {trained}; * differs from {result['base']} beyond its 95 % interval", highlight=False)
-    for warning in result["warnings"]:
+    trained = ", ".join(comparison.trained) or "none of these"
+    console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval", highlight=False)
+    for warning in comparison.warnings:
         console.print(f"look out: {warning}", highlight=False)
-    recommended = result["recommendation"]
-    console.print(f"recommended: {recommended['column'] or 'nothing'}; {recommended['why']}", highlight=False)
-    for what, path in outcome.written.items():
+    recommended = comparison.recommendation
+    console.print(f"recommended: {recommended.column or 'nothing'}; {recommended.why}", highlight=False)
+    for what, path in result.written.items():
         console.print(f"{what:<8} {path}", highlight=False, soft_wrap=True)

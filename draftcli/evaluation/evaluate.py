@@ -4,30 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
-from draftcli import __version__
 from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.errors import InputError
-from draftcli.evaluation.compare import FORMAT, VERSION, compare
+from draftcli.evaluation.compare import Comparison, compare
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
+from draftcli.evaluation.outputs import write_outputs
 from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries
-from draftcli.evaluation.report import write_outputs
+from draftcli.evaluation.report import About
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
 from draftcli.rewards import check_names
+from draftcli.rewards.catalogue import features_for
 from draftcli.rewards.registry import load_from
 from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, plan
@@ -51,7 +50,7 @@ class Request:
         images: pictures per prompt.
         seed: of a prompt's first picture; None: the first run's.
         rewards: judges beside those of the runs, all held out.
-        features: of diversity; None: `toy` in the toy world, else `clip`.
+        features: of diversity; None: those of a reward made for the first run's model, else `clip`.
         judge: reward of the Pareto front; None: the first held-out one.
         prefer: 1 wants the reward alone, 0 diversity alone.
         overrides: KEY=VALUE over the first run's settings.
@@ -74,16 +73,19 @@ class Request:
     output: Path | None = None
 
 
-@dataclass
-class Outcome:
-    """What came of it: the content of metrics.json, and files by what they are. Empty but in the main process."""
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The comparison, and the files that were written, by what they are."""
 
-    result: dict[str, Any] = field(default_factory=dict)
-    written: dict[str, Path] = field(default_factory=dict)
+    comparison: Comparison
+    written: dict[str, Path]
 
 
-def evaluate(request: Request, console: Console) -> Outcome:
+def evaluate(request: Request, console: Console) -> EvaluationResult | None:
     """Draw, measure, compare, write. What is there already is not done again.
+
+    Returns:
+        None in all processes but the main one.
 
     Raises:
         InputError: what was asked for does not exist or does not go together.
@@ -94,7 +96,7 @@ def evaluate(request: Request, console: Console) -> Outcome:
     sources, folders = _find(request)
     rewards, trained = _rewards(request, sources)
     judge = request.judge or next((r for r in rewards if r not in trained), next(iter(rewards)))
-    features = request.features or _default_features(sources)
+    features = request.features or features_for(sources[0].cfg.model.pretrained if sources else "")
     output = request.output or (sources[0].folder if sources else Path()) / "eval"
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
@@ -110,17 +112,11 @@ def evaluate(request: Request, console: Console) -> Outcome:
         galleries += elsewhere
         measured = _measure(galleries, items, judges, output / "measured", ranks, console)
         if not ranks.is_main:
-            return Outcome()
-        result = {
-            "format": FORMAT,
-            "version": VERSION,
-            "draftp": __version__,
-            "title": f"{labels[0]}: what the tuning bought and what it cost",
-            "settings": _settings(request, sources, items, judges, trained),
-            **compare(galleries, items, measured, trained, judge, request.prefer),
-            **_pictures(galleries, items, measured, output),
-        }
-        return Outcome(result, write_outputs(output, result, galleries, items, measured))
+            return None
+        comparison = compare(galleries, items, measured, trained, judge, request.prefer)
+        settings = _settings(request, sources, items, judges, trained)
+        about = About(f"{labels[0]}: what the tuning bought and what it cost", settings)
+        return EvaluationResult(comparison, write_outputs(output, comparison, about, items, measured))
 
 
 def parse_scales(texts: Sequence[str]) -> list[float]:
@@ -172,10 +168,6 @@ def _rewards(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[s
     if request.judge is not None and request.judge not in rewards:
         raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")
     return rewards, trained
-
-
-def _default_features(sources: Sequence[DrawingSource]) -> str:
-    return "toy" if sources and sources[0].cfg.model.pretrained == "toy" else "clip"
 
 
 def _load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[DrawingSource]) -> Judges:
@@ -294,14 +286,15 @@ def _measure(
 
 def _settings(
     request: Request, sources: Sequence[DrawingSource], items: Sequence[Item], judges: Judges, trained: Sequence[str]
-) -> dict[str, Any]:
+) -> dict[str, str | float]:
     """What a reader needs to do it again."""
     prompts = len({item.prompt for item in items})
     seeds = [item.seed for item in items]
-    settings: dict[str, Any] = {
+    prompts_from = request.prompts or (sources[0].cfg.data.validation_prompts if sources else "of the folders")
+    settings: dict[str, str | float] = {
         "features": judges.features.name,
         "k": NEIGHBOURS,
-        "prompts": request.prompts or (sources[0].cfg.data.validation_prompts if sources else "of the folders"),
+        "prompts": prompts_from if isinstance(prompts_from, str) else "the run's own list",
         "number_of_prompts": prompts,
         "pictures_per_prompt": len(items) // prompts,
         "seeds": f"{min(seeds)} to {max(seeds)}",
@@ -309,8 +302,6 @@ def _settings(
         "held_out": ", ".join(name for name in judges.rewards if name not in trained) or "none",
         "intervals": "95 %, percentile bootstrap over prompts, 10,000 resamples",
     }
-    if isinstance(settings["prompts"], list):
-        settings["prompts"] = "the run's own list"
     if sources:
         cfg = sources[0].cfg
         settings |= {
@@ -320,20 +311,4 @@ def _settings(
             "guidance": cfg.sampling.scale,
             "precision": cfg.model.precision,
         }
-    return settings | {"torch": torch.__version__}
-
-
-def _pictures(
-    galleries: Sequence[Gallery], items: Sequence[Item], measured: dict[str, Measured], output: Path
-) -> dict[str, Any]:
-    """Every picture with its scores, for those who want to compute something else."""
-    return {
-        "items": [{"prompt": item.prompt, "seed": item.seed} for item in items],
-        "pictures": {
-            gallery.name: {
-                "files": [Path(os.path.relpath(file, output)).as_posix() for file in gallery.files],
-                "scores": {name: scores.tolist() for name, scores in measured[gallery.name].scores.items()},
-            }
-            for gallery in galleries
-        },
-    }
+    return settings | {"torch": str(torch.__version__)}

@@ -23,6 +23,8 @@ class Entry:
         licence: of the weights as their authors state it; empty: not known.
         sees: the picture as the reward sees it.
         parameters: that stay in memory, in millions.
+        model: `model.pretrained` of the base whose pictures it was made for: its features measure their diversity;
+            empty: none in particular.
     """
 
     reference: str
@@ -31,6 +33,7 @@ class Entry:
     licence: str = ""
     sees: str = "every pixel"
     parameters: float = 0.0
+    model: str = ""
 
     @property
     def memory(self) -> str:
@@ -82,7 +85,7 @@ BUILT_IN: dict[str, Entry] = {
     "compressibility": Entry(f"{_ANALYTIC}:compressibility", "minus the estimated JPEG bits per pixel"),
     "toy": Entry(
         "draftcli.toy.reward:toy_reward", "the toy world's learned preference, imperfect",
-        "ships with draftp", "Apache-2.0", "64, centre crop", 0.0,
+        "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, model="toy",
     ),
     "toy_oracle": Entry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),
 }  # fmt: skip
@@ -92,6 +95,11 @@ def known_rewards() -> dict[str, str]:
     """Every reward that can be named, and where it is: built-in ones and entry points."""
     built_in = {name: entry.reference for name, entry in BUILT_IN.items()}
     return {**{point.name: point.value for point in entry_points(group=GROUP)}, **built_in}
+
+
+def features_for(model: str) -> str:
+    """The reward whose features measure the diversity of a base's pictures: one made for `model`, else `clip`."""
+    return next((name for name, entry in BUILT_IN.items() if entry.model and entry.model == model), "clip")
 
 
 def plug_ins() -> dict[str, str]:

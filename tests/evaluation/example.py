@@ -6,15 +6,16 @@ tuned gains the trained reward `toy` and loses the held-out `toy_oracle` and mos
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from draftcli.evaluation.compare import compare
+from draftcli.evaluation.compare import Comparison, compare
 from draftcli.evaluation.measure import Measured
+from draftcli.evaluation.outputs import write_outputs
 from draftcli.evaluation.pictures import Gallery, Item
+from draftcli.evaluation.report import About
 from draftcli.metrics.signs import SIGNS
 from draftcli.metrics.thumbnails import thumbnail
 
@@ -61,11 +62,15 @@ def make_example(folder: Path) -> tuple[list[Gallery], list[Item], dict[str, Mea
     return galleries, items, measured
 
 
-def example_result(galleries: list[Gallery], items: list[Item], measured: dict[str, Measured]) -> dict[str, Any]:
-    """What `draftp eval` would say about it."""
-    return {
-        "draftp": "0.0",
-        "title": f"What {NASTY} bought",
-        "settings": {"features": "toy, CLIP image embedding", "k": 5, "prompts": NASTY},
-        **compare(galleries, items, measured, ["toy"], "toy_oracle"),
-    }
+ABOUT = About(f"What {NASTY} bought", {"features": "toy, CLIP image embedding", "k": 5, "prompts": NASTY})
+
+
+def example_comparison(galleries: list[Gallery], items: list[Item], measured: dict[str, Measured]) -> Comparison:
+    """What `draftp eval` would conclude from it."""
+    return compare(galleries, items, measured, ["toy"], "toy_oracle")
+
+
+def write_example(folder: Path) -> dict[str, Path]:
+    """Write the report of the example to `folder`, as `draftp eval` does; the files by what they are."""
+    galleries, items, measured = make_example(folder / "pictures")
+    return write_outputs(folder, example_comparison(galleries, items, measured), ABOUT, items, measured)

@@ -4,8 +4,7 @@ import shutil
 
 import pytest
 
-from draftcli.evaluation.report import write_outputs
-from tests.evaluation.example import GALLERIES, NASTY, example_result, make_example
+from tests.evaluation.example import GALLERIES, NASTY, write_example
 
 pytestmark = pytest.mark.browser
 
@@ -15,8 +14,7 @@ DESK, PHONE = {"width": 1200, "height": 900}, {"width": 390, "height": 844}
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
-    example = make_example(folder / "pictures")
-    files = write_outputs(folder, example_result(*example), *example)
+    files = write_example(folder)
     shutil.rmtree(folder / "pictures")  # the page must not need them
     return files["report"].as_uri()
 

@@ -1,6 +1,5 @@
 """What is said about a comparison whose answer is known."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,8 +7,9 @@ import numpy as np
 import pytest
 
 from draftcli.evaluation.compare import compare, pareto_front, recommend, warnings
+from draftcli.evaluation.figures import COSINE, VENDI, Figure, Figures
 from draftcli.evaluation.measure import Measured
-from tests.evaluation.example import EACH, PROMPTS, example_result, make_example
+from tests.evaluation.example import EACH, PROMPTS, example_comparison, make_example
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def example(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def result(example):
-    return example_result(*example)
+    return example_comparison(*example)
 
 
 def test_pareto_front_by_hand():
@@ -28,20 +28,20 @@ def test_pareto_front_by_hand():
 
 
 def test_figures_are_paired_with_the_base(result):
-    figure = result["figures"]["tuned"]["reward/toy"]
-    assert figure["difference"] == pytest.approx(1, abs=0.02)
-    assert figure["difference_low"] < figure["difference"] < figure["difference_high"]
-    assert figure["difference_high"] - figure["difference_low"] < 0.05, "pairing takes out how hard prompts are"
-    assert figure["high"] - figure["low"] > 2 * (figure["difference_high"] - figure["difference_low"])
-    assert (figure["win_rate"], figure["n"]) == (1, len(PROMPTS) * EACH)
-    assert "difference" not in result["figures"]["base"]["reward/toy"]
+    figure = result.figures["tuned"].reward("toy")
+    assert figure.difference == pytest.approx(1, abs=0.02)
+    assert figure.difference_low < figure.difference < figure.difference_high
+    assert figure.difference_high - figure.difference_low < 0.05, "pairing takes out how hard prompts are"
+    assert figure.high - figure.low > 2 * (figure.difference_high - figure.difference_low)
+    assert (figure.win_rate, figure.n) == (1, len(PROMPTS) * EACH)
+    assert result.figures["base"].reward("toy").difference is None
 
 
 def test_front_recommendation_and_warnings(result):
-    assert result["fronts"]["toy_oracle"] == ["base", "linear", "power_2"]
-    assert "tuned" in result["fronts"]["toy"]
-    assert result["recommendation"]["column"] in ("linear", "power_2")
-    said = " ".join(result["warnings"])
+    assert result.fronts["toy_oracle"] == ["base", "linear", "power_2"]
+    assert "tuned" in result.fronts["toy"]
+    assert result.recommendation.column in ("linear", "power_2")
+    said = " ".join(result.warnings)
     assert "tuned: toy_oracle on these prompts fell by 0.09" in said
     assert "against base while toy, which was trained on, rose: this looks like reward hacking." in said
     assert said.count("reward hacking") == 1, "the other columns gain both or lose nothing surely"
@@ -50,11 +50,12 @@ def test_front_recommendation_and_warnings(result):
 
 
 def test_all_that_drifts_in_a_column_is_one_line(result):
-    figures = copy.deepcopy(result["figures"])
+    changed = dict(result.figures["tuned"].by_key)
     for sign, factor in (("saturation", 2), ("contrast", 0.5)):
-        value = figures["base"][sign]["value"]
-        sure = {"difference_low": (factor - 1) * value, "difference_high": (factor - 1) * value}
-        figures["tuned"][sign] |= {"value": factor * value, **sure}
+        value = result.figures["base"].by_key[sign].value
+        change = (factor - 1) * value
+        changed[sign] = Figure(factor * value, difference=change, difference_low=change, difference_high=change)
+    figures = {**result.figures, "tuned": Figures(changed)}
     said = [line for line in warnings(figures, "base", ["toy"], ["toy"], 50) if line.startswith("tuned: as a multiple")]
     assert len(said) == 1
     assert "saturation 2, contrast 0.5" in said[0]
@@ -62,20 +63,18 @@ def test_all_that_drifts_in_a_column_is_one_line(result):
 
 def test_the_preference_moves_the_recommendation(example):
     galleries, items, measured = example
-    chosen = [
-        compare(galleries, items, measured, ["toy"], "toy", prefer)["recommendation"]["column"] for prefer in (0, 1)
-    ]
+    chosen = [compare(galleries, items, measured, ["toy"], "toy", prefer).recommendation.column for prefer in (0, 1)]
     assert chosen == ["power_2", "tuned"]
 
 
 def test_where_nothing_gains_the_base_is_recommended():
     figures = {
-        name: {"reward/r": {"value": r, "difference": r - 1}, "cosine_diversity": {"value": d}}
+        name: Figures({"reward/r": Figure(r, difference=r - 1), COSINE.key: Figure(d)})
         for name, r, d in (("base", 1, 1), ("less", 0.9, 2))
     }
     got = recommend(figures, "base", "r", ["base", "less"], 0.5)
-    assert got["column"] is None
-    assert got["why"].startswith("keep base: no column raises r")
+    assert got.column is None
+    assert got.why.startswith("keep base: no column raises r")
 
 
 def test_too_few_pictures_are_said_instead_of_a_number(example):
@@ -83,32 +82,32 @@ def test_too_few_pictures_are_said_instead_of_a_number(example):
     few = {name: _first(m, 2 * EACH) for name, m in measured.items()}
     short = [replace(g, files=g.files[: 2 * EACH]) for g in galleries]
     got = compare(short, items[: 2 * EACH], few, ["toy"], "toy")
-    tuned = got["figures"]["tuned"]
-    assert tuned["recall"] == {"value": None, "why": "needs 50 pictures for k = 5, has 10"}
-    assert tuned["kid"]["value"] is None
-    assert tuned["fid"]["value"] is not None, "10 pictures have a covariance of 8 features"
-    assert got["warnings"][0].startswith("Only 2 prompts")
+    tuned = got.figures["tuned"].by_key
+    assert tuned["recall"] == Figure(why="needs 50 pictures for k = 5, has 10")
+    assert tuned["kid"].value is None
+    assert tuned["fid"].value is not None, "10 pictures have a covariance of 8 features"
+    assert got.warnings[0].startswith("Only 2 prompts")
     one_each = {name: _every(m, EACH) for name, m in measured.items()}
     alone = [replace(g, files=g.files[::EACH]) for g in galleries]
     got = compare(alone, items[::EACH], one_each, ["toy"], "toy")
-    assert got["figures"]["tuned"]["vendi"] == {"value": None, "why": "needs 2 pictures a prompt, has 1"}
-    assert "diversity was not measured" in got["recommendation"]["why"]
+    assert got.figures["tuned"][VENDI] == Figure(why="needs 2 pictures a prompt, has 1")
+    assert "diversity was not measured" in got.recommendation.why
 
 
 def test_a_reward_that_says_nothing_is_said(example):
     galleries, items, measured = example
     silent = {n: replace(m, scores={**m.scores, "mute": np.full(len(items), np.nan)}) for n, m in measured.items()}
     got = compare(galleries, items, silent, ["toy"], "toy")
-    assert got["figures"]["tuned"]["reward/mute"]["why"] == "nothing to say about these prompts"
-    assert got["fronts"]["mute"] == []
+    assert got.figures["tuned"].reward("mute").why == "nothing to say about these prompts"
+    assert got.fronts["mute"] == []
 
 
 def test_distances_see_what_was_lost(result):
-    tuned, linear = result["figures"]["tuned"], result["figures"]["linear"]
-    assert tuned["recall"]["value"] < linear["recall"]["value"] <= 1
+    base, tuned, linear = (result.figures[name].by_key for name in ("base", "tuned", "linear"))
+    assert tuned["recall"].value < linear["recall"].value <= 1
     for metric in ("spectral", "log_spectral", "fid"):
-        assert tuned[metric]["value"] > linear[metric]["value"], metric
-    assert result["figures"]["base"]["recall"]["value"] is None
+        assert tuned[metric].value > linear[metric].value, metric
+    assert base["recall"].value is None
 
 
 def _first(m: Measured, count: int) -> Measured:

@@ -9,6 +9,7 @@ from PIL import Image
 
 from draftcli.errors import InputError
 from draftcli.evaluation.features import load_features
+from draftcli.rewards.catalogue import features_for
 
 
 def test_dinov2_is_what_transformers_computes(tmp_path):
@@ -47,6 +48,11 @@ def test_the_toys_clip_gives_the_embedding_its_reward_uses():
         text = torch.nn.functional.normalize(reward.clip.text_projection(seen.pooler_output), dim=-1)
         expected = reward(images, prompts)
     assert torch.allclose(reward.clip.logit_scale.exp() * (embedding * text).sum(-1), expected, atol=1e-4)
+
+
+def test_features_go_with_the_model_that_a_reward_was_made_for():
+    assert features_for("toy") == "toy"
+    assert features_for("stabilityai/stable-diffusion-xl-base-1.0") == features_for("") == "clip"
 
 
 def test_a_module_of_ones_own_and_the_oracles_reading():

@@ -9,17 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from draftcli.evaluation.outputs import write_outputs
 from draftcli.evaluation.plot import Point, scatter
-from draftcli.evaluation.report import choose_items, write_outputs
-from tests.evaluation.example import EACH, GALLERIES, NASTY, PROMPTS, example_result, make_example
+from draftcli.evaluation.report import choose_items
+from tests.evaluation.example import ABOUT, EACH, GALLERIES, NASTY, PROMPTS, example_comparison, make_example
 
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     example = make_example(folder / "pictures")
-    result = example_result(*example)
-    return write_outputs(folder, result, *example), result, example
+    comparison = example_comparison(*example)
+    _, items, measured = example
+    return write_outputs(folder, comparison, ABOUT, items, measured), comparison, example
 
 
 class Tags(HTMLParser):
@@ -50,13 +52,39 @@ def test_metrics_json_is_complete_and_has_no_nan(written):
     assert data["settings"]["prompts"] == NASTY
 
 
+def test_metrics_json_keeps_its_layout(written):
+    """Version 1 of the format: scripts of users read these keys."""
+    data = json.loads(written[0]["metrics"].read_text(encoding="utf-8"))
+    assert list(data) == [
+        "format", "version", "draftp", "title", "settings", "columns", "base", "judge", "prefer", "trained", "metrics",
+        "figures", "fronts", "recommendation", "warnings", "items", "pictures",
+    ]  # fmt: skip
+    assert (data["format"], data["version"]) == ("draftp-eval", 1)
+    assert list(data["figures"]["tuned"]) == [
+        "reward/toy", "reward/toy_oracle", "cosine_diversity", "squared_diversity", "vendi", "pixel_diversity",
+        "recall", "precision", "density", "coverage", "spectral", "log_spectral", "fid", "kid", "saturation",
+        "contrast", "edge_density", "colour_entropy", "high_frequency_energy", "near_duplicates", "evaluations",
+        "seconds",
+    ]  # fmt: skip
+    of_base = ["value", "median", "low", "high", "n"]
+    against_base = ["difference", "difference_low", "difference_high", "win_rate", "win_low", "win_high"]
+    assert list(data["figures"]["base"]["reward/toy"]) == of_base
+    assert list(data["figures"]["tuned"]["reward/toy"]) == [*of_base, *against_base]
+    assert list(data["figures"]["base"]["fid"]) == ["value", "why"]
+    assert list(data["figures"]["tuned"]["kid"]) == ["value", "n"]
+    assert list(data["figures"]["tuned"]["seconds"]) == ["value"]
+    assert list(data["metrics"][0]) == ["key", "label", "group", "better", "digits", "about"]
+    assert list(data["columns"][0]) == ["name", "source", "evaluations", "seconds"]
+    assert list(data["recommendation"]) == ["column", "why"]
+
+
 def test_tables_hold_every_figure_and_every_picture(written):
-    files, result, (_, _, measured) = written
+    files, comparison, (_, _, measured) = written
     with files["table"].open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(GALLERIES) * len(result["metrics"])
+    assert len(rows) == len(GALLERIES) * len(comparison.metrics)
     row = next(r for r in rows if (r["column"], r["metric"]) == ("tuned", "reward/toy"))
-    assert float(row["difference"]) == result["figures"]["tuned"]["reward/toy"]["difference"]
+    assert float(row["difference"]) == comparison.figures["tuned"].reward("toy").difference
     with files["pictures"].open(encoding="utf-8", newline="") as file:
         pictures = list(csv.DictReader(file))
     assert len(pictures) == len(GALLERIES) * len(PROMPTS) * EACH
@@ -87,13 +115,13 @@ def test_plots_escape_names_and_give_every_point_a_label():
 
 
 def test_the_page_shows_worst_best_and_between(written):
-    _, result, (_, items, measured) = written
+    _, comparison, (_, items, measured) = written
     base, others = measured["base"].scores["toy_oracle"], [m for n, m in measured.items() if n != "base"]
     change = np.mean([m.scores["toy_oracle"] for m in others], axis=0) - base
-    chosen = choose_items(result, items, measured, room=12 * len(GALLERIES))
+    chosen = choose_items(comparison, items, measured, room=12 * len(GALLERIES))
     assert len(chosen) == 12
     assert set(np.argsort(change)[:4]) | set(np.argsort(change)[-4:]) <= set(chosen)
-    assert choose_items(result, items, measured) == list(range(len(items)))
+    assert choose_items(comparison, items, measured) == list(range(len(items)))
 
 
 def test_large_pictures_are_made_smaller(tmp_path: Path):
@@ -102,9 +130,9 @@ def test_large_pictures_are_made_smaller(tmp_path: Path):
 
     from PIL import Image
 
-    from draftcli.evaluation.report import EDGE, _embedded
+    from draftcli.evaluation.report import EMBEDDED_EDGE, embedded
 
     Image.new("RGB", (1344, 768), "red").save(tmp_path / "wide.png")
-    uri = _embedded(tmp_path / "wide.png")
+    uri = embedded(tmp_path / "wide.png")
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
-        assert picture.size == (EDGE, round(EDGE * 768 / 1344))
+        assert picture.size == (EMBEDDED_EDGE, round(EMBEDDED_EDGE * 768 / 1344))
