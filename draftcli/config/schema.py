@@ -98,8 +98,8 @@ class DraftpConfig(Section):
     """K: the last K sampler steps carry gradient."""
     kl_coeff: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the KL penalty to the frozen base. It acts on guided noise: its strength moves with sampling.scale."""
-    kl_kind: Literal["eps"] = "eps"
-    """eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
+    kl_kind: str = "eps"
+    """Penalty. eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
     log_kl: bool = True
     """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
     gradient: str | dict[str, Any] = "last_k"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from draftcli.config import DraftpConfig
 from draftcli.core.schedule import Level
+from draftcli.errors import InputError
 
 
 class Penalty(Protocol):
@@ -79,7 +80,15 @@ PENALTIES = {"eps": EpsPenalty}
 
 
 def make_penalty(settings: DraftpConfig) -> Penalty:
-    """The penalty that `draftp.kl_kind` and `draftp.kl_coeff` name."""
+    """The penalty that `draftp.kl_kind` and `draftp.kl_coeff` name.
+
+    Raises:
+        InputError: there is no such kind.
+    """
+    if settings.kl_kind not in PENALTIES:
+        raise InputError(
+            f"draftp.kl_kind {settings.kl_kind!r}: there is no such penalty; there is {', '.join(PENALTIES)}"
+        )
     return PENALTIES[settings.kl_kind](settings.kl_coeff, settings.log_kl)
 
 

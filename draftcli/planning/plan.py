@@ -18,6 +18,7 @@ from draftcli.core.models.family import drop_vae_encoder, find_family
 from draftcli.core.models.loading import model_path
 from draftcli.core.models.meta import PARTS
 from draftcli.core.models.sdxl import SDXL_CONFIG
+from draftcli.core.penalty import make_penalty
 from draftcli.planning.blank_networks import shortened_modules
 from draftcli.planning.repeated_layers import tensors
 
@@ -57,6 +58,7 @@ def make_plan(cfg: Config) -> Plan:
         InputError: peft.target_modules fits nothing in the UNet, or the sampler cannot train.
     """
     make_mode(cfg)
+    make_penalty(cfg.draftp)
     folder = configuration_folder(cfg)
     modules = shortened_modules(folder, cfg.peft.target_modules)
     drop_vae_encoder(modules["vae"])

@@ -18,6 +18,7 @@ from draftcli.core.engine import sharding
 from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks
 from draftcli.core.gradient.mode import make_mode
+from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn
 from draftcli.metrics.hacking import training_warning
@@ -190,6 +191,7 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Itera
     with ExitStack() as stack:
         with ranks.all_or_none():
             make_mode(cfg)
+            make_penalty(cfg.draftp)
             check_installed(cfg)
             check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
             prompts = read_prompt_sets(cfg)

@@ -8,6 +8,7 @@ import torch
 from draftcli.config import DraftpConfig
 from draftcli.core.penalty import PENALTIES, Penalty, make_penalty
 from draftcli.core.schedule import make_schedule
+from draftcli.errors import InputError
 
 every_kind = pytest.mark.parametrize("kind", PENALTIES)
 LEVELS = [make_schedule(5).level(i) for i in (2, 3, 4)]
@@ -55,6 +56,11 @@ def test_its_state_comes_back_from_a_checkpoint(kind):
     for penalty in (one, two):
         penalty.end_step(0.3)
     assert one.beta == two.beta >= 0
+
+
+def test_a_penalty_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match=r"draftp.kl_kind 'none': there is no such penalty; there is eps"):
+        penalty_of("none")
 
 
 @every_kind
