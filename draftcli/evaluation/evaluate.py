@@ -17,7 +17,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.errors import InputError
-from draftcli.evaluation.compare import Comparison, compare
+from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
@@ -39,7 +39,7 @@ DEFAULT_WEIGHTS = ("linear",)
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be compared, and by whom.
+    """What is to be compared, and by which judges.
 
     Attributes:
         names: runs, checkpoints of runs and folders of pictures; empty: the newest run. The first is the base's.
@@ -76,7 +76,7 @@ class Request:
 class EvaluationResult:
     """The comparison, and the files that were written, by what they are."""
 
-    comparison: Comparison
+    comparison: ColumnComparison
     written: dict[str, Path]
 
 
@@ -87,11 +87,11 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         None in all processes but the main one.
 
     Raises:
-        InputError: what was asked for does not exist or does not go together.
+        InputError: what was asked for does not exist or cannot be combined.
         DraftpError: the disk refuses.
     """
     for kind in request.weights:
-        Column.of(kind)  # a wrong one is said before anything is loaded
+        Column.of(kind)  # a wrong one is refused before anything is loaded
     sources, folders = _find(request)
     rewards, trained = _rewards(request, sources)
     judge = request.judge or next((r for r in rewards if r not in trained), next(iter(rewards)))
@@ -122,7 +122,7 @@ def parse_scales(texts: Sequence[str]) -> list[float]:
     """Scales of a LoRA, as on the command line.
 
     Raises:
-        InputError: one is no number.
+        InputError: one is not a number.
     """
     try:
         scales = [float(text) for text in texts]
@@ -259,7 +259,7 @@ def _draw_column(
 
 
 def _seconds(path: Path) -> dict[str, float]:
-    """Seconds a picture, by its hash; what is no number is forgotten."""
+    """Seconds a picture, by its hash; what is not a number is dropped."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -286,7 +286,7 @@ def _measure(
 def _settings(
     request: Request, sources: Sequence[Source], items: Sequence[Item], judges: Judges, trained: Sequence[str]
 ) -> dict[str, str | float]:
-    """What a reader needs to do it again."""
+    """What a reader needs to repeat it."""
     prompts = len({item.prompt for item in items})
     seeds = [item.seed for item in items]
     prompts_from = request.prompts or (sources[0].cfg.data.validation_prompts if sources else "of the folders")

@@ -24,7 +24,7 @@ from draftcli.core.models.meta import modules_on_meta
 from draftcli.core.precision import DTYPES
 from draftcli.planning.live_bytes import LiveBytes
 from draftcli.rewards.aesthetic import AestheticReward, scoring_head
-from draftcli.rewards.catalogue import BUILT_IN
+from draftcli.rewards.catalogue import BUILT_IN_REWARDS
 from draftcli.rewards.clip import CLIPReward
 from draftcli.rewards.imagereward import TEXT_LENGTH, ImageReward
 from draftcli.rewards.pixels import Preprocess
@@ -369,7 +369,7 @@ class StandInReward(nn.Module):
         if name in _NETWORKS:
             shorten(network := _NETWORKS[name](name))
             return stays(network)
-        if name in BUILT_IN and not BUILT_IN[name].parameters:  # none or few, that ship with draftp
+        if name in BUILT_IN_REWARDS and not BUILT_IN_REWARDS[name].parameters:  # none or few, that ship with draftp
             reward = load_reward(name)
             return stays(reward.to("meta")) if isinstance(reward, nn.Module) else reward
         self.uncounted.append(name)

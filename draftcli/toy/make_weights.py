@@ -23,7 +23,7 @@ import transformers
 
 from draftcli.toy import oracle
 from draftcli.toy.train_reward import train_reward
-from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw, open_pipeline, train_sdxl
+from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw_pictures, open_pipeline, train_sdxl
 from draftcli.toy.train_vae import train_vae
 from draftcli.toy.world import caption, held_out_scenes
 
@@ -56,15 +56,15 @@ def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
 def measure_base(model: Path, seed: int, count: int) -> dict[str, Any]:
     """How well the base follows held-out captions, by the oracle: all attributes right, each one, the mean score."""
     prompts = ([caption(scene) for scene in held_out_scenes()] * 2)[:count]
-    pictures = draw(open_pipeline(model), prompts, seed)
+    pictures = draw_pictures(open_pipeline(model), prompts, seed)
     means = oracle.attributes(pictures, prompts).mean(0).tolist()
     return {
         "captions": count,
         "sampler_steps": SAMPLER_STEPS,
         "guidance": GUIDANCE,
         "all_right": float(oracle.correct(pictures, prompts).float().mean()),
-        "oracle_score": float(oracle.score(pictures, prompts).mean()),
-        "attributes": dict(zip(oracle.ATTRIBUTES, means, strict=True)),
+        "oracle_score": float(oracle.oracle_score(pictures, prompts).mean()),
+        "attributes": dict(zip(oracle.CRITERIA, means, strict=True)),
     }
 
 

@@ -21,7 +21,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from draftcli.errors import InputError
 from draftcli.rewards import load_reward
-from draftcli.rewards.catalogue import BUILT_IN
+from draftcli.rewards.catalogue import BUILT_IN_REWARDS
 from draftcli.rewards.pixels import Preprocess
 from tests.rewards.references import (
     MEAN,
@@ -349,4 +349,4 @@ def test_the_catalogue_counts_parameters_right() -> None:
             "aesthetic_v2_5": count(siglip, scoring_head(1152)),
             "imagereward": count(blip, bert, scoring_head(768)),
         }
-    assert {name: BUILT_IN[name].parameters for name in counted} == counted
+    assert {name: BUILT_IN_REWARDS[name].parameters for name in counted} == counted
