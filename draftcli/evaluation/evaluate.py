@@ -99,7 +99,7 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
     output = request.output or (sources[0].folder if sources else Path()) / "eval"
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
-        judges = _load_judges(rewards, features, sources)
+        judges = load_judges(rewards, features, sources)
         pictures = _plan(request, sources)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_index(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
@@ -169,7 +169,12 @@ def _rewards(request: Request, sources: Sequence[Source]) -> tuple[dict[str, Rew
     return rewards, trained
 
 
-def _load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[Source]) -> Judges:
+def load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[Source]) -> Judges:
+    """Every reward with its settings, and the features, on the device of the first run.
+
+    Raises:
+        InputError: one is unknown, or its weights cannot be loaded.
+    """
     device = choose_runtime(sources[0].cfg.model.device if sources else "auto", "fp32").device
     loaded = {name: load_from(name, setting) for name, setting in rewards.items()}
     for reward in loaded.values():
@@ -250,7 +255,7 @@ def _draw_column(
     )
     elapsed = time.perf_counter() - began
     path, key = folder / "seconds.json", written.files[0].key
-    known = _seconds(path)
+    known = read_seconds(path)
     if written.drawn and ranks.is_main:
         known[key] = elapsed / written.drawn
         with disk_errors(path):
@@ -258,7 +263,7 @@ def _draw_column(
     return known.get(key), tuple(file.path for file in written.files)
 
 
-def _seconds(path: Path) -> dict[str, float]:
+def read_seconds(path: Path) -> dict[str, float]:
     """Seconds a picture, by its hash; what is not a number is dropped."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))

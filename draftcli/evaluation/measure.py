@@ -106,7 +106,7 @@ def measure(
     work = [(column, part) for column in columns for part in _parts(items)]
     for column, part in work[rank::processes]:
         path = cache / f"{_key(who, column, items, part)}.npz"
-        if _kept(path) is None:
+        if read_chunk(path) is None:
             arrays = _look([read_picture(file) for file in column.files[part]], items[part], judges)
             aside = path.with_suffix(f".{rank}.partial")
             with disk_errors(path), aside.open("wb") as file:
@@ -121,7 +121,7 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
     parts = []
     for part in _parts(items):
         path = cache / f"{_key(who, column, items, part)}.npz"
-        kept = _kept(path)
+        kept = read_chunk(path)
         if kept is None:
             raise DraftpError(f"{path} is damaged or gone; the same command again measures it anew")
         parts.append(kept)
@@ -134,7 +134,7 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
     )
 
 
-def _kept(path: Path) -> dict[str, np.ndarray] | None:
+def read_chunk(path: Path) -> dict[str, np.ndarray] | None:
     """A chunk's arrays; None where they are not there, or not whole."""
     try:
         # Opened here, as numpy leaves a damaged one open.
