@@ -39,7 +39,7 @@ def measure(model: SDXLDRaFTPModel, kind: str, images: int) -> dict[str, float]:
         "learned reward": float(load_reward("toy")(drawn, prompts).mean()),
         "oracle": float(oracle.weigh(table).mean()),
         "all right": float(oracle.correct(drawn, prompts).float().mean()),
-        **dict(zip(oracle.ATTRIBUTES, table.nanmean(0).tolist(), strict=True)),
+        **dict(zip(oracle.CRITERIA, table.nanmean(0).tolist(), strict=True)),
     }
 
 

@@ -22,12 +22,12 @@ def list_rewards(
 
     `draftp rewards list --quiet`
     """
-    from draftcli.rewards.catalogue import BUILT_IN, known_rewards, plug_ins
+    from draftcli.rewards.catalogue import BUILT_IN_REWARDS, known_rewards, plug_ins
 
     if quiet:
         typer.echo("\n".join(known_rewards()))
         return
-    for name, entry in BUILT_IN.items():
+    for name, entry in BUILT_IN_REWARDS.items():
         typer.echo(f"{name:<16}{entry.measures}")
         facts = [f"sees {entry.sees}"]
         if entry.weights:

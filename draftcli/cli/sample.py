@@ -30,7 +30,7 @@ Loras = Annotated[
     typer.Option("--lora", metavar="PATH[=SCALE]", help="Add a LoRA in diffusers, peft or kohya form. Repeatable."),
 ]
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw. Repeatable.")]
-PromptFile = Annotated[
+PromptFileOption = Annotated[
     str | None,
     typer.Option(
         "--prompts", metavar="FILE", help=".txt or .jsonl, or a built-in set.  [default: the run's validation prompts]"
@@ -54,13 +54,13 @@ Steps = Annotated[int | None, typer.Option(metavar="N", help="Sampler steps.  [d
 Scale = Annotated[
     float | None, typer.Option(metavar="X", help="Classifier-free guidance; 1 is none.  [default: the run's, or 5]")
 ]
-Sampler = Annotated[
+SamplerOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="euler, heun, ddim or dpmpp_2m.  [default: the run's, or euler]")
 ]
-Schedule = Annotated[
+ScheduleOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="trailing or leading.  [default: the run's, or trailing]")
 ]
-Precision = Annotated[
+PrecisionOption = Annotated[
     str | None,
     typer.Option(
         "--precision",
@@ -90,7 +90,7 @@ class DrawingOptions:
     model: Model = None
     lora: Loras = None
     prompt: Prompts = None
-    prompts: PromptFile = None
+    prompts: PromptFileOption = None
     negative_prompt: Negative = None
     seed: Seed = None
     num_images: Images = 1
@@ -99,9 +99,9 @@ class DrawingOptions:
     width: Width = None
     steps: Steps = None
     scale: Scale = None
-    sampler: Sampler = None
-    schedule: Schedule = None
-    precision: Precision = None
+    sampler: SamplerOption = None
+    schedule: ScheduleOption = None
+    precision: PrecisionOption = None
     batch_size: BatchSize = None
     format_: Format = "png"
     override: Override = None

@@ -30,7 +30,7 @@ class Recommendation:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ColumnComparison:
     """Columns beside each other, with what follows from their figures.
 
     Attributes:
@@ -91,7 +91,7 @@ def compare(
     trained: Sequence[str],
     judge: str,
     prefer: float = 0.5,
-) -> Comparison:
+) -> ColumnComparison:
     """Compare `columns`, the first of which is the base.
 
     Args:
@@ -110,7 +110,7 @@ def compare(
         c.name: column_figures(c, measured[c.name], None if c.name == base else measured[base], groups) for c in columns
     }
     fronts = {reward: _front(figures, reward) for reward in rewards}
-    return Comparison(
+    return ColumnComparison(
         columns=columns,
         rewards=rewards,
         judge=judge,

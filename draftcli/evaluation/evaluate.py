@@ -17,7 +17,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.errors import InputError
-from draftcli.evaluation.compare import Comparison, compare
+from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
@@ -40,7 +40,7 @@ DEFAULT_WEIGHTS = ("linear",)
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be compared, and by whom.
+    """What is to be compared, and by which judges.
 
     Attributes:
         names: runs, checkpoints of runs and folders of pictures; empty: the newest run. The first is the base's.
@@ -77,7 +77,7 @@ class Request:
 class EvaluationResult:
     """The comparison, and the files that were written, by what they are."""
 
-    comparison: Comparison
+    comparison: ColumnComparison
     written: dict[str, Path]
 
 
@@ -88,11 +88,11 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         None in all processes but the main one.
 
     Raises:
-        InputError: what was asked for does not exist or does not go together.
+        InputError: what was asked for does not exist or cannot be combined.
         DraftpError: the disk refuses.
     """
     for kind in request.weights:
-        Column.of(kind)  # a wrong one is said before anything is loaded
+        Column.of(kind)  # a wrong one is refused before anything is loaded
     sources, folders = _find(request)
     rewards, trained = _rewards(request, sources)
     judge = request.judge or next((r for r in rewards if r not in trained), next(iter(rewards)))
@@ -100,7 +100,7 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
     output = request.output or (sources[0].folder if sources else Path()) / "eval"
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
-        judges = _load_judges(rewards, features, sources)
+        judges = load_judges(rewards, features, sources)
         pictures = _plan(request, sources)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
@@ -123,7 +123,7 @@ def parse_scales(texts: Sequence[str]) -> list[float]:
     """Scales of a LoRA, as on the command line.
 
     Raises:
-        InputError: one is no number.
+        InputError: one is not a number.
     """
     try:
         scales = [float(text) for text in texts]
@@ -170,7 +170,12 @@ def _rewards(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[s
     return rewards, trained
 
 
-def _load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[DrawingSource]) -> Judges:
+def load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[DrawingSource]) -> Judges:
+    """Every reward with its settings, and the features, on the device of the first run.
+
+    Raises:
+        InputError: one is unknown, or its weights cannot be loaded.
+    """
     device = choose_runtime(sources[0].cfg.model.device if sources else "auto", "fp32").device
     loaded = {name: load_from(name, setting) for name, setting in rewards.items()}
     for reward in loaded.values():
@@ -251,7 +256,7 @@ def _draw_column(
     )
     elapsed = time.perf_counter() - began
     path, key = folder / "seconds.json", written.files[0].key
-    known = _seconds(path)
+    known = read_seconds(path)
     if written.drawn and ranks.is_main:
         known[key] = elapsed / written.drawn
         with disk_errors(path):
@@ -259,8 +264,8 @@ def _draw_column(
     return known.get(key), tuple(file.path for file in written.files)
 
 
-def _seconds(path: Path) -> dict[str, float]:
-    """Seconds a picture, by its hash; what is no number is forgotten."""
+def read_seconds(path: Path) -> dict[str, float]:
+    """Seconds a picture, by its hash; what is not a number is dropped."""
     try:
         known = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -287,7 +292,7 @@ def _measure(
 def _settings(
     request: Request, sources: Sequence[DrawingSource], items: Sequence[Item], judges: Judges, trained: Sequence[str]
 ) -> dict[str, str | float]:
-    """What a reader needs to do it again."""
+    """What a reader needs to repeat it."""
     prompts = len({item.prompt for item in items})
     seeds = [item.seed for item in items]
     prompts_from = request.prompts or (sources[0].cfg.data.validation_prompts if sources else "of the folders")

@@ -2,8 +2,8 @@
 
 Any CLIP among the rewards lends its vision tower (`toy`, `clip`, `pickscore`, ...); `dinov2` is Meta's, trained without
 texts (Oquab et al. 2024); `package.module:object` is your own, a factory of a torch module that turns pictures
-(B, 3, H, W) in [0, 1] into features (B, d). Which it was belongs to every figure made from it: numbers of two
-extractors don't compare.
+(B, 3, H, W) in [0, 1] into features (B, d). A figure is only comparable with figures from
+the same extractor.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def load_features(name: str) -> Features:
     kind, _, pretrained = name.partition("=")
     if kind == "dinov2":
         return _dinov2(pretrained or DINOV2)
-    reward: Any = load_reward(kind, pretrained or None)  # the same door, so a module of one's own comes in by it too
+    reward: Any = load_reward(kind, pretrained or None)  # finds `package.module:object` as well
     if ":" in kind and isinstance(reward, nn.Module) and not isinstance(reward, CLIPReward):
         return Features(name, reward, reward)
     if not isinstance(reward, CLIPReward):

@@ -1,6 +1,6 @@
 """Every judge looks at every picture once. What was measured is kept by content, so an interrupted evaluation goes on.
 
-The unit of work is a chunk: CHUNK neighbouring pictures of one column. A chunk is always computed in the same company,
+The unit of work is a chunk: CHUNK neighbouring pictures of one column. A chunk is always computed in the same batches,
 so several processes that share the chunks get what one process gets, bit for bit.
 """
 
@@ -27,7 +27,7 @@ from draftcli.rewards import Reward
 from draftcli.runs import disk_errors
 
 CHUNK = 8
-VERSION = "1"  # of what a chunk holds: another one is measured anew
+CHUNK_VERSION = "1"  # of what a chunk holds: another one is measured anew
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Judges:
         rewards: by name.
         features: of diversity.
         device: where pictures are put.
-        settings: of the rewards, as text: what neither their code nor their weights tell.
+        settings: of the rewards, as text: what is neither in their code nor in their weights.
     """
 
     rewards: Mapping[str, Reward]
@@ -49,7 +49,7 @@ class Judges:
     @cached_property
     def fingerprint(self) -> str:
         """Changes where a judge's code, weights or settings do."""
-        digest = hashlib.sha256("\n".join((VERSION, *self.settings)).encode())
+        digest = hashlib.sha256("\n".join((CHUNK_VERSION, *self.settings)).encode())
         for name, judge in [*self.rewards.items(), (self.features.name, self.features.network)]:
             source = inspect.getsourcefile(type(judge))
             digest.update(f"{name} {type(judge).__qualname__}".encode())
@@ -62,13 +62,13 @@ class Judges:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the judges say about the n pictures of a column.
+    """What the judges measured on the n pictures of a column.
 
     Attributes:
         scores: by reward, (n,).
-        signs: by sign of `evaluation.signs`, (n,).
+        signs: by sign of `metrics.signs`, (n,).
         features: (n, d).
-        thumbnails: (n, t), from `sampling.diversity.thumbnail`.
+        thumbnails: (n, t), from `metrics.thumbnails.thumbnail`.
     """
 
     scores: dict[str, np.ndarray]
@@ -93,7 +93,7 @@ def measure(
         judges: who looks.
         cache: a folder, made where it is missing.
         share: (rank, number of processes).
-        advance: told how many pictures were just done.
+        advance: called with how many pictures were just done.
 
     Raises:
         InputError: a file is no picture; a reward gave not one score a picture.
@@ -106,7 +106,7 @@ def measure(
     work = [(column, part) for column in columns for part in _parts(items)]
     for column, part in work[rank::processes]:
         path = cache / f"{_key(who, column, items, part)}.npz"
-        if _kept(path) is None:
+        if read_chunk(path) is None:
             arrays = _look([read_picture(file) for file in column.files[part]], items[part], judges)
             aside = path.with_suffix(f".{rank}.partial")
             with disk_errors(path), aside.open("wb") as file:
@@ -121,7 +121,7 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
     parts = []
     for part in _parts(items):
         path = cache / f"{_key(who, column, items, part)}.npz"
-        kept = _kept(path)
+        kept = read_chunk(path)
         if kept is None:
             raise DraftpError(f"{path} is damaged or gone; the same command again measures it anew")
         parts.append(kept)
@@ -134,7 +134,7 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
     )
 
 
-def _kept(path: Path) -> dict[str, np.ndarray] | None:
+def read_chunk(path: Path) -> dict[str, np.ndarray] | None:
     """A chunk's arrays; None where they are not there, or not whole."""
     try:
         # Opened here, as numpy leaves a damaged one open.
@@ -156,9 +156,9 @@ def _key(who: str, column: Gallery, items: Sequence[Item], part: slice) -> str:
 
 
 def _look(pictures: Sequence[np.ndarray], items: Sequence[Item], judges: Judges) -> dict[str, np.ndarray]:
-    """Arrays by name; the pictures of a chunk go together where they are of one size."""
-    together = len({picture.shape for picture in pictures}) == 1
-    batches = [slice(0, len(items))] if together else [slice(i, i + 1) for i in range(len(items))]
+    """Arrays by name; the pictures of a chunk are one batch where they have one size."""
+    alike = len({picture.shape for picture in pictures}) == 1
+    batches = [slice(0, len(items))] if alike else [slice(i, i + 1) for i in range(len(items))]
     found: dict[str, list[np.ndarray]] = {}
     for batch in batches:
         pixels = np.stack(pictures[batch])

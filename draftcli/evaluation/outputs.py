@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcli import __version__
-from draftcli.evaluation.compare import Comparison
+from draftcli.evaluation.compare import ColumnComparison
 from draftcli.evaluation.figures import Figure
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Item
@@ -24,7 +24,7 @@ FORMAT, VERSION = "draftp-eval", 1
 
 
 def write_outputs(
-    folder: Path, comparison: Comparison, about: About, items: Sequence[Item], measured: Mapping[str, Measured]
+    folder: Path, comparison: ColumnComparison, about: About, items: Sequence[Item], measured: Mapping[str, Measured]
 ) -> dict[str, Path]:
     """Write everything to `folder`, each file aside and renamed.
 
@@ -56,7 +56,7 @@ def write_outputs(
 
 
 def _everything(
-    folder: Path, comparison: Comparison, about: About, items: Sequence[Item], measured: Mapping[str, Measured]
+    folder: Path, comparison: ColumnComparison, about: About, items: Sequence[Item], measured: Mapping[str, Measured]
 ) -> dict[str, Any]:
     """metrics.json: figures and conclusions, and every picture's scores for those who want to compute more."""
     return {
@@ -77,7 +77,7 @@ def _everything(
     }
 
 
-def _table(comparison: Comparison) -> str:
+def _table(comparison: ColumnComparison) -> str:
     """One line a column and metric."""
     names = [field.name for field in fields(Figure)]
     rows = [
@@ -88,7 +88,7 @@ def _table(comparison: Comparison) -> str:
     return _csv([["column", "metric", *names], *rows])
 
 
-def _pictures(comparison: Comparison, items: Sequence[Item], measured: Mapping[str, Measured]) -> str:
+def _pictures(comparison: ColumnComparison, items: Sequence[Item], measured: Mapping[str, Measured]) -> str:
     """One line a picture: its scores and signs."""
     first = measured[comparison.base]
     head = ["column", "prompt", "seed", "file", *first.scores, *first.signs]

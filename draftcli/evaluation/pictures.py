@@ -31,7 +31,7 @@ class Gallery:
         name: short and unique, as the report shows it.
         files: file i shows item i.
         source: where they come from, for people.
-        evaluations: UNet evaluations a picture took; None where nobody knows.
+        evaluations: UNet evaluations a picture took; None where it is unknown.
         seconds: seconds a picture took; likewise.
     """
 
@@ -75,7 +75,7 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def _is_text(text: str) -> bool:
-    """Not so where half a character, or the end of a C string, is in it: no file has such a name."""
+    """False where half a character, or the end of a C string, is in it: no file has such a name."""
     try:
         return "\0" not in text.encode().decode()
     except UnicodeEncodeError:
@@ -83,7 +83,7 @@ def _is_text(text: str) -> bool:
 
 
 def items_of(entries: Sequence[dict[str, Any]]) -> list[Item]:
-    """The items of an index, those of a prompt together, prompts in the order they come, seeds ascending."""
+    """The items of an index, those of a prompt next to each other, prompts in the order they come, seeds ascending."""
     order = {prompt: i for i, prompt in enumerate(dict.fromkeys(entry["prompt"] for entry in entries))}
     found = {Item(entry["prompt"], entry["seed"]) for entry in entries}
     return sorted(found, key=lambda item: (order[item.prompt], item.seed))
@@ -93,7 +93,7 @@ def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None)
     """The pictures of a folder made elsewhere, one for each of `items`.
 
     Raises:
-        InputError: a picture is missing, or lies outside the folder.
+        InputError: a picture is missing, or is outside the folder.
     """
     files: dict[Item, Path] = {}
     for entry in read_entries(folder):
@@ -112,7 +112,7 @@ def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None)
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """(3, H, W) float32 in [0, 1]; whatever is transparent lies on white.
+    """(3, H, W) float32 in [0, 1]; transparent parts become white.
 
     Raises:
         InputError: not a picture.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 540, 390
-LEFT, RIGHT, TOP, BOTTOM = 62, 14, 14, 50
+_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 50  # margins, in pixels
 CHARACTER, LINE = 7.0, 16  # of a label, in pixels
 
 STYLE = """
@@ -38,8 +38,8 @@ class Point:
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
     """Points with intervals and names, the Pareto front as a dashed line. An `<svg>` element that stands alone."""
-    x_axis = _Axis([v for p in points for v in p.x], LEFT, WIDTH - RIGHT)
-    y_axis = _Axis([v for p in points for v in p.y], HEIGHT - BOTTOM, TOP)
+    x_axis = _Axis([v for p in points for v in p.x], _LEFT, WIDTH - _RIGHT)
+    y_axis = _Axis([v for p in points for v in p.y], HEIGHT - _BOTTOM, _TOP)
     label = f"{escape(y_label)} against {escape(x_label)}"
     parts = [
         f'<svg class="plot" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" ',
@@ -47,16 +47,17 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
     ]
     for value in x_axis.ticks:
         at = x_axis(value)
-        parts.append(f'<path class="grid" d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{x_axis.text(value)}</text>')
+        parts.append(f'<path class="grid" d="M{at:.1f} {_TOP}V{HEIGHT - _BOTTOM}"/>')
+        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{x_axis.text(value)}</text>')
     for value in y_axis.ticks:
         at = y_axis(value)
-        parts.append(f'<path class="grid" d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y_axis.text(value)}</text>')
+        parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{WIDTH - _RIGHT}"/>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y_axis.text(value)}</text>')
     parts.append(
-        f'<text class="axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">'
+        f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">'
         f"{escape(x_label)}</text>"
-        f'<text class="axis" transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" text-anchor="middle">'
+        f'<text class="axis" transform="translate(14 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)" '
+        'text-anchor="middle">'
         f"{escape(y_label)}</text>"
     )
     front = sorted((p for p in points if p.on_front), key=lambda p: p.x[0])
@@ -130,7 +131,7 @@ def _place(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[
 
         def cost(spot: tuple[float, float], wide: float = wide) -> float:
             box = (spot[0], spot[1] - LINE + 3, spot[0] + wide, spot[1] + 3)
-            outside = max(0.0, LEFT - box[0]) + max(0.0, box[2] - WIDTH + 4) + max(0.0, TOP - 8 - box[1])
+            outside = max(0.0, _LEFT - box[0]) + max(0.0, box[2] - WIDTH + 4) + max(0.0, _TOP - 8 - box[1])
             return sum(_overlap(box, other) for other in taken) + 50 * outside
 
         left, baseline = min(spots, key=cost)

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from draftcli import __version__
-from draftcli.evaluation.compare import Comparison
+from draftcli.evaluation.compare import ColumnComparison
 from draftcli.evaluation.figures import Figure, Figures, Metric
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Item
@@ -58,7 +58,9 @@ class About:
     settings: Mapping[str, str | float]
 
 
-def render_page(comparison: Comparison, about: About, items: Sequence[Item], measured: Mapping[str, Measured]) -> str:
+def render_page(
+    comparison: ColumnComparison, about: About, items: Sequence[Item], measured: Mapping[str, Measured]
+) -> str:
     """report.html as text."""
     script = (PAGE / "page.js").read_text(encoding="utf-8")
     environment = jinja2.Environment(
@@ -85,7 +87,7 @@ def render_page(comparison: Comparison, about: About, items: Sequence[Item], mea
 
 
 def choose_items(
-    comparison: Comparison, items: Sequence[Item], measured: Mapping[str, Measured], room: int = EMBEDDED
+    comparison: ColumnComparison, items: Sequence[Item], measured: Mapping[str, Measured], room: int = EMBEDDED
 ) -> list[int]:
     """Which items the page shows: a third where the judge fell most against the base, a third where it rose most, and
     a third spread between; all of them where there is room. In the order of `items`.
@@ -111,7 +113,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _plots(comparison: Comparison) -> list[dict[str, Any]]:
+def _plots(comparison: ColumnComparison) -> list[dict[str, Any]]:
     """One a reward, the judge's first."""
     plots = []
     for reward in sorted(comparison.rewards, key=lambda reward: reward != comparison.judge):
@@ -122,7 +124,7 @@ def _plots(comparison: Comparison) -> list[dict[str, Any]]:
     return plots
 
 
-def reward_points(comparison: Comparison, reward: str) -> list[Point]:
+def reward_points(comparison: ColumnComparison, reward: str) -> list[Point]:
     """The columns that have both a reward and a diversity, as points of a plot."""
     points = []
     for name, figures in comparison.figures.items():
@@ -155,7 +157,7 @@ def _with_interval(figure: Figure) -> tuple[float, float, float] | None:
     return figure.value, shift + figure.difference_low, shift + figure.difference_high
 
 
-def _groups(comparison: Comparison, about: About) -> list[dict[str, Any]]:
+def _groups(comparison: ColumnComparison, about: About) -> list[dict[str, Any]]:
     """The tables: one a group of metrics, a row a column."""
     groups = []
     for key, (title, text) in GROUPS.items():
@@ -171,7 +173,7 @@ def _groups(comparison: Comparison, about: About) -> list[dict[str, Any]]:
     return groups
 
 
-def _head(metric: Metric, comparison: Comparison) -> dict[str, Any]:
+def _head(metric: Metric, comparison: ColumnComparison) -> dict[str, Any]:
     """The head of a table's column."""
     trained = tag = None
     if metric.group == "reward":
@@ -225,7 +227,7 @@ def cell(figure: Figure, digits: int) -> str:
 
 
 def _page_data(
-    comparison: Comparison,
+    comparison: ColumnComparison,
     items: Sequence[Item],
     measured: Mapping[str, Measured],
     chosen: Sequence[int],

@@ -97,7 +97,7 @@ def spectral_distance(reference: np.ndarray, samples: np.ndarray) -> float:
 
 
 def log_spectral_distance(reference: np.ndarray, samples: np.ndarray) -> float:
-    """The same on log10(eigenvalue + 1e-10), which hears the small directions too."""
+    """The same on log10(eigenvalue + 1e-10), which weighs the small directions too."""
     logs = [np.log10(_spectrum(features).clip(min=0) + 1e-10) for features in (reference, samples)]
     return float(np.linalg.norm(logs[0] - logs[1]))
 

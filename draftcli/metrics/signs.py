@@ -12,14 +12,17 @@ import numpy as np
 from scipy.ndimage import correlate1d
 from scipy.stats import entropy
 
-LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709, on the pixel values as they are
-EDGE = 0.1  # change of luma per pixel that counts as an edge
+REC709_LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709, on the pixel values as they are
+EDGE_SLOPE = 0.1  # change of luma per pixel that counts as an edge
 LEVELS = 8  # a channel, for the entropy of colours
 DUPLICATE = 0.05  # root mean squared difference of thumbnails below which two pictures look alike
 
 
-def saturation(images: np.ndarray) -> np.ndarray:
-    """Mean HSV saturation (n,), in [0, 1]: (max - min) / max of the channels, 0 on black."""
+def hsv_saturation(images: np.ndarray) -> np.ndarray:
+    """Mean HSV saturation (n,), in [0, 1]: (max - min) / max of the channels, 0 on black.
+
+    The reward `saturation` is another measure, max - min, in which dark pixels count for little.
+    """
     top, bottom = images.max(1), images.min(1)
     return np.divide(top - bottom, top, out=np.zeros_like(top), where=top > 0).mean((1, 2))
 
@@ -33,7 +36,7 @@ def edge_density(images: np.ndarray) -> np.ndarray:
     """Share of pixels (n,) where luma changes by more than 0.1 a pixel (Sobel). Falls where backgrounds vanish."""
     luma = _luma(images)
     down, right = (correlate1d(correlate1d(luma, [-1, 0, 1], axis=a), [1, 2, 1], axis=3 - a) for a in (1, 2))
-    return (np.hypot(down, right) / 8 > EDGE).mean((1, 2))  # a slope of 1 a pixel gives Sobel 8
+    return (np.hypot(down, right) / 8 > EDGE_SLOPE).mean((1, 2))  # a slope of 1 a pixel gives Sobel 8
 
 
 def colour_entropy(images: np.ndarray) -> np.ndarray:
@@ -59,7 +62,7 @@ def near_duplicates(small: np.ndarray, groups: np.ndarray, threshold: float = DU
     """Whether a picture looks like one of another prompt, (n,) 0 or 1: mode collapse over prompts.
 
     Args:
-        small: (n, t) thumbnails, from `sampling.diversity.thumbnail`.
+        small: (n, t) thumbnails, from `metrics.thumbnails.thumbnail`.
         groups: (n,) the number of each picture's prompt.
         threshold: root mean squared difference below which two look alike.
     """
@@ -72,11 +75,11 @@ def near_duplicates(small: np.ndarray, groups: np.ndarray, threshold: float = DU
 
 
 def _luma(images: np.ndarray) -> np.ndarray:
-    return np.einsum("nchw,c->nhw", images, LUMA)
+    return np.einsum("nchw,c->nhw", images, REC709_LUMA)
 
 
 SIGNS = {
-    "saturation": saturation,
+    "saturation": hsv_saturation,
     "contrast": contrast,
     "edge_density": edge_density,
     "colour_entropy": colour_entropy,

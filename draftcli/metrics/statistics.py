@@ -41,22 +41,22 @@ def estimate(values: Values, groups: Sequence[int] | np.ndarray | None = None) -
 
     Args:
         values: (n,)
-        groups: (n,) whole numbers, such as the number of each value's prompt; None: every value is one of its own.
+        groups: (n,) whole numbers, such as the number of each value's prompt; None: every value is a group of its own.
     """
     values = np.asarray(values, float)
-    said = ~np.isnan(values)
-    if not said.any():
+    valid = ~np.isnan(values)
+    if not valid.any():
         nan = float("nan")
         return Estimate(nan, nan, nan, nan, 0)
-    means = _group_means(values[said], None if groups is None else np.asarray(groups)[said])
-    return Estimate(float(means.mean()), float(np.median(values[said])), *_interval(means), int(said.sum()))
+    means = _group_means(values[valid], None if groups is None else np.asarray(groups)[valid])
+    return Estimate(float(means.mean()), float(np.median(values[valid])), *_interval(means), int(valid.sum()))
 
 
 def paired(base: Values, tuned: Values, groups: Sequence[int] | np.ndarray | None = None) -> dict[str, float]:
     """Means of two paired samples (n,), their difference, and its paired bootstrap 95 % interval (10,000 resamples).
 
-    Pairs with a NaN (a reward that has nothing to say) are left out; with fewer than two pairs (or groups) the interval
-    is NaN.
+    Pairs with a NaN (a reward without a score for that prompt) are left out; with fewer than two pairs (or groups) the
+    interval is NaN.
 
     Args:
         base: (n,)
@@ -83,8 +83,8 @@ def win_rate(base: Values, tuned: Values, groups: Sequence[int] | np.ndarray | N
 
 def _pairs(base: Values, tuned: Values, groups: Values | None) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     base, tuned = np.asarray(base, float), np.asarray(tuned, float)
-    said = ~np.isnan(base + tuned)
-    return base[said], tuned[said], None if groups is None else np.asarray(groups)[said]
+    valid = ~np.isnan(base + tuned)
+    return base[valid], tuned[valid], None if groups is None else np.asarray(groups)[valid]
 
 
 def _mean(values: np.ndarray, groups: np.ndarray | None) -> float:

@@ -22,7 +22,7 @@ from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
 from draftcli.planning.repeated_layers import shorten
 from draftcli.rewards.blank import BlankTokenizer
-from draftcli.rewards.catalogue import BUILT_IN
+from draftcli.rewards.catalogue import BUILT_IN_REWARDS
 from draftcli.rewards.registry import blank_reward, load_reward
 from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
 
@@ -119,7 +119,7 @@ class BlankRewards(nn.Module):
         return torch.stack([score.to(images.dtype) for score in scores]).sum(0)
 
     def _made(self, name: str) -> Any:
-        if name in BUILT_IN and not BUILT_IN[name].parameters:  # none or few, and they ship with draftp
+        if name in BUILT_IN_REWARDS and not BUILT_IN_REWARDS[name].parameters:  # none or few, and they ship with draftp
             reward = load_reward(name)
             return stays(reward.to("meta")) if isinstance(reward, nn.Module) else reward
         with suppress(InputError):  # a plug-in may be installed elsewhere only

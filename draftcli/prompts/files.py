@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from draftcli.errors import DraftpError, InputError
-from draftcli.prompts.prompt import SEEDS, Prompt, PromptSequence, groups
+from draftcli.prompts.prompt import SEEDS, Prompt, PromptSequence, rows_by_label
 
 _KEYS = ("prompt", "negative_prompt", "seed", "size")
 _LONGEST = 2**20  # bytes of one prompt; more is another kind of file
@@ -72,7 +72,7 @@ class PromptFile(PromptSequence):
     @cached_property
     def by_size(self) -> list[np.ndarray]:
         """See `PromptSequence`."""
-        return groups(self._sizes)
+        return rows_by_label(self._sizes)
 
     def _read(self, index: int) -> Prompt:
         start, length = int(self._starts[index]), int(self.lengths[index])

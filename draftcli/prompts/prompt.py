@@ -91,7 +91,7 @@ class PromptSequence(Sequence[Prompt]):
         """The indices of the prompts of each size that occurs; first those without a size of their own."""
         numbers: dict[tuple[int, int] | None, int] = {None: 0}
         labels = np.array([numbers.setdefault(prompt.size, len(numbers)) for prompt in self], dtype=int)
-        return groups(labels)
+        return rows_by_label(labels)
 
 
 class PromptList(PromptSequence):
@@ -107,7 +107,7 @@ class PromptList(PromptSequence):
         return self._prompts[index]
 
 
-def groups(labels: np.ndarray) -> list[np.ndarray]:
+def rows_by_label(labels: np.ndarray) -> list[np.ndarray]:
     """The indices of each label, 0 first; of labels (n,), whole numbers from 0."""
     return [np.flatnonzero(labels == label) for label in np.unique(labels)]
 

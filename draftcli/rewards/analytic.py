@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LUMA = (0.299, 0.587, 0.114)  # JPEG's (ITU-R BT.601)
+BT601_LUMA = (0.299, 0.587, 0.114)  # JPEG's (ITU-R BT.601)
 # The example tables of the JPEG standard (ITU-T T.81, annex K), which everyone's encoder scales by its quality.
 LUMA_TABLE = (
     (16, 11, 10, 16, 24, 40, 51, 61), (12, 12, 14, 19, 26, 58, 60, 55), (14, 13, 16, 24, 40, 57, 69, 56),
@@ -45,7 +45,11 @@ def brightness() -> Analytic:
 
 
 def saturation() -> Analytic:
-    """Mean over the pixels of largest minus smallest channel, in [0, 1]; 0 is grey, where it has no gradient."""
+    """Mean over the pixels of largest minus smallest channel, in [0, 1]; 0 is grey, where it has no gradient.
+
+    Not HSV's saturation (`metrics.signs.hsv_saturation`), whose division by the largest channel has no bounded gradient
+    near black.
+    """
     return Analytic("saturation", lambda images: (images.amax(1) - images.amin(1)).mean((1, 2)))
 
 
@@ -91,4 +95,4 @@ def _block_bits(planes: Tensor, table: tuple[tuple[int, ...], ...], factor: floa
 
 
 def _luma(images: Tensor) -> Tensor:
-    return torch.einsum("bchw,c->bhw", images, images.new_tensor(LUMA))
+    return torch.einsum("bchw,c->bhw", images, images.new_tensor(BT601_LUMA))

@@ -1,4 +1,4 @@
-"""The built-in rewards: where each is found, and what people want to know before they choose one.
+"""The built-in rewards: where each is found, and what to know before choosing one.
 
 Nothing heavy is imported here. Parameters are what stays in memory, counted; a test counts them again. Weights are kept
 in float32.
@@ -13,7 +13,7 @@ GROUP = "draftp.rewards"
 
 
 @dataclass(frozen=True)
-class Entry:
+class RewardEntry:
     """One built-in reward.
 
     Attributes:
@@ -37,7 +37,7 @@ class Entry:
 
     @property
     def memory(self) -> str:
-        """Of its weights in float32, as people say it."""
+        """Of its weights in float32, for people."""
         size = self.parameters * 4e6
         return "-" if not size else f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
@@ -46,63 +46,63 @@ _CLIP = "draftcli.rewards.clip"
 _AESTHETIC = "draftcli.rewards.aesthetic"
 _ANALYTIC = "draftcli.rewards.analytic"
 
-BUILT_IN: dict[str, Entry] = {
-    "pickscore": Entry(
+BUILT_IN_REWARDS: dict[str, RewardEntry] = {
+    "pickscore": RewardEntry(
         f"{_CLIP}:pickscore", "which picture people prefer for a prompt (Pick-a-Pic)",
         "yuvalkirstain/PickScore_v1", "", "224, centre crop", 986.1,
     ),
-    "hpsv2": Entry(
+    "hpsv2": RewardEntry(
         f"{_CLIP}:hpsv2", "which picture people prefer for a prompt (HPD v2)",
         "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1,
     ),
-    "hpsv2_1": Entry(
+    "hpsv2_1": RewardEntry(
         f"{_CLIP}:hpsv2_1", "the same, version 2.1, trained on better data",
         "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1,
     ),
-    "imagereward": Entry(
+    "imagereward": RewardEntry(
         "draftcli.rewards.imagereward:imagereward", "how well a picture fits its prompt and pleases",
         "THUDM/ImageReward", "Apache-2.0", "224, centre crop", 446.2,
     ),
-    "aesthetic": Entry(
+    "aesthetic": RewardEntry(
         f"{_AESTHETIC}:aesthetic", "beauty, 1 to 10, whatever the prompt (LAION, v2)",
         "christophschuhmann/improved-aesthetic-predictor", "Apache-2.0", "224, centre crop", 304.9,
     ),
-    "aesthetic_v1": Entry(
+    "aesthetic_v1": RewardEntry(
         f"{_AESTHETIC}:aesthetic_v1", "the same, version 1, linear",
         "LAION-AI/aesthetic-predictor", "MIT", "224, centre crop", 304.0,
     ),
-    "aesthetic_v2_5": Entry(
+    "aesthetic_v2_5": RewardEntry(
         f"{_AESTHETIC}:aesthetic_v2_5", "beauty, 1 to 10, by SigLIP; 5.5 and more is good",
         "discus0434/aesthetic-predictor-v2-5", "AGPL-3.0", "384, squashed", 429.5,
     ),
-    "clip": Entry(
+    "clip": RewardEntry(
         f"{_CLIP}:clip_score", "how well a picture fits its prompt: cosine by any CLIP",
         "openai/clip-vit-large-patch14", "MIT", "224, centre crop", 427.6,
     ),
-    "brightness": Entry(f"{_ANALYTIC}:brightness", "mean luma, 0 to 1"),
-    "saturation": Entry(f"{_ANALYTIC}:saturation", "mean of largest minus smallest channel, 0 to 1"),
-    "symmetry": Entry(f"{_ANALYTIC}:symmetry", "likeness to the mirror image, at most 0"),
-    "compressibility": Entry(f"{_ANALYTIC}:compressibility", "minus the estimated JPEG bits per pixel"),
-    "toy": Entry(
+    "brightness": RewardEntry(f"{_ANALYTIC}:brightness", "mean luma, 0 to 1"),
+    "saturation": RewardEntry(f"{_ANALYTIC}:saturation", "mean of largest minus smallest channel, 0 to 1"),
+    "symmetry": RewardEntry(f"{_ANALYTIC}:symmetry", "likeness to the mirror image, at most 0"),
+    "compressibility": RewardEntry(f"{_ANALYTIC}:compressibility", "minus the estimated JPEG bits per pixel"),
+    "toy": RewardEntry(
         "draftcli.toy.reward:toy_reward", "the toy world's learned preference, imperfect",
         "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, model="toy",
     ),
-    "toy_oracle": Entry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),
+    "toy_oracle": RewardEntry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),
 }  # fmt: skip
 
 
 def known_rewards() -> dict[str, str]:
     """Every reward that can be named, and where it is: built-in ones and entry points."""
-    built_in = {name: entry.reference for name, entry in BUILT_IN.items()}
+    built_in = {name: entry.reference for name, entry in BUILT_IN_REWARDS.items()}
     return {**{point.name: point.value for point in entry_points(group=GROUP)}, **built_in}
 
 
 def features_for(model: str) -> str:
     """The reward whose features measure the diversity of a base's pictures: one made for `model`, else `clip`."""
-    return next((name for name, entry in BUILT_IN.items() if entry.model and entry.model == model), "clip")
+    return next((name for name, entry in BUILT_IN_REWARDS.items() if entry.model and entry.model == model), "clip")
 
 
 def plug_ins() -> dict[str, str]:
     """Rewards of other packages by name, and the package that brings each."""
     found = {point.name: point.dist.name if point.dist else "?" for point in entry_points(group=GROUP)}
-    return {name: package for name, package in sorted(found.items()) if name not in BUILT_IN}
+    return {name: package for name, package in sorted(found.items()) if name not in BUILT_IN_REWARDS}

@@ -1,4 +1,4 @@
-"""Looking at a reward before hours are spent on it: range, determinism, gradient, batch independence, memory."""
+"""Checks of a reward before hours are spent on it: range, determinism, gradient, batch independence, memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from draftcli.rewards.protocol import Reward
 
-# Within the toy world's grammar, so that its oracle has something to say.
+# Within the toy world's grammar, so that its oracle can score them.
 PROMPTS = [
     "a large red circle in the centre of a white background",
     "a small blue square in the centre of a black background",
@@ -21,7 +21,7 @@ SLOPES = 0.05  # relative; a gradient against finite differences, of a network i
 
 
 @dataclass(frozen=True)
-class Finding:
+class RewardFinding:
     """One thing looked at.
 
     Attributes:
@@ -45,7 +45,7 @@ class Verdict:
         judges: nothing speaks against evaluating with it.
     """
 
-    findings: list[Finding]
+    findings: list[RewardFinding]
     trains: bool
     judges: bool
 
@@ -73,49 +73,53 @@ def check_reward(reward: Reward, size: tuple[int, int] = (256, 192)) -> Verdict:
     judges = all(f.good is not False for f in findings)
     trains = judges and bool(getattr(reward, "differentiable", True))
     if not getattr(reward, "differentiable", True):
-        findings.append(Finding("gradient", None, "none, the reward says so itself: differentiable = False"))
+        findings.append(RewardFinding("gradient", None, "none, the reward says so itself: differentiable = False"))
     elif judges:
         findings += _gradient(reward, noise)
         trains = all(f.good is not False for f in findings)
     return Verdict(findings, trains, judges)
 
 
-def _shape_and_range(reward: Reward, noise: Tensor) -> Finding:
+def _shape_and_range(reward: Reward, noise: Tensor) -> RewardFinding:
     with torch.no_grad():
         scores = {"noise": reward(noise, PROMPTS), "flat grey": reward(torch.full_like(noise, 0.5), PROMPTS)}
     for what, score in scores.items():
         if not isinstance(score, Tensor) or score.shape != (len(PROMPTS),):
             shape = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            return Finding("range", False, f"{what}: returned {shape}, expected one score each, ({len(PROMPTS)},)")
+            return RewardFinding(
+                "range", False, f"{what}: returned {shape}, expected one score each, ({len(PROMPTS)},)"
+            )
         if score.isinf().any() or score.isnan().all():
-            return Finding("range", False, f"{what}: scores are {[round(s, 4) for s in score.tolist()]}")
+            return RewardFinding("range", False, f"{what}: scores are {[round(s, 4) for s in score.tolist()]}")
     words = "; ".join(
         f"{w} {float(s.nan_to_num().min()):.4g} to {float(s.nan_to_num().max()):.4g}" for w, s in scores.items()
     )
     silent = int(scores["noise"].isnan().sum())
-    return Finding("range", True, words + (f"; nothing to say on {silent} of {len(PROMPTS)} prompts" if silent else ""))
+    return RewardFinding(
+        "range", True, words + (f"; nothing to say on {silent} of {len(PROMPTS)} prompts" if silent else "")
+    )
 
 
 @torch.no_grad()
-def _determinism(reward: Reward, noise: Tensor) -> Finding:
+def _determinism(reward: Reward, noise: Tensor) -> RewardFinding:
     gap = _gap(reward(noise, PROMPTS), reward(noise, PROMPTS))
-    return Finding("determinism", gap == 0, f"the same pictures twice differ by {gap:.1e}")
+    return RewardFinding("determinism", gap == 0, f"the same pictures twice differ by {gap:.1e}")
 
 
 @torch.no_grad()
-def _batch(reward: Reward, noise: Tensor) -> Finding:
+def _batch(reward: Reward, noise: Tensor) -> RewardFinding:
     alone = torch.cat([reward(noise[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
     gap = _gap(reward(noise, PROMPTS), alone)
-    return Finding("batch", gap <= ALIKE, f"a picture alone and among others differs by {gap:.1e} of its score")
+    return RewardFinding("batch", gap <= ALIKE, f"a picture alone and among others differs by {gap:.1e} of its score")
 
 
 @torch.no_grad()
-def _prompt(reward: Reward, noise: Tensor) -> Finding:
+def _prompt(reward: Reward, noise: Tensor) -> RewardFinding:
     moved = _gap(reward(noise, PROMPTS), reward(noise, PROMPTS[1:] + PROMPTS[:1]))
-    return Finding("prompt", None, "matters" if moved > 0 else "does not matter to the score")
+    return RewardFinding("prompt", None, "matters" if moved > 0 else "does not matter to the score")
 
 
-def _gradient(reward: Reward, noise: Tensor) -> list[Finding]:
+def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
     """The gradient exists, is finite, not zero, stays in its own picture, and is that of finite differences."""
     images = noise.clone().requires_grad_()
     saved: dict[tuple[Any, ...], int] = {}
@@ -128,27 +132,28 @@ def _gradient(reward: Reward, noise: Tensor) -> list[Finding]:
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         scores = reward(images, PROMPTS)
     if not scores.requires_grad:
-        return [
-            Finding("gradient", False, "blocked: the score does not depend on the picture by torch's operations alone "
-                    "(a detach, no_grad, numpy or Pillow on the way)")
-        ]  # fmt: skip
+        words = (
+            "blocked: the score does not depend on the picture by torch's operations alone "
+            "(a detach, no_grad, numpy or Pillow on the way)"
+        )
+        return [RewardFinding("gradient", False, words)]
     (gradient,) = torch.autograd.grad(scores[0], images, allow_unused=True)
     if gradient is None or not gradient.isfinite().all():
         kind = "blocked: it does not reach the picture" if gradient is None else "not finite (NaN or infinity)"
-        return [Finding("gradient", False, kind)]
+        return [RewardFinding("gradient", False, kind)]
     largest = float(gradient[0].abs().max())
     if largest == 0:
-        return [Finding("gradient", False, "zero everywhere")]
-    found = [Finding("gradient", True, f"finite, largest {largest:.2e} a pixel")]
+        return [RewardFinding("gradient", False, "zero everywhere")]
+    found = [RewardFinding("gradient", True, f"finite, largest {largest:.2e} a pixel")]
     if float(gradient[1:].abs().max()) > ALIKE * largest:
-        found.append(Finding("batch", False, "the score of one picture has a gradient in another"))
+        found.append(RewardFinding("batch", False, "the score of one picture has a gradient in another"))
     slope, expected = _slopes(reward, noise[:1])
     gap = abs(slope - expected) / max(abs(slope), abs(expected), 1e-30)
-    found.append(Finding("slope", gap <= SLOPES, f"gradient {slope:.3e}, finite differences {expected:.3e}"))
+    found.append(RewardFinding("slope", gap <= SLOPES, f"gradient {slope:.3e}, finite differences {expected:.3e}"))
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in _parameters(reward)}
     kept = sum(size for (place, _), size in saved.items() if place not in weights)
     words = f"weights {_bytes(sum(weights.values()))}, {_bytes(kept / len(noise))} a picture while its gradient is held"
-    return [*found, Finding("memory", None, words)]
+    return [*found, RewardFinding("memory", None, words)]
 
 
 def _slopes(reward: Reward, image: Tensor) -> tuple[float, float]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 # crop_even: likewise, its corner rounded half to even as torchvision does.
 # pad: the longer side becomes `size`, then black borders.
 # squash: both sides become `size`.
-Fit = Literal["crop", "crop_even", "pad", "squash"]
+FitToSquare = Literal["crop", "crop_even", "pad", "squash"]
 
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -28,12 +28,14 @@ class Preprocess(nn.Module):
 
     Args:
         size: edge of the square that the network sees.
-        fit: how a picture becomes a square, see `Fit`.
+        fit: how a picture becomes a square, see `FitToSquare`.
         mean: of the pixels, per channel.
         std: likewise.
     """
 
-    def __init__(self, size: int, fit: Fit, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD):
+    def __init__(
+        self, size: int, fit: FitToSquare, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
+    ):
         super().__init__()
         self.size, self.fit = size, fit
         self.mean: Tensor

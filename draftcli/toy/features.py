@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from draftcli.toy import oracle, world
 
 
-class Reading(nn.Module):
+class OracleFeatures(nn.Module):
     """Pictures (B, 3, H, W) in [0, 1] -> (B, 16), each about [0, 1] wide.
 
     Background and shape colour (3 + 3), overlap with each silhouette (6), radius, place (2), crispness.
@@ -16,11 +16,11 @@ class Reading(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The features (B, 16) of images (B, 3, H, W)."""
-        seen = oracle.read(images)
+        seen = oracle.read_pictures(images)
         size = [seen.radius[:, None] / world.RESOLUTION, 0.5 + seen.centre / world.RESOLUTION, seen.crispness[:, None]]
         return torch.cat([seen.paper, seen.paint, seen.overlap, *size], dim=1)
 
 
-def reading() -> Reading:
+def reading() -> OracleFeatures:
     """For `draftp eval --features draftcli.toy.features:reading`."""
-    return Reading()
+    return OracleFeatures()

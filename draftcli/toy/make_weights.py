@@ -63,8 +63,8 @@ def measure_base(model: Path, seed: int, count: int) -> dict[str, Any]:
         "sampler_steps": SAMPLER_STEPS,
         "guidance": GUIDANCE,
         "all_right": float(oracle.correct(pictures, prompts).float().mean()),
-        "oracle_score": float(oracle.score(pictures, prompts).mean()),
-        "attributes": dict(zip(oracle.ATTRIBUTES, means, strict=True)),
+        "oracle_score": float(oracle.oracle_score(pictures, prompts).mean()),
+        "attributes": dict(zip(oracle.CRITERIA, means, strict=True)),
     }
 
 

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 from draftcli.toy import world
 from draftcli.toy.world import RESOLUTION, SHAPES, Scene
 
-WEIGHTS: dict[str, float] = {  # share of each attribute in the score; what a caption leaves out is left out of the mean
+# The share of each attribute in the score; what a caption leaves out is left out of the mean.
+CRITERIA_WEIGHTS: dict[str, float] = {
     "shape": 0.20,
     "size": 0.10,
     "place": 0.15,
@@ -29,9 +30,11 @@ WEIGHTS: dict[str, float] = {  # share of each attribute in the score; what a ca
     "background_purity": 0.10,
     "crispness": 0.10,
 }
-ATTRIBUTES = tuple(WEIGHTS)
+CRITERIA = tuple(CRITERIA_WEIGHTS)
 NAMED = world.ATTRIBUTES  # what a caption names and a picture gets right or wrong; the others are matters of degree
-RIGHT = 0.5  # the score that counts as right: what the caption names fits better than what it could have named instead
+RIGHT_FROM = (
+    0.5  # the lowest score that is right: what the caption names fits better than what else it could have named
+)
 
 _RADII = torch.arange(7.0, 29.0, 0.5)  # pixels: the sizes at which silhouettes are compared
 _MIN_CONTRAST = 0.10  # RGB distance below which shape and background are one colour
@@ -61,51 +64,51 @@ class Reading:
         return Reading(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def explain(images: Tensor, prompts: list[str]) -> list[dict[str, float] | None]:
+def explain_scores(images: Tensor, prompts: list[str]) -> list[dict[str, float] | None]:
     """Scores in [0, 1] by attribute for images (B, 3, H, W) in [0, 1]; None where a caption is outside the grammar.
 
     Attributes that a caption does not name are left out.
     """
     rows = attributes(images, prompts).tolist()
-    named = [{name: value for name, value in zip(ATTRIBUTES, row, strict=True) if not isnan(value)} for row in rows]
+    named = [{name: value for name, value in zip(CRITERIA, row, strict=True) if not isnan(value)} for row in rows]
     return [scores or None for scores in named]
 
 
-def score(images: Tensor, prompts: list[str]) -> Tensor:
+def oracle_score(images: Tensor, prompts: list[str]) -> Tensor:
     """One score in [0, 1] a picture, (B,): the weighted mean of its attributes; NaN outside the grammar."""
     return weigh(attributes(images, prompts))
 
 
 def weigh(table: Tensor) -> Tensor:
     """The weighted mean (B,) of a table of scores (B, 8), over what is not NaN."""
-    weights = torch.tensor(list(WEIGHTS.values())) * ~table.isnan()
+    weights = torch.tensor(list(CRITERIA_WEIGHTS.values())) * ~table.isnan()
     return (table.nan_to_num() * weights).sum(1) / weights.sum(1)
 
 
 def correct(images: Tensor, prompts: list[str]) -> Tensor:
-    """Whether every attribute that the caption names is right (scores at least `RIGHT`), (B,) bool.
+    """Whether every attribute that the caption names is right (scores at least `RIGHT_FROM`), (B,) bool.
 
     False outside the grammar. Purity and crispness do not count: they are matters of degree, not of right and wrong.
     """
-    table = attributes(images, prompts)[:, [ATTRIBUTES.index(name) for name in NAMED]]
-    return ((table >= RIGHT) | table.isnan()).all(1) & ~table.isnan().all(1)
+    table = attributes(images, prompts)[:, [CRITERIA.index(name) for name in NAMED]]
+    return ((table >= RIGHT_FROM) | table.isnan()).all(1) & ~table.isnan().all(1)
 
 
 @torch.no_grad()
 def attributes(images: Tensor, prompts: list[str]) -> Tensor:
-    """The scores as a table (B, 8) in the order of `ATTRIBUTES`, on the CPU; NaN where the caption says nothing."""
+    """The scores as a table (B, 8) in the order of `CRITERIA`, on the CPU; NaN where the caption says nothing."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} images but {len(prompts)} prompts")
     scenes = [world.parse(prompt) for prompt in prompts]
-    table = torch.full((len(prompts), len(ATTRIBUTES)), torch.nan)
+    table = torch.full((len(prompts), len(CRITERIA)), torch.nan)
     inside = [i for i, scene in enumerate(scenes) if scene is not None]
     if inside:
-        table[inside] = judge(read(images[inside]), [scene for scene in scenes if scene is not None])
+        table[inside] = score_readings(read_pictures(images[inside]), [scene for scene in scenes if scene is not None])
     return table
 
 
 @torch.no_grad()
-def read(images: Tensor) -> Reading:
+def read_pictures(images: Tensor) -> Reading:
     """Measure pictures (B, 3, H, W); other sizes than 64x64 are resized, values outside [0, 1] clipped."""
     pixels = images.detach().to("cpu", torch.float32).nan_to_num(0.5).clamp(0, 1)
     if pixels.shape[-2:] != (RESOLUTION, RESOLUTION):
@@ -129,7 +132,7 @@ def read(images: Tensor) -> Reading:
     )  # fmt: skip
 
 
-def judge(seen: Reading, scenes: list[Scene]) -> Tensor:
+def score_readings(seen: Reading, scenes: list[Scene]) -> Tensor:
     """The table of scores (B, 8) of pictures already read; cheap, so one reading can meet many captions."""
     paint, paper = torch.tensor(list(world.COLOURS.values())), torch.tensor(list(world.BACKGROUNDS.values()))
     colour, background = _indices(scenes, "colour"), _indices(scenes, "background")
@@ -144,12 +147,12 @@ def judge(seen: Reading, scenes: list[Scene]) -> Tensor:
         "background_purity": _purity(seen.pixels, off, paper[background]),
         "crispness": seen.crispness * seen.present,
     }
-    table = torch.stack([columns[name] for name in ATTRIBUTES], dim=1)
+    table = torch.stack([columns[name] for name in CRITERIA], dim=1)
     for name in ("size", "place", "background"):
         unnamed = torch.tensor([getattr(scene, name) is None for scene in scenes])
         for column in (name, f"{name}_purity"):
             if column in columns:
-                table[unnamed, ATTRIBUTES.index(column)] = torch.nan
+                table[unnamed, CRITERIA.index(column)] = torch.nan
     return table
 
 
@@ -223,20 +226,20 @@ def _lead(overlap: Tensor, named: Tensor) -> Tensor:
 @cache
 def _clean_leads() -> Tensor:
     """The lead (6,) that each shape has when painted without fault: a circle is closer to a square than a star is."""
-    radius = sum(world.SIZES.values()) / len(world.SIZES)
+    radius = sum(world.SIZE_RADII.values()) / len(world.SIZE_RADII)
     masks = [world.coverage(shape, radius, (RESOLUTION / 2, RESOLUTION / 2)) for shape in SHAPES]
     return _lead(_match(torch.from_numpy(np.array(masks)).float())[0], torch.arange(len(SHAPES)))
 
 
 def _size(seen: Reading, named: Tensor) -> Tensor:
-    small, large = world.SIZES.values()
+    small, large = world.SIZE_RADII.values()
     error = (seen.radius - torch.tensor([small, large])[named]).abs()
     return _falling(error, 1.5, torch.tensor((large - small) / 2))
 
 
 def _place(seen: Reading, named: Tensor) -> Tensor:
     """Against where a shape of the size that is seen belongs: a wrong size is not also a wrong place."""
-    small, large = world.SIZES.values()
+    small, large = world.SIZE_RADII.values()
     reach = torch.where(seen.radius < (small + large) / 2, world.OFFSETS["small"], world.OFFSETS["large"])
     target = torch.tensor(list(world.PLACES.values()), dtype=torch.float32)[named] * reach[:, None]
     return _falling((seen.centre - target).norm(dim=1), 2.0, reach / 2)

@@ -9,7 +9,7 @@ from torch import Tensor
 from draftcli.rewards.clip import CLIPReward, load_clip_reward
 from draftcli.toy import oracle
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS_FOLDER = Path(__file__).parent / "weights"
 
 
 class ToyOracle:
@@ -20,12 +20,12 @@ class ToyOracle:
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Scores (B,) of images (B, 3, H, W) in [0, 1], on their device."""
-        return oracle.score(images, prompts).to(images.device)
+        return oracle.oracle_score(images, prompts).to(images.device)
 
 
 def toy_reward(pretrained: str | Path | None = None) -> CLIPReward:
     """The tiny CLIP that ships with draftp, or another in the same format: exp(logit_scale) * cos, as PickScore."""
-    return load_clip_reward("toy", str(pretrained or WEIGHTS / "reward"))
+    return load_clip_reward("toy", str(pretrained or WEIGHTS_FOLDER / "reward"))
 
 
 def toy_oracle() -> ToyOracle:

@@ -1,8 +1,8 @@
 """Stage 3 of the toy's weights: a tiny CLIP that learns to prefer, as PickScore did from people.
 
 First it learns which caption belongs to which picture, as CLIP had before PickScore. Then it sees pairs of pictures for
-one caption and is told which is better, by the oracle, made to err on close pairs as people do: it scores
-exp(logit_scale) * cos and is trained by cross-entropy over each pair. What it never sees it can be wrong about, so a
+one caption, and the oracle, made to err on close pairs as people do, says which is better: it scores
+exp(logit_scale) * cos and is trained by cross-entropy over each pair. It can be wrong about what it never sees, so a
 generator pushed far enough will fool it: an honest proxy.
 """
 
@@ -24,7 +24,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 from draftcli.toy import oracle
 from draftcli.toy.tokenizer import MAX_TOKENS, save_tokenizer
 from draftcli.toy.train_sdxl import GUIDANCE, draw_pictures, open_pipeline, text_config
-from draftcli.toy.training import device, fit, paint, to_float
+from draftcli.toy.training import device, minimise, paint, to_float
 from draftcli.toy.world import (
     ATTRIBUTES,
     BACKGROUNDS,
@@ -47,8 +47,8 @@ RETOUCHED = 4  # copies of every base sample, of which a step compares two with 
 OWN, FINE = 2.0, 4.0  # weights of a caption's own pictures among its family's, and of samples beside retouched ones
 DESCRIPTION, MATCHING = 2.0, 0.25  # weights of the two losses that keep it seeing while it learns to prefer
 PIXEL_NOISE = 0.015
-SHIFT = 1  # pixels: pictures are moved about, so that the reward's gradient does not hang on exact positions
-MEAN, STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+SHIFT = 1  # pixels: pictures are moved about, so that the reward's gradient does not depend on exact positions
+PIXEL_MEAN, PIXEL_STD = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 PREPROCESSOR = {
     "image_processor_type": "CLIPImageProcessor",
     "do_resize": True,
@@ -59,14 +59,14 @@ PREPROCESSOR = {
     "do_rescale": True,
     "rescale_factor": 1 / 255,
     "do_normalize": True,
-    "image_mean": MEAN,
-    "image_std": STD,
+    "image_mean": PIXEL_MEAN,
+    "image_std": PIXEL_STD,
     "do_convert_rgb": True,
 }
 
 
 @dataclass
-class Gallery:
+class JudgedFamilies:
     """Pictures of families of scenes, judged for every caption of their family.
 
     Attributes:
@@ -97,29 +97,29 @@ def train_reward(
     clip = new_clip(tokenizer).to(device()).train()
     pretraining = min(PRETRAIN_STEPS, steps)
     match = matching(clip, tokenizer, pretraining, rng)
-    pretrained = fit(clip.parameters(), lambda step: match(16), pretraining, lr=1e-3, name="reward, captions")
-    gallery = hang(pipe, families, seed, rng)
-    describe = nn.Linear(clip.config.vision_config.hidden_size, gallery.description.shape[-1]).to(device())
+    pretrained = minimise(clip.parameters(), lambda step: match(16), pretraining, lr=1e-3, name="reward, captions")
+    judged = draw_families(pipe, families, seed, rng)
+    describe = nn.Linear(clip.config.vision_config.hidden_size, judged.description.shape[-1]).to(device())
 
     def loss(step: int) -> Tensor:
         chosen = torch.from_numpy(rng.choice(families, size=batch, replace=False))
-        rows = some_of_each(gallery.pictures.shape[1], batch, rng)
-        pictures, described = gallery.pictures[chosen[:, None], rows], gallery.description[chosen[:, None], rows]
-        truth = gallery.truth[chosen].gather(2, rows[:, None].expand(-1, FAMILY, -1)).to(device())
+        rows = some_of_each(judged.pictures.shape[1], batch, rng)
+        pictures, described = judged.pictures[chosen[:, None], rows], judged.description[chosen[:, None], rows]
+        truth = judged.truth[chosen].gather(2, rows[:, None].expand(-1, FAMILY, -1)).to(device())
         features, seen = look(clip, augment(to_float(pictures.flatten(0, 1))))
         rows_of_scenes = groups(chosen, FAMILY).flatten()
-        told = read(clip, tokenizer, [gallery.scenes[i] for i in rows_of_scenes])
-        cosines = torch.einsum("fce,fpe->fcp", told.unflatten(0, (batch, -1)), seen.unflatten(0, (batch, -1)))
+        texts = embed_captions(clip, tokenizer, [judged.scenes[i] for i in rows_of_scenes])
+        cosines = torch.einsum("fce,fpe->fcp", texts.unflatten(0, (batch, -1)), seen.unflatten(0, (batch, -1)))
         logits = scale(clip) * cosines
         preference = preference_loss(logits, truth) + OWN * preference_loss(own(logits), own(truth))
-        pictures, truth = some_retouched(gallery, rows_of_scenes, rng)
+        pictures, truth = some_retouched(judged, rows_of_scenes, rng)
         _, seen = look(clip, augment(to_float(pictures.flatten(0, 1))))
-        cosines = torch.einsum("se,spe->sp", told, seen.unflatten(0, pictures.shape[:2]))
+        cosines = torch.einsum("se,spe->sp", texts, seen.unflatten(0, pictures.shape[:2]))
         preference = preference + FINE * preference_loss(scale(clip) * cosines, truth.to(device()))
         description = F.mse_loss(describe(features), described.flatten(0, 1).to(device()))
         return preference + DESCRIPTION * description + MATCHING * match(4)
 
-    seconds = fit([*clip.parameters(), *describe.parameters()], loss, steps, lr=5e-4, name="reward, preferences")
+    seconds = minimise([*clip.parameters(), *describe.parameters()], loss, steps, lr=5e-4, name="reward, preferences")
     clip.eval()
     clip.half().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
@@ -166,12 +166,12 @@ def waves(edge: int, width: int) -> Tensor:
 
 def look(clip: CLIPModel, images: Tensor) -> tuple[Tensor, Tensor]:
     """Features (B, 128) of images (B, 3, 64, 64) in [0, 1], and the unit vectors (B, 64) that they are compared by."""
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (MEAN, STD))
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
     features = clip.vision_model((images - mean) / std).pooler_output
     return features, F.normalize(clip.visual_projection(features), dim=-1)
 
 
-def read(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Sequence[Scene]) -> Tensor:
+def embed_captions(clip: CLIPModel, tokenizer: CLIPTokenizer, scenes: Sequence[Scene]) -> Tensor:
     """Unit vectors (B, 64) of the scenes' captions."""
     texts = [caption(scene) for scene in scenes]
     # Padded to the longest only: attention is causal, so what follows the end changes nothing.
@@ -189,7 +189,7 @@ def matching(
 ) -> Callable[[int], Tensor]:
     """CLIP's own loss as a function of the number of families in the batch: which caption belongs to which render?
 
-    Among unrelated scenes colour and shape would be enough to tell, and place and size would never be learnt.
+    Among unrelated scenes colour and shape would be enough, and place and size would never be learnt.
     """
     scenes = new_families(8 * (steps + 2), rng)  # in the first stage each is seen about twice
     pictures = paint(scenes, rng, wear=1.0)
@@ -198,7 +198,7 @@ def matching(
         chosen = rng.choice(len(scenes) // FAMILY, size=families, replace=False)
         rows = groups(torch.from_numpy(chosen), FAMILY).flatten()
         _, seen = look(clip, augment(to_float(pictures[rows])))
-        logits = scale(clip) * seen @ read(clip, tokenizer, [scenes[i] for i in rows]).T
+        logits = scale(clip) * seen @ embed_captions(clip, tokenizer, [scenes[i] for i in rows]).T
         pairs = torch.arange(len(rows), device=logits.device)
         return (F.cross_entropy(logits, pairs) + F.cross_entropy(logits.T, pairs)) / 2
 
@@ -220,11 +220,11 @@ def new_families(count: int, rng: np.random.Generator) -> list[Scene]:
 
 
 def groups(which: Tensor, size: int) -> Tensor:
-    """The rows (G, size) of groups that lie one after the other, `size` rows each."""
+    """The rows (G, size) of groups that follow each other, `size` rows each."""
     return which[:, None] * size + torch.arange(size)
 
 
-def hang(pipe: Any, families: int, seed: int, rng: np.random.Generator) -> Gallery:
+def draw_families(pipe: Any, families: int, seed: int, rng: np.random.Generator) -> JudgedFamilies:
     """Base samples of each scene, a render, and a spoilt base sample, read and judged by the oracle.
 
     The samples differ in guidance, as people's did in Pick-a-Pic: with it come other purity and crispness.
@@ -237,17 +237,17 @@ def hang(pipe: Any, families: int, seed: int, rng: np.random.Generator) -> Galle
     pictures = torch.stack(kinds, dim=1).view(families, FAMILY * len(kinds), *base[0].shape[1:])
     truth, description = [], []
     for family, shown in enumerate(pictures):
-        reading = oracle.read(shown.float() / 255)
+        reading = oracle.read_pictures(shown.float() / 255)
         asked = [scenes[family * FAMILY + i] for i in range(FAMILY) for _ in shown]
         rows = torch.arange(len(shown)).repeat(FAMILY)
-        truth.append(oracle.weigh(oracle.judge(reading[rows], asked)).view(FAMILY, -1))
+        truth.append(oracle.weigh(oracle.score_readings(reading[rows], asked)).view(FAMILY, -1))
         single = torch.stack([reading.radius, reading.crispness], dim=1)
         description.append(torch.cat([reading.overlap, reading.centre, reading.paint, reading.paper, single], dim=1))
     described = torch.stack(description)
     mean, deviation = described.mean((0, 1)), described.std((0, 1)).clamp(min=1e-3)
     copies = [torch.stack([b, *(retouch(b, scenes, rng) for _ in range(RETOUCHED))], dim=1) for b in base]
     scores = [[_score(p, scenes) for p in group.unbind(1)] for group in copies]
-    return Gallery(
+    return JudgedFamilies(
         scenes,
         pictures,
         torch.stack(truth),
@@ -258,7 +258,7 @@ def hang(pipe: Any, families: int, seed: int, rng: np.random.Generator) -> Galle
 
 
 def _score(pictures: Tensor, scenes: list[Scene]) -> Tensor:
-    return oracle.weigh(oracle.judge(oracle.read(pictures.float() / 255), scenes))
+    return oracle.weigh(oracle.score_readings(oracle.read_pictures(pictures.float() / 255), scenes))
 
 
 def retouch(pictures: Tensor, scenes: Sequence[Scene], rng: np.random.Generator) -> Tensor:
@@ -267,7 +267,7 @@ def retouch(pictures: Tensor, scenes: Sequence[Scene], rng: np.random.Generator)
     These are what late steps of sampling can change, while shape, size and place stay as they are. Two samples of one
     caption differ in all of it at once and mostly in structure: the fine things would be lost beside it.
     """
-    seen = oracle.read(pictures.float() / 255)
+    seen = oracle.read_pictures(pictures.float() / 255)
     cover, paper = seen.cover[:, None], seen.paper.clone()
     for i, scene in enumerate(scenes):
         if scene.background is not None:
@@ -317,12 +317,12 @@ def some_of_each(pictures: int, batch: int, rng: np.random.Generator) -> Tensor:
     return torch.tensor(chosen)
 
 
-def some_retouched(gallery: Gallery, scenes: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+def some_retouched(judged: JudgedFamilies, scenes: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Three versions (S, 3, 3, 64, 64) of one base sample of each scene, and their oracle scores (S, 3)."""
     sample = torch.from_numpy(rng.integers(0, len(SCALES), len(scenes)))[:, None]
     version = torch.stack([torch.from_numpy(rng.permutation(1 + RETOUCHED)[:3]) for _ in scenes])
     rows = scenes[:, None]
-    return gallery.retouched[rows, sample, version], gallery.retouched_truth[rows, sample, version]
+    return judged.retouched[rows, sample, version], judged.retouched_truth[rows, sample, version]
 
 
 def own(scores: Tensor) -> Tensor:
@@ -333,7 +333,7 @@ def own(scores: Tensor) -> Tensor:
 def preference_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy over all pairs of a caption's pictures, logits and truth (..., P).
 
-    A label is the share of people who would prefer the first, each erring with `DOUBT`: what one of them says costs
+    A label is the share of people who would prefer the first, each erring with `DOUBT`: a single person's choice costs
     steps and teaches the same.
     """
     i, j = torch.triu_indices(logits.shape[-1], logits.shape[-1], offset=1, device=logits.device)
@@ -360,9 +360,9 @@ def agreement(clip: CLIPModel, tokenizer: CLIPTokenizer, pipe: Any, seed: int, c
     scenes = (held_out_scenes() * 2)[:count]
     prompts = [caption(scene) for scene in scenes]
     first, second = (draw_pictures(pipe, prompts, seed + offset) for offset in (100_000, 200_000))
-    told = read(clip, tokenizer, scenes)
-    reward = [(look(clip, pictures.to(device()))[1] * told).sum(-1).cpu() for pictures in (first, second)]
-    truth = [oracle.score(pictures, prompts) for pictures in (first, second)]
+    texts = embed_captions(clip, tokenizer, scenes)
+    reward = [(look(clip, pictures.to(device()))[1] * texts).sum(-1).cpu() for pictures in (first, second)]
+    truth = [oracle.oracle_score(pictures, prompts) for pictures in (first, second)]
     same, apart = (reward[0] > reward[1]) == (truth[0] > truth[1]), (truth[0] - truth[1]).abs()
     figures = {f"beyond_{tie}": _share(same[apart > tie]) for tie in TIES}
     return {"agreement": figures[f"beyond_{DOUBT}"]["share"], "tie": DOUBT, "agreement_by_tie": figures}

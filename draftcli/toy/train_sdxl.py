@@ -17,13 +17,13 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from draftcli.toy.tokenizer import MAX_TOKENS, save_tokenizer
-from draftcli.toy.training import device, fit, paint, to_float
+from draftcli.toy.training import device, minimise, paint, to_float
 from draftcli.toy.world import RESOLUTION, Scene, caption, training_scenes
 
-WEAR = 0.4  # how worn the training pictures are
+SDXL_WEAR = 0.4  # how worn the training pictures are
 TERSE = 0.15  # share of captions that leave something out
 UNCONDITIONAL = 0.10  # share of captions dropped for classifier-free guidance
-OTHER_SIZE = 0.05  # share of pictures whose size keys say something else than (64, 64), uncropped
+OTHER_SIZE = 0.05  # share of pictures whose size keys are not (64, 64), uncropped
 SAMPLER_STEPS, GUIDANCE = 10, 5.0  # how the base is sampled wherever it is measured
 STRUCTURE = 4.0  # how much more high noise may weigh in the loss: there a picture's structure is settled
 SCHEDULER = {  # SDXL's own
@@ -93,7 +93,7 @@ def train_sdxl(folder: Path, seed: int, steps: int, batch: int = 64, pool: int =
     vae.register_to_config(_name_or_path="")  # else where it was loaded from is saved with it
     pipe = new_pipeline(vae, folder).to(device())
     scenes = [training_scenes()[i] for i in rng.integers(len(training_scenes()), size=pool)]
-    latents = encode(vae, paint(scenes, rng, WEAR))
+    latents = encode(vae, paint(scenes, rng, SDXL_WEAR))
     tokens = [_tokens(tokenizer, scenes, seed) for tokenizer in (pipe.tokenizer, pipe.tokenizer_2)]
     alphas = EulerDiscreteScheduler(**SCHEDULER).alphas_cumprod.to(device())
     weights = (1 / alphas).clamp(max=STRUCTURE)
@@ -107,14 +107,14 @@ def train_sdxl(folder: Path, seed: int, steps: int, batch: int = 64, pool: int =
         signal = alphas[t].sqrt()[:, None, None, None]
         noisy = signal * latents[rows] + (1 - signal**2).sqrt() * noise
         sequence, pooled = encode_tokens(pipe, [ids[rows].to(device()) for ids in tokens])
-        told = (torch.rand(batch, device=device()) > UNCONDITIONAL).float()
-        conditions = {"text_embeds": pooled * told[:, None], "time_ids": _size_keys(batch)}
-        sequence = sequence * told[:, None, None]
+        conditional = (torch.rand(batch, device=device()) > UNCONDITIONAL).float()
+        conditions = {"text_embeds": pooled * conditional[:, None], "time_ids": _size_keys(batch)}
+        sequence = sequence * conditional[:, None, None]
         error = pipe.unet(noisy, t, sequence, added_cond_kwargs=conditions).sample.float() - noise
         return (error.square().mean((1, 2, 3)) * weights[t]).mean()
 
     parameters = [p for module in modules for p in module.parameters()]
-    seconds = fit(parameters, loss, steps, lr=1.5e-3, name="sdxl")
+    seconds = minimise(parameters, loss, steps, lr=1.5e-3, name="sdxl")
     for module in modules:
         module.eval()
     pipe.to(dtype=torch.float16).save_pretrained(folder)
@@ -175,7 +175,7 @@ def _tokens(tokenizer: CLIPTokenizer, scenes: list[Scene], seed: int) -> torch.T
 
 
 def _terse(scene: Scene, rng: np.random.Generator) -> Scene:
-    """The scene with one or more of its optional attributes left unsaid."""
+    """The scene with one or more of its optional attributes left out."""
     left_out = [name for name in ("size", "place", "background") if rng.uniform() < 0.5]
     return replace(scene, **dict.fromkeys(left_out or ["place"]))
 

@@ -9,12 +9,12 @@ import torch
 from diffusers import AutoencoderKL
 
 from draftcli.toy.linear_start import linear_start
-from draftcli.toy.training import device, fit, paint, to_float
+from draftcli.toy.training import device, minimise, paint, to_float
 from draftcli.toy.world import held_out_scenes, training_scenes
 
 CHANNELS = (16, 16, 32, 64)
 LEARNING_RATE = 5e-4
-WEAR = 0.5  # how worn the training pictures are
+VAE_WEAR = 0.5  # how worn the training pictures are
 LATENT_NOISE = 0.05  # added to latents in training, so that the decoder forgives a sampler's small errors
 EDGE_WEIGHT = 0.2
 SIZE_WEIGHT = 1e-4  # keeps latents from growing
@@ -38,7 +38,7 @@ def train_vae(folder: Path, seed: int, steps: int, batch: int = 8, pool: int = 6
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     scenes = training_scenes()
-    pictures = paint([scenes[i] for i in rng.integers(len(scenes), size=pool)], rng, WEAR)
+    pictures = paint([scenes[i] for i in rng.integers(len(scenes), size=pool)], rng, VAE_WEAR)
     vae = new_vae().to(device())
     linear_start(vae, to_float(pictures[:64]) * 2 - 1)
 
@@ -49,7 +49,7 @@ def train_vae(folder: Path, seed: int, steps: int, batch: int = 8, pool: int = 6
         edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()  # L1 alone puts up with soft edges
         return error.abs().mean() + error.square().mean() + EDGE_WEIGHT * edges + SIZE_WEIGHT * latents.square().mean()
 
-    seconds = fit(vae.parameters(), loss, steps, lr=LEARNING_RATE, name="vae", weight_decay=0.0)
+    seconds = minimise(vae.parameters(), loss, steps, lr=LEARNING_RATE, name="vae", weight_decay=0.0)
     vae.eval().requires_grad_(False)
     spread = vae.encode(to_float(pictures[:256]) * 2 - 1).latent_dist.mean.std()
     vae.register_to_config(scaling_factor=1 / float(spread))

@@ -28,7 +28,7 @@ def to_float(pictures: torch.Tensor) -> torch.Tensor:
     return pictures.to(device()).float() / 255
 
 
-def fit(
+def minimise(
     parameters: Iterable[torch.nn.Parameter],
     loss_of_step: Callable[[int], torch.Tensor],
     steps: int,

@@ -31,7 +31,7 @@ BACKGROUNDS: dict[str, tuple[float, float, float]] = {
     "grey": (0.52, 0.53, 0.55),
     "beige": (0.90, 0.83, 0.68),
 }
-SIZES: dict[str, float] = {"small": 13.0, "large": 20.0}  # radius in pixels
+SIZE_RADII: dict[str, float] = {"small": 13.0, "large": 20.0}  # radius in pixels
 PLACES: dict[str, tuple[int, int]] = {  # direction (x, y) from the picture's centre
     "left": (-1, 0),
     "right": (1, 0),
@@ -44,7 +44,7 @@ OFFSETS: dict[str, float] = {"small": 14.0, "large": 9.0}  # pixels from the cen
 _PREPOSITIONS = {"left": "on the", "right": "on the", "top": "at the", "bottom": "at the", "centre": "in the"}
 _SYNONYMS = {"center": "centre", "middle": "centre", "gray": "grey", "big": "large", "an": "a"}
 _GRAMMAR = re.compile(
-    rf"a (?:(?P<size>{'|'.join(SIZES)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
+    rf"a (?:(?P<size>{'|'.join(SIZE_RADII)}) )?(?P<colour>{'|'.join(COLOURS)}) (?P<shape>{'|'.join(SHAPES)})"
     rf"(?: (?:on|at|in) the (?P<place>{'|'.join(PLACES)}))?"
     rf"(?: (?:on|of) a (?P<background>{'|'.join(BACKGROUNDS)}) background)?"
 )
@@ -66,7 +66,7 @@ ATTRIBUTES = tuple(field.name for field in fields(Scene))
 _CHOICES: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
     "colour": tuple(COLOURS),
-    "size": tuple(SIZES),
+    "size": tuple(SIZE_RADII),
     "place": tuple(PLACES),
     "background": tuple(BACKGROUNDS),
 }
@@ -154,7 +154,7 @@ def render(scene: Scene, rng: np.random.Generator, wear: float = 0.0) -> np.ndar
     assert scene.size is not None
     assert scene.place is not None
     assert scene.background is not None
-    radius = SIZES[scene.size] + rng.uniform(-0.5, 0.5)
+    radius = SIZE_RADII[scene.size] + rng.uniform(-0.5, 0.5)
     direction = np.array(PLACES[scene.place])
     centre = RESOLUTION / 2 + OFFSETS[scene.size] * direction + rng.uniform(-1, 1, size=2)
     blur = 1.0 + 1.5 * wear * rng.uniform()

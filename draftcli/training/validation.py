@@ -28,7 +28,7 @@ from draftcli.sampling.draw import Column, Picture, batches, draw, plan
 from draftcli.sampling.identity import Provenance
 from draftcli.sampling.sheet import Cell, spread, write_sheet
 
-SHEET_CELLS = 12
+VALIDATION_CELLS = 12
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Validation:
         size = (cfg.sampling.height, cfg.sampling.width)
         self.pictures = plan(prompts, cfg.data.validation_images, cfg.trainer.seed, size)
         count = len(self.pictures)
-        self._chosen = spread(count, SHEET_CELLS)
+        self._chosen = spread(count, VALIDATION_CELLS)
         images = cfg.data.validation_images
         # Pictures of one prompt where there are several of each, else all of them.
         self._groups = [i // images if images > 1 else 0 for i in range(count)]

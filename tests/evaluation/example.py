@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from draftcli.evaluation.compare import Comparison, compare
+from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.outputs import write_outputs
 from draftcli.evaluation.pictures import Gallery, Item
@@ -65,7 +65,7 @@ def make_example(folder: Path) -> tuple[list[Gallery], list[Item], dict[str, Mea
 ABOUT = About(f"What {NASTY} bought", {"features": "toy, CLIP image embedding", "k": 5, "prompts": NASTY})
 
 
-def example_comparison(galleries: list[Gallery], items: list[Item], measured: dict[str, Measured]) -> Comparison:
+def example_comparison(galleries: list[Gallery], items: list[Item], measured: dict[str, Measured]) -> ColumnComparison:
     """What `draftp eval` would conclude from it."""
     return compare(galleries, items, measured, ["toy"], "toy_oracle")
 

@@ -88,14 +88,14 @@ def test_scales_checkpoints_and_copies_are_what_they_should_be(lora_run):
 
 
 def test_a_reward_judges_with_the_settings_of_its_run(lora_run):
-    """Relative to control words it is another judge, and what the plain one said is not taken for its word."""
+    """Relative to control words it is another judge, and scores kept of the plain one are not taken for its own."""
     from draftcli.config import RewardSource
-    from draftcli.evaluation.evaluate import _load_judges
+    from draftcli.evaluation.evaluate import load_judges
     from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
 
     words = {"positive": "a red circle", "negative": "a blue square"}
     plain, relative, other = (
-        _load_judges({"toy": RewardSource.model_validate(settings)}, "toy", [])
+        load_judges({"toy": RewardSource.model_validate(settings)}, "toy", [])
         for settings in ({}, {"relative": words}, {"relative": words | {"negative": "a dog"}, "micro_batch_size": 2})
     )
     assert isinstance(relative.rewards["toy"], PromptRelative)

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save
 
 from draftcli.core.lora.files import read_lora, weight_shapes
 from draftcli.core.models.loading import load_parts
-from draftcli.evaluation.evaluate import _seconds
-from draftcli.evaluation.measure import _kept
+from draftcli.evaluation.evaluate import read_seconds
+from draftcli.evaluation.measure import read_chunk
 from draftcli.export.base import open_base
 from draftcli.export.inputs import find_inputs
 from draftcli.export.tensors import close_files
@@ -274,10 +274,10 @@ def test_states_that_are_no_states(resuming, values):
 def test_caches_of_eval_that_are_damaged_are_made_anew(folder):
     for content in (b"", b"[1]", b"[" * 100_000, b'{"a": "x"}', b"\xff"):
         Path("seconds.json").write_bytes(content)
-        assert _seconds(Path("seconds.json")) == {}
+        assert read_seconds(Path("seconds.json")) == {}
     np.savez("chunk.npz", features=np.ones((2, 3)))
     whole = Path("chunk.npz").read_bytes()
-    assert _kept(Path("chunk.npz")) is not None
+    assert read_chunk(Path("chunk.npz")) is not None
     for content in (b"", whole[:-30], whole[:40], b"x" + whole[1:]):
         Path("chunk.npz").write_bytes(content)
-        assert _kept(Path("chunk.npz")) is None
+        assert read_chunk(Path("chunk.npz")) is None

@@ -14,7 +14,7 @@ def plain(*colour: float, size: tuple[int, int] = (32, 48)) -> np.ndarray:
 
 def test_saturation_is_that_of_hsv():
     for colour in [(1, 0, 0), (0.5, 0.5, 0.5), (0.2, 0.6, 0.4), (0, 0, 0)]:
-        assert signs.saturation(plain(*colour)) == pytest.approx(colorsys.rgb_to_hsv(*colour)[1])
+        assert signs.hsv_saturation(plain(*colour)) == pytest.approx(colorsys.rgb_to_hsv(*colour)[1])
 
 
 def test_contrast_of_half_black_half_white_is_a_half():

@@ -22,7 +22,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 
 from draftcli.errors import InputError
 from draftcli.rewards import load_reward
-from draftcli.rewards.catalogue import BUILT_IN
+from draftcli.rewards.catalogue import BUILT_IN_REWARDS
 from draftcli.rewards.pixels import Preprocess
 from draftcli.rewards.registry import blank_reward
 from tests.rewards.references import (
@@ -309,14 +309,14 @@ def test_squashing_is_siglips(size: tuple[int, int]) -> None:
     assert (ours - theirs).abs().max() < 0.02  # 2.5 of 255
 
 
-@pytest.mark.parametrize("name", [name for name, entry in BUILT_IN.items() if entry.parameters])
+@pytest.mark.parametrize("name", [name for name, entry in BUILT_IN_REWARDS.items() if entry.parameters])
 def test_without_weights_a_reward_has_its_official_size(name: str) -> None:
     """The catalogue's counts are those of the official architectures, which a memory plan takes."""
     network = blank_reward(name)
     assert network is not None
     assert network.name == name
     assert {parameter.device.type for parameter in network.parameters()} == {"meta"}
-    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == BUILT_IN[name].parameters
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == BUILT_IN_REWARDS[name].parameters
 
 
 @pytest.mark.parametrize("name", NAMES)

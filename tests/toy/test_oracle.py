@@ -19,11 +19,11 @@ def truth() -> torch.Tensor:
 
 
 def column(table: torch.Tensor, name: str) -> torch.Tensor:
-    return table[:, oracle.ATTRIBUTES.index(name)]
+    return table[:, oracle.CRITERIA.index(name)]
 
 
 def test_truth_scores_one_and_is_correct(truth: torch.Tensor) -> None:
-    assert oracle.score(truth, PROMPTS).mean() >= 0.97
+    assert oracle.oracle_score(truth, PROMPTS).mean() >= 0.97
     assert oracle.attributes(truth, PROMPTS).mean(0).min() >= 0.97
     assert oracle.correct(truth, PROMPTS).all()
 
@@ -65,27 +65,27 @@ def test_rubbish_scores_low_and_stays_in_range(picture: torch.Tensor) -> None:
     table = oracle.attributes(images, PROMPTS)
     assert table.min() >= 0
     assert table.max() <= 1
-    assert oracle.score(images, PROMPTS).mean() < 0.2
+    assert oracle.oracle_score(images, PROMPTS).mean() < 0.2
     assert not oracle.correct(images, PROMPTS).any()
 
 
 def test_outside_the_grammar_is_null(truth: torch.Tensor) -> None:
     prompts = ["a photo of a dog", PROMPTS[1], "a " + PROMPTS[2].split(" ", 2)[2]]
-    assert oracle.score(truth[:3], prompts).isnan().tolist() == [True, False, False]
+    assert oracle.oracle_score(truth[:3], prompts).isnan().tolist() == [True, False, False]
     assert oracle.correct(truth[:3], prompts).tolist() == [False, True, True]
-    nothing, everything, no_size = oracle.explain(truth[:3], prompts)
+    nothing, everything, no_size = oracle.explain_scores(truth[:3], prompts)
     assert nothing is None
     assert everything is not None
-    assert tuple(everything) == oracle.ATTRIBUTES
+    assert tuple(everything) == oracle.CRITERIA
     assert no_size is not None
-    assert set(oracle.ATTRIBUTES) - set(no_size) == {"size"}
+    assert set(oracle.CRITERIA) - set(no_size) == {"size"}
 
 
 def test_larger_pictures_are_judged_alike(truth: torch.Tensor) -> None:
     larger = torch.nn.functional.interpolate(truth[:16], scale_factor=2.0, mode="nearest")
-    assert (oracle.score(larger, PROMPTS[:16]) - oracle.score(truth[:16], PROMPTS[:16])).abs().max() < 0.1
+    assert (oracle.oracle_score(larger, PROMPTS[:16]) - oracle.oracle_score(truth[:16], PROMPTS[:16])).abs().max() < 0.1
 
 
 def test_pictures_and_prompts_must_be_as_many(truth: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="2 images but 1 prompts"):
-        oracle.score(truth[:2], PROMPTS[:1])
+        oracle.oracle_score(truth[:2], PROMPTS[:1])

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from draftcli.toy.reward import WEIGHTS
+from draftcli.toy.reward import WEIGHTS_FOLDER
 from draftcli.toy.world import RESOLUTION
 
 
 @pytest.fixture(scope="module")
 def provenance() -> dict:
-    return json.loads((WEIGHTS / "provenance.json").read_text())
+    return json.loads((WEIGHTS_FOLDER / "provenance.json").read_text())
 
 
 def test_measured_figures_are_within_what_was_promised(provenance: dict) -> None:
@@ -35,7 +35,7 @@ def test_the_reward_agrees_with_the_oracle(provenance: dict) -> None:
 
 
 def test_weights_are_small_fp16_safetensors_and_nothing_else() -> None:
-    files = [path for path in WEIGHTS.rglob("*") if path.is_file()]
+    files = [path for path in WEIGHTS_FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 16e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
     assert not any("fp16" in path.name for path in files)
@@ -48,7 +48,7 @@ def test_diffusers_opens_the_model_and_draws() -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what diffusers and transformers say of each other is not ours
-        pipe = StableDiffusionXLPipeline.from_pretrained(WEIGHTS / "model").to(torch.float32)
+        pipe = StableDiffusionXLPipeline.from_pretrained(WEIGHTS_FOLDER / "model").to(torch.float32)
         pipe.set_progress_bar_config(disable=True)
         images = pipe("a large red star in the centre of a white background", num_inference_steps=4,
                       guidance_scale=3.0, output_type="np").images  # fmt: skip
