@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from draftcli.core.lora.files import LORA_PARTS, Shapes, with_text_model
+from draftcli.core.models.family import find_family
 from draftcli.core.models.loading import (
     check_folder,
     checked_file,
@@ -14,9 +15,8 @@ from draftcli.core.models.loading import (
     single_file_prediction,
 )
 from draftcli.core.models.meta import PARTS, modules_on_meta, read_json
-from draftcli.core.models.sdxl import SDXL_CONFIG
+from draftcli.core.models.original_layout import Original, original_shape
 from draftcli.errors import InputError, brief, first_line
-from draftcli.export.layout import Original, original_layout, original_shape
 from draftcli.export.tensors import StoredTensor, stored_tensors
 
 WEIGHT_NAMES = {part: "model" if part.startswith("text") else "diffusion_pytorch_model" for part in PARTS}
@@ -66,9 +66,9 @@ class Base:
         return _layers({part: {key: t.shape for key, t in tensors.items()} for part, tensors in self.tensors.items()})
 
 
-def sdxl_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
+def family_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
     """The same of SDXL itself, from its configuration alone."""
-    return _layers(_expected(SDXL_CONFIG))
+    return _layers(_expected(find_family().config_folder))
 
 
 def _layers(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -123,14 +123,14 @@ def _scheduled(folder: Path) -> tuple[str, bool]:
 
 
 def _open_single_file(name: str, file: Path, config: str | None) -> Base:
-    folder = Path(model_path(config)) if config else SDXL_CONFIG
+    folder = Path(model_path(config)) if config else find_family().config_folder
     if not folder.is_dir():
         raise InputError(f"--config {config}: there is no such folder; give a local diffusers folder of an SDXL")
     held = stored_tensors(file)
     expected, layout = _expected(folder), []
     tensors: dict[str, dict[str, StoredTensor]] = {part: {} for part in PARTS}
     for part in PARTS:
-        originals = original_layout(part, expected[part])
+        originals = find_family().original_layout(part, expected[part])
         if missing := [o.key for o in originals if o.key not in held]:
             raise InputError(
                 f"{file}: {len(missing)} of the {len(originals)} tensors of {part} are missing, the first is "
@@ -162,10 +162,12 @@ def _split(stored: StoredTensor, original: Original, shapes: Mapping[str, tuple[
 
 
 def _downloaded(source: str, variant: str | None) -> Path:
-    from diffusers import StableDiffusionXLPipeline
+    import diffusers
+
+    pipeline = getattr(diffusers, find_family().pipeline)
 
     try:
-        return Path(StableDiffusionXLPipeline.download(source, variant=variant, use_safetensors=True))
+        return Path(pipeline.download(source, variant=variant, use_safetensors=True))
     except Exception as error:
         # As varied as networks are; people need the first line.
         raise InputError(

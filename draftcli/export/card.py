@@ -7,8 +7,8 @@ from pathlib import Path
 import huggingface_hub
 import yaml
 
+from draftcli.core.models.family import find_family
 from draftcli.core.models.loading import BUILT_IN
-from draftcli.core.models.sdxl import SDXL_BASE
 from draftcli.errors import DraftpError, first_line
 from draftcli.export.formats import OUTPUT_FORMATS
 from draftcli.export.report import NO_BASE, MergeReport
@@ -22,8 +22,9 @@ def merge_card(report: MergeReport, where: str) -> str:
         where: file or folder name that the loading example uses.
     """
     kind = OUTPUT_FORMATS[report.format]
-    tags = ["stable-diffusion-xl", "text-to-image", *(["lora"] if kind.is_lora else [])]
-    base = SDXL_BASE if report.base == NO_BASE else report.base
+    family = find_family()
+    tags = [family.tag, "text-to-image", *(["lora"] if kind.is_lora else [])]
+    base = family.hub_base if report.base == NO_BASE else report.base
     head = {"base_model": base, "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     return "\n".join(
         [
@@ -57,13 +58,18 @@ def opening(kind: str, where: str, base: str) -> str:
         where: the result: path, or repository on the hub.
         base: the model that a LoRA is put on: folder, hub id, single file, or a built-in name.
     """
-    lines = ["from diffusers import StableDiffusionXLPipeline", "", OUTPUT_FORMATS[kind].opening.format(where=where)]
+    pipeline = find_family().pipeline
+    lines = [
+        f"from diffusers import {pipeline}",
+        "",
+        OUTPUT_FORMATS[kind].opening.format(where=where, pipeline=pipeline),
+    ]
     if OUTPUT_FORMATS[kind].is_lora and base in BUILT_IN:
         lines.insert(1, "from draftcli.core.models.loading import model_path")
-        lines.insert(3, f'pipe = StableDiffusionXLPipeline.from_pretrained(model_path("{base}"))')
+        lines.insert(3, f'pipe = {pipeline}.from_pretrained(model_path("{base}"))')
     elif OUTPUT_FORMATS[kind].is_lora:
         loader = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
-        lines.insert(2, f'pipe = StableDiffusionXLPipeline.{loader}("{base}")')
+        lines.insert(2, f'pipe = {pipeline}.{loader}("{base}")')
     return "\n".join(lines)
 
 

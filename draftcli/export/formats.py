@@ -192,7 +192,7 @@ class DiffusersFolder(ModelFormat):
     ending = "-diffusers"
     writes = "folder"
     programs = "A diffusers folder."
-    opening = 'pipe = StableDiffusionXLPipeline.from_pretrained("{where}")'
+    opening = 'pipe = {pipeline}.from_pretrained("{where}")'
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By `part.key`, in our own naming of keys."""
@@ -222,7 +222,7 @@ class SingleFile(ModelFormat):
         "One checkpoint in the original layout: `models/checkpoints` in ComfyUI, "
         "`models/Stable-diffusion` in A1111 and Forge."
     )
-    opening = 'pipe = StableDiffusionXLPipeline.from_single_file("{where}")'
+    opening = 'pipe = {pipeline}.from_single_file("{where}")'
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By their keys in the original layout."""

@@ -17,7 +17,7 @@ from draftcli import __version__
 from draftcli.core.lora.files import Shapes
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
-from draftcli.export.base import Base, open_base, sdxl_shapes
+from draftcli.export.base import Base, family_shapes, open_base
 from draftcli.export.card import merge_card, push_to_hub
 from draftcli.export.formats import OUTPUT_FORMATS, MergeJob, OutputFormat
 from draftcli.export.inputs import MergeInput, base_of, find_inputs, read_changes
@@ -156,7 +156,7 @@ def _base(request: MergeRequest, kind: type[OutputFormat], inputs: Sequence[Merg
             raise InputError(f"--format {kind.name} needs the model to merge into: give --base MODEL")
         if request.verify == "forward":
             warnings.warn("without --base only the keys are checked, against SDXL's configuration", stacklevel=3)
-        return None, sdxl_shapes()
+        return None, family_shapes()
     pretrained, config, variant = found
     base = open_base(pretrained, request.config or config, request.variant or variant)
     return base, base.shapes()

@@ -19,8 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from draftcli.core.models.original_layout import Form, from_original
 from draftcli.errors import InputError
-from draftcli.export.layout import Form, from_original
 
 _DTYPE_OF_NAME = {
     "F64": torch.float64,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, attach_loras, read_lora
+from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import ModelLocation, clean_key, weight_files
@@ -153,21 +154,23 @@ def compare_lora(base: ModelLocation, lora: Lora, file: Path, dtype: torch.dtype
     Raises:
         DraftpError: the loader fails, or a difference is above tolerance.
     """
-    from diffusers import StableDiffusionXLPipeline as Pipeline
+    import diffusers
+
+    pipeline = getattr(diffusers, find_family().pipeline)
 
     unet_config = modules_on_meta(base.config)["unet"].config
     found = []
     for part in lora.parts:
         before, wanted = _base_and_tuned(base, part, Changes([lora]))
         with _loaded(base, part) as network, _loader_errors(file):
-            read: Any = Pipeline.lora_state_dict(
+            read: Any = pipeline.lora_state_dict(
                 str(file.parent), weight_name=file.name, unet_config=unet_config, return_lora_metadata=True
             )
             state, alphas, metadata = read
             if part == "unet":
-                Pipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
+                pipeline.load_lora_into_unet(state, alphas, network, metadata=metadata)
             else:
-                Pipeline.load_lora_into_text_encoder(state, alphas, network, prefix=part, metadata=metadata)
+                pipeline.load_lora_into_text_encoder(state, alphas, network, prefix=part, metadata=metadata)
             found.append(_compared(part, before, wanted, _output(network), dtype, touched=True))
     return found
 
@@ -208,7 +211,9 @@ def _compared(
 @contextmanager
 def _loaded(location: ModelLocation, part: str) -> Iterator[Any]:
     """One network in float32, by the pipeline's own loader, with all others left out."""
-    from diffusers import StableDiffusionXLPipeline as Pipeline
+    import diffusers
+
+    pipeline = getattr(diffusers, find_family().pipeline)
 
     path = location.path
     others = dict.fromkeys(name for name in (*PARTS, "tokenizer", "tokenizer_2") if name != part)
@@ -217,7 +222,7 @@ def _loaded(location: ModelLocation, part: str) -> Iterator[Any]:
         if location.single_file:
             from diffusers import EulerDiscreteScheduler
 
-            pipe = Pipeline.from_single_file(
+            pipe = pipeline.from_single_file(
                 str(path),
                 config=str(location.config),
                 torch_dtype=torch.float32,
@@ -226,7 +231,7 @@ def _loaded(location: ModelLocation, part: str) -> Iterator[Any]:
                 **others,
             )
         else:
-            pipe = Pipeline.from_pretrained(
+            pipe = pipeline.from_pretrained(
                 path,
                 torch_dtype=torch.float32,
                 variant=location.variant,

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from draftcli import __version__
 from draftcli.core.lora.files import Lora, Update
+from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import PARTS
+from draftcli.core.models.original_layout import V_MARKER, ZERO_SNR_MARKER, Original, original_shape, to_original
 from draftcli.core.models.original_names import original_unet_names
-from draftcli.core.models.sdxl import SDXL_BASE
 from draftcli.core.precision import DTYPES
 from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import WEIGHT_NAMES, Base
 from draftcli.export.inputs import Changes
-from draftcli.export.layout import V_MARKER, ZERO_SNR_MARKER, Original, original_layout, original_shape, to_original
 from draftcli.export.tensors import PlannedTensor, StoredTensor, Wrote, file_metadata, write_safetensors
 
 KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
@@ -85,7 +85,7 @@ class Merger:
         if base.location.single_file:
             layout = base.layout
         else:
-            layout = [original for part in PARTS for original in original_layout(part, shapes[part])]
+            layout = [original for part in PARTS for original in find_family().original_layout(part, shapes[part])]
         found = [self._original_entry(original, shapes[original.part]) for original in layout]
         found += [PlannedTensor(key, stored.dtype, stored.shape, stored.load) for key, stored in base.extra.items()]
         present = {entry.key for entry in found}
@@ -213,7 +213,7 @@ def modelspec(title: str, merged_from: str, prediction: str, *, lora: bool = Fal
     """The metadata by which programs recognise what a file is (https://github.com/Stability-AI/ModelSpec)."""
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base" + ("/lora" if lora else ""),
+        "modelspec.architecture": find_family().architecture + ("/lora" if lora else ""),
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
         "modelspec.title": title,
         "modelspec.resolution": "1024x1024",
@@ -230,7 +230,7 @@ def kohya_metadata(lora: Lora) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": str(float(largest_rank(lora))),
-        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_base_model_version": find_family().kohya_version,
         "ss_v2": "False",
     }
 
@@ -280,10 +280,10 @@ def _with_tokenizers(config: Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(SDXL_BASE, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
+        return Path(snapshot_download(find_family().hub_base, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
     except Exception as error:  # offline, refused, interrupted: the hub's client has many types of errors
         raise InputError(
-            f"a single file holds no tokenizers, and {SDXL_BASE} cannot be reached for them; give a local diffusers "
-            f"folder of an SDXL with --config, or take --format single-file ({type(error).__name__}: "
+            f"a single file holds no tokenizers, and {find_family().hub_base} cannot be reached for them; give a local "
+            f"diffusers folder of an SDXL with --config, or take --format single-file ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from error

@@ -17,7 +17,6 @@ from draftcli.core.lora import adapters
 from draftcli.core.models.family import drop_vae_encoder, find_family
 from draftcli.core.models.loading import model_path
 from draftcli.core.models.meta import PARTS
-from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.core.penalty import make_penalty
 from draftcli.planning.blank_networks import shortened_modules
 from draftcli.planning.repeated_layers import tensors
@@ -62,7 +61,7 @@ def make_plan(cfg: Config) -> Plan:
     folder = configuration_folder(cfg)
     modules = shortened_modules(folder, cfg.peft.target_modules)
     drop_vae_encoder(modules["vae"])
-    labels = find_family("sdxl").networks
+    labels = find_family().networks
     frozen = {labels[part]: _count(module) for part, module in modules.items()}
     if cfg.peft.peft_scheme == "lora":
         with torch.device("meta"), warnings.catch_warnings():
@@ -73,7 +72,7 @@ def make_plan(cfg: Config) -> Plan:
         trainable = frozen.pop("unet")
         frozen["frozen copy of the unet"] = trainable
     return Plan(
-        source="SDXL's configuration" if folder == SDXL_CONFIG else str(folder),
+        source="SDXL's configuration" if folder == find_family().config_folder else str(folder),
         trainable=trainable,
         frozen=frozen,
         images=cfg.trainer.global_batch_size,
@@ -98,7 +97,7 @@ def count_evaluations(cfg: Config) -> dict[str, int]:
 def configuration_folder(cfg: Config) -> Path:
     """The folder with the configuration of the model's networks: its own, else SDXL's, which ships with draftp."""
     folder = Path(model_path(cfg.model.pretrained))
-    return folder if all((folder / part / "config.json").is_file() for part in PARTS) else SDXL_CONFIG
+    return folder if all((folder / part / "config.json").is_file() for part in PARTS) else find_family().config_folder
 
 
 def _count(network: torch.nn.Module, trained: bool = False) -> int:

@@ -8,6 +8,8 @@ import yaml
 
 from draftcli import __version__
 from draftcli.config import Config
+from draftcli.core.gradient.mode import make_mode
+from draftcli.core.models.family import find_family
 from draftcli.core.models.loading import BUILT_IN
 from draftcli.runs import ValidationLine
 
@@ -19,9 +21,9 @@ LOADING = {
 
 def _base(cfg: Config) -> str:
     if cfg.model.pretrained in BUILT_IN:
-        return f'pipe = StableDiffusionXLPipeline.from_pretrained(model_path("{cfg.model.pretrained}"))'
+        return f'pipe = {find_family().pipeline}.from_pretrained(model_path("{cfg.model.pretrained}"))'
     loader = "from_single_file" if cfg.model.pretrained.endswith(".safetensors") else "from_pretrained"
-    return f'pipe = StableDiffusionXLPipeline.{loader}("{cfg.model.pretrained}")'
+    return f'pipe = {find_family().pipeline}.{loader}("{cfg.model.pretrained}")'
 
 
 def _steps(cfg: Config) -> str:
@@ -44,7 +46,7 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
         "base_model": cfg.model.pretrained,
         "library_name": "diffusers",
         "pipeline_tag": "text-to-image",
-        "tags": ["stable-diffusion-xl", "draft", "reward-fine-tuning", *(["lora"] if lora else [])],
+        "tags": [find_family().tag, "draft", "reward-fine-tuning", *(["lora"] if lora else [])],
     }
     lines = [
         "---",
@@ -55,8 +57,7 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
         "",
         (
             f"Made by draftp {__version__}: {cfg.trainer.max_steps} steps of {cfg.trainer.global_batch_size} pictures, "
-            f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, gradient through the last "
-            f"{cfg.draftp.truncation_steps} of {cfg.sampling.steps} sampler steps, "
+            f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, {make_mode(cfg).describe()}, "
             f"KL coefficient {cfg.draftp.kl_coeff:g}"
             + (f", moving average of the weights with decay {cfg.ema.decay:g}" if averaged else "")
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
@@ -64,7 +65,7 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
         "",
         "```python",
         "import draftcli",
-        "from diffusers import StableDiffusionXLPipeline" + ("" if lora else ", UNet2DConditionModel"),
+        f"from diffusers import {find_family().pipeline}" + ("" if lora else ", UNet2DConditionModel"),
         *(["from draftcli.core.models.loading import model_path"] if cfg.model.pretrained in BUILT_IN else []),
         "",
         _base(cfg),

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers.optimization import get_scheduler
@@ -24,7 +24,20 @@ from draftcli.training.ema import Ema
 from draftcli.training.optimizer import make_optimizer
 
 SKIPS_ALLOWED = 3  # steps in a row without an update before the run gives up
+NEW_STATE = ("penalty",)  # what checkpoints of the first version lack
 NOT_FINITE = ("reward", "loss", "gradient")  # what can be wrong with a step, beside rewards that have nothing to say
+
+
+class Stateful(Protocol):
+    """What a checkpoint keeps the state of."""
+
+    def state_dict(self) -> Any:
+        """Small, and the same in every process."""
+        ...
+
+    def load_state_dict(self, state: Any, /) -> Any:
+        """Put back what `state_dict` gave."""
+        ...
 
 
 class Trainer:
@@ -180,11 +193,8 @@ class Trainer:
         small = {i: {k: v for k, v in own.items() if not self._is_large(i, k, v)} for i, own in states}
         return {
             "optimizer": {**optimizer, "state": small},
-            "schedule": self.schedule.state_dict(),
-            "grad_scaler": self.model.grad_scaler.state_dict(),
             "ema": None if self.ema is None else self.ema.updates,
-            "rewards": self.rewards.state_dict(),
-            "penalty": self.model.penalty.state_dict(),
+            **{name: part.state_dict() for name, part in self._stateful().items()},
             "skipped": [self.skipped, self._skipped_in_a_row],
         }
 
@@ -216,13 +226,20 @@ class Trainer:
             if what != "average":
                 optimizer["state"].setdefault(self._index[name], {})[what] = tensor
         self.optimizer.load_state_dict(optimizer)
-        self.schedule.load_state_dict(state["schedule"])
-        self.model.grad_scaler.load_state_dict(state["grad_scaler"])
         if self.ema is not None:
             self.ema.load(state["ema"], [tensors[f"{name}/average"] for name in self.names])
-        self.rewards.load_state_dict(state["rewards"])
-        self.model.penalty.load_state_dict(state.get("penalty", {}))  # checkpoints of version 0.1 have none
+        for name, part in self._stateful().items():
+            part.load_state_dict({} if name in NEW_STATE and name not in state else state[name])
         self.skipped, self._skipped_in_a_row = state["skipped"]
+
+    def _stateful(self) -> dict[str, Stateful]:
+        """What has a small state of its own, by its name in checkpoints. A part that joins needs only its line here."""
+        return {
+            "schedule": self.schedule,
+            "grad_scaler": self.model.grad_scaler,
+            "rewards": self.rewards,
+            "penalty": self.model.penalty,
+        }
 
     def _optimizer_state(self) -> dict[str, Any]:
         # torch's own, as bitsandbytes' hides its tensors one level down from FSDP1.

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from draftcli.config import ModelConfig
 from draftcli.core.models.loading import load_parts
 from draftcli.core.models.meta import modules_on_meta
+from draftcli.core.models.original_layout import original_layout
 from draftcli.core.models.sdxl import SDXL_CONFIG
-from draftcli.export.layout import original_layout
 from tests.core.test_lora_files import ask
 from tests.export.conftest import trained
 from tests.export.merging import equal, merge, pipeline, tuned_unet

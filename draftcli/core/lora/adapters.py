@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from draftcli.core.models.family import find_family
 from draftcli.errors import InputError
 
 # The linear layers of every transformer block: the reference's `sdlora` in diffusers' names.
@@ -138,10 +139,11 @@ def save_lora(unet: nn.Module, folder: Path, layers: Mapping[str, Tensor] | None
         folder: where to.
         layers: its tensors by `lora_state_dict`'s names, where those in `unet` are split over processes.
     """
-    from diffusers import StableDiffusionXLPipeline
+    import diffusers
 
     config: LoraConfig = unet.peft_config[ADAPTER]  # type: ignore[index]
     metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
     tensors: dict[str, Any] = dict(layers or lora_state_dict(unet))
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata)
+    pipeline = getattr(diffusers, find_family().pipeline)
+    pipeline.save_lora_weights(folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata)
     return folder / LORA_FILE

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from draftcli.core.batch import Batch
 from draftcli.core.guidance import Prediction
+from draftcli.core.models.original_layout import Original
 from draftcli.core.schedule import Schedule
 from draftcli.errors import InputError
 
@@ -39,6 +40,7 @@ class Family(Protocol):
         hub_base: hub id of the model that this family is known by.
         config_folder: its configuration, without weights and tokenizers, so that its shape is known offline.
         networks: what it consists of, as diffusers' folders are called, and what plans call each.
+        tag: on model cards.
         architecture: of modelspec's metadata.
         kohya_version: of kohya's metadata, ss_base_model_version.
     """
@@ -49,6 +51,7 @@ class Family(Protocol):
     hub_base: str
     config_folder: Path
     networks: Mapping[str, str]
+    tag: str
     architecture: str
     kohya_version: str
 
@@ -83,13 +86,25 @@ class Family(Protocol):
         """
         ...
 
+    def original_layout(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Original]:
+        """The tensors of one network in a single file of the original code.
+
+        Args:
+            part: a name in `networks`.
+            shapes: of the network's tensors, by our keys.
+
+        Raises:
+            InputError: a tensor has no place there.
+        """
+        ...
+
     def schedule(self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"]) -> Schedule:
         """The noise levels of `steps` sampler steps."""
         ...
 
 
 @cache
-def find_family(name: str) -> Family:
+def find_family(name: str = "sdxl") -> Family:
     """The family called `name`.
 
     Raises:
@@ -147,7 +162,7 @@ class Parts:
     zero_terminal_snr: bool = False
     zeros_for_empty: bool = True
     name: str = field(default="custom", compare=False)
-    family: Family = field(default_factory=lambda: find_family("sdxl"), compare=False)
+    family: Family = field(default_factory=find_family, compare=False)
 
     def __post_init__(self) -> None:
         drop_vae_encoder(self.vae)

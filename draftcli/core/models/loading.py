@@ -38,7 +38,7 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
     Raises:
         InputError: nothing is there, it is not an SDXL, or its files are damaged.
     """
-    family, source, dtype = find_family("sdxl"), model_path(cfg.pretrained), DTYPES[cfg.precision]
+    family, source, dtype = find_family(), model_path(cfg.pretrained), DTYPES[cfg.precision]
     wide, single_file = torch.promote_types(dtype, torch.float32), is_single_file(source)
     # SDXL's own VAE gives NaN in float16, so it stays in float32 unless told otherwise.
     dtypes = {
@@ -205,7 +205,7 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{index} is not valid JSON: download the model again") from None
-    family = find_family("sdxl")
+    family = find_family()
     if kind != family.pipeline:
         raise InputError(f"{setting} {folder} is a {str(kind)[:80]}, not {family.title} ({family.pipeline})")
 

@@ -6,7 +6,7 @@ D2 pooled width (1280), C latent channels (4), H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from draftcli.core.batch import Batch
 from draftcli.core.models.family import Conditioning, Embedding, Parts, latent_factor, tokenize
+from draftcli.core.models.original_layout import Original, original_layout
 from draftcli.core.models.size_keys import size_keys, time_ids
 from draftcli.core.models.tiles import decode_in_tiles
 from draftcli.core.schedule import Schedule, make_schedule
@@ -40,6 +41,7 @@ class SDXL:
             "text_encoder_2": "text encoder 2",
         }
     )
+    tag = "stable-diffusion-xl"
     architecture = "stable-diffusion-xl-v1-base"
     kohya_version = "sdxl_base_v1-0"
 
@@ -95,6 +97,10 @@ class SDXL:
         factor = latent_factor(vae)
         pixels = decode_all(scaled) if tile is None else decode_in_tiles(decode_all, scaled, tile // factor, factor)
         return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
+
+    def original_layout(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Original]:
+        """See `Family`."""
+        return original_layout(part, shapes)
 
     def schedule(self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"]) -> Schedule:
         """See `Family`."""
