@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import draftcli
 from draftcli.core.batch import derived_seed
 from draftcli.prompts import Shuffled, read_prompts
-from draftcli.toy.reward import WEIGHTS
+from draftcli.toy.reward import WEIGHTS_FOLDER
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2"]
 SIZE = 64  # pixels of an edge
@@ -57,7 +57,7 @@ class Settings:
 
 def load_toy(settings: Settings) -> Any:
     """The toy SDXL as a diffusers pipeline, everything frozen but a new LoRA on its UNet."""
-    pipe: Any = StableDiffusionXLPipeline.from_pretrained(WEIGHTS / "model", add_watermarker=False)
+    pipe: Any = StableDiffusionXLPipeline.from_pretrained(WEIGHTS_FOLDER / "model", add_watermarker=False)
     for network in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
         network.requires_grad_(False).eval().float()  # its files are in float16
     # W x + B A x, A ~ N(0, 1 / rank), B = 0: at the start tuned is base.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import draftcli
 from draftcli.prompts import read_prompts
-from draftcli.toy.reward import WEIGHTS
+from draftcli.toy.reward import WEIGHTS_FOLDER
 from draftcli.training.step import Trainer
 from tests.command import draftp
 from tests.tiny import move
@@ -94,7 +94,7 @@ def test_the_gradient_is_the_trainers(moved):
 
 def test_plain_diffusers_draws_with_what_is_written():
     draft_loop.main(["--steps", "2", "--batch-size", "1", "--gradient-steps", "1", "--lr", "0.1", "--output", "ours"])
-    pipe = StableDiffusionXLPipeline.from_pretrained(WEIGHTS / "model", add_watermarker=False).to(torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(WEIGHTS_FOLDER / "model", add_watermarker=False).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():

@@ -17,6 +17,7 @@ from draftcli.config import ModelConfig, SamplingConfig
 from draftcli.prompts import Prompt
 from draftcli.sampling.draw import Column, plan
 from draftcli.sampling.identity import HARMLESS, RESOLVED, Provenance
+from draftcli.sampling.load import load_source
 from draftcli.sampling.source import find_source
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.tiny import make_sdxl, write_single_file
@@ -103,7 +104,7 @@ OTHER_FILES: dict[str, Callable[[Path], Files]] = {
 def key(model: Path, settings: dict[str, Any]) -> str:
     """The hash of a picture of the base, as the commands work it out."""
     values = {"model.precision": "fp32", **BASE, **settings}
-    loaded = find_source(None, str(values.pop("model.pretrained", model)), (), (), values).load()
+    loaded = load_source(find_source(None, str(values.pop("model.pretrained", model)), (), (), values))
     sampling = loaded.cfg.sampling
     (picture,) = plan([Prompt("a red dog")], 1, 7, (sampling.height, sampling.width))
     return Provenance(loaded).key(picture, Column.of("base"))
@@ -169,7 +170,7 @@ def test_another_tokenizer_is_another_model(tiny_sdxl):
 
 
 def test_prompt_seed_size_and_column_move_the_hash(lora_run):
-    model = find_source(str(lora_run), None, ()).load()
+    model = load_source(find_source(str(lora_run), None, ()))
     provenance = Provenance(model)
     (picture,) = plan([Prompt("a red dog")], 1, 7, (64, 64))
     pictures = [
