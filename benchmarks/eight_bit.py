@@ -74,11 +74,11 @@ def base(rounds: int) -> None:
             plain, ours = models["float32"], models["8 bits"]
             with torch.no_grad():
                 cond = plain.encode(batch)
-                x = plain.start(plain.initial_noise(batch))
+                x = plain.networks.start(batch)
                 for i in range(len(plain.schedule)):
                     level = plain.schedule.level(i)
-                    found = plain.denoiser(cond)(x, level)
-                    errors.append(float((ours.denoiser(cond)(x, level) - found).norm() / found.norm()))
+                    found = plain.networks.tuned(cond)(x, level)
+                    errors.append(float((ours.networks.tuned(cond)(x, level) - found).norm() / found.norm()))
                     x = x + found * (float(plain.schedule.sigmas[i + 1]) - float(plain.schedule.sigmas[i]))
             print(f"  guided eps, relative error over the 10 levels: {min(errors):.4f} to {max(errors):.4f}")
         took = seconds({name: lambda m=m: m.get_loss_and_metrics(batch) for name, m in models.items()}, rounds)

@@ -23,8 +23,8 @@ from transformers import (
 from draftcli.config import Config
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.models.family import Parts
+from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.core.precision import DTYPES
-from draftcli.planning.plan import SDXL_CONFIG
 from draftcli.rewards.clip import CLIPReward
 from draftcli.rewards.pixels import Preprocess
 

@@ -44,7 +44,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # share, the method on them, then what it is done with and how it runs. draftp.py alone puts them together.
 CORE_LAYERS = {
     "values": {"grid", "schedule", "batch", "phase", "precision"},
-    "method": {"denoise", "guidance", "annealing", "networks", "penalty", "backward", "gradient"},
+    "method": {"denoise", "guidance", "annealing", "networks", "penalty", "backward", "gradient", "one_backward"},
     "models": {"models"},
     "lora": {"lora"},
     "engine": {"engine"},

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from draftcli.config import Config, ModelConfig, check_config
-from draftcli.core.backward import KeptGraph, Piece, Walked
+from draftcli.core.backward import Forward, KeptGraph, Piece
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.models.family import Parts
@@ -108,10 +108,10 @@ def latents_at(model: SDXLDRaFTPModel, cond: Any, x: Tensor, step: int) -> Tenso
     return model.sampler.walk(model.networks.tuned(cond), x, stop=step)
 
 
-def gradient_steps(model: SDXLDRaFTPModel, cond: Any, x: Tensor, first: int) -> Walked:
+def gradient_steps(model: SDXLDRaFTPModel, cond: Any, x: Tensor, first: int) -> Forward:
     """The steps from `first` to the image from x at that level, tuned beside base, in the grad mode of the caller."""
     piece = Piece([""] * len(x), cond, model.sampler.levels(first), [x])
-    return KeptGraph().walk(model.networks, piece, with_base=True)
+    return KeptGraph().forward(model.networks, piece, with_base=True)
 
 
 def prefers_red(images: Tensor, prompts: Sequence[str]) -> Tensor:

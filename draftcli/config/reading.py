@@ -44,13 +44,16 @@ def load_config(
         preset: a preset's name, or a YAML file. None: the defaults.
         overrides: `KEY=VALUE` with a dotted key and a YAML value, such as `trainer.max_steps=300`. A later one wins.
         values: settings by dotted key that are no text to be parsed, applied before the overrides.
-        purpose: see `check_config`.
+        purpose: drawing: of a recipe that says how to train, what says how its network was kept small and split is not
+            read, as drawing may be elsewhere; overrides may say it anew. See also `check_config`.
 
     Raises:
         InputError: no such preset or file, invalid YAML, an unknown key (the nearest known one is named), a value
             that is not allowed.
     """
     data = {} if preset is None else _read_yaml(_find(str(preset)))
+    if purpose == "drawing":
+        data = _for_drawing(data)
     for key, value in (values or {}).items():
         _set(data, key.split("."), value)
     for override in overrides:
@@ -82,7 +85,7 @@ def check_config(data: dict[str, Any], purpose: Purpose = "training") -> Config:
 
     Args:
         data: by section.
-        purpose: drawing: settings that forbid each other in a training (rules.py) are left alone; nothing trains.
+        purpose: drawing: settings that forbid each other in a training (rules.py) may stand together; nothing trains.
 
     Raises:
         InputError: as for `load_config`.
@@ -113,6 +116,14 @@ def _find(preset: str) -> Path:
     raise InputError(
         f"unknown preset {brief(preset)}{nearest(preset, names)}; there are: {', '.join(names)}, or give a .yaml file"
     )
+
+
+def _for_drawing(data: dict[str, Any]) -> dict[str, Any]:
+    """What a recipe says of pictures; the base is as other programs load it, not in 8 bits."""
+    read = {section: values for section, values in data.items() if section not in ("draftp", "sharding")}
+    if isinstance(read.get("model"), dict):
+        read["model"] = {key: value for key, value in read["model"].items() if key != "quantize"}
+    return read
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

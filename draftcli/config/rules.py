@@ -20,8 +20,8 @@ def conflicts(cfg: Config) -> Iterator[str]:
         check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size)
     except InputError as error:
         yield str(error)
-    if cfg.draftp.low_variance_samples and not sharding.two_stage:
-        yield "draftp.low_variance_samples needs sharding.two_stage true"
+    if cfg.draftp.gradient_mode[0] == "low_variance" and not sharding.two_stage:
+        yield "draftp.low_variance_samples (gradient low_variance) needs sharding.two_stage true"
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
         yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
@@ -142,5 +142,5 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
     micro = cfg.trainer.micro_batch_size
     if (sharding.decode_batch_size or 0) > micro:
         yield f"sharding.decode_batch_size has no effect above trainer.micro_batch_size {micro}"
-    if sharding.recompute_steps is False and cfg.draftp.low_variance_samples > 0:
-        yield "sharding.recompute_steps false has no effect: draftp.low_variance_samples recomputes"
+    if sharding.recompute_steps is False and cfg.draftp.gradient_mode[0] == "low_variance":
+        yield "sharding.recompute_steps false has no effect: gradient low_variance recomputes"

@@ -271,8 +271,8 @@ class ShardingConfig(Section):
     """First decoder and reward with their backward, then the gradient steps: the peak is the larger, not the sum."""
     recompute_steps: bool | None = None
     """Run each gradient step again when its backward comes, so that memory does not grow with K: one more forward pass
-    a step. Default: where K is above 1 and activation_checkpointing on, with offload, and where
-    draftp.low_variance_samples is above 0."""
+    a step. Default: where K is above 1 and activation_checkpointing on, with offload, and where draftp.gradient cannot
+    do otherwise."""
     prefix_batch_size: Count | None = None
     """Images drawn together where no gradient is needed; default 8, at least trainer.micro_batch_size."""
     decode_batch_size: Count | None = None

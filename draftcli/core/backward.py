@@ -7,6 +7,8 @@ Stage two is done in one of two ways, with the same gradient (float64: 1e-9). `K
 and keeps their graph over stage one. `RecomputedSteps` knows x_0 already, from a walk without gradient, and runs step
 after step again, the last one first, each with a backward of its own: memory does not grow with the number of steps.
 
+Steps with gradient are Euler's, which DDIM's are to rounding.
+
 Shape legend: B images, K gradient steps, C latent channels, H W latent size.
 """
 
@@ -150,7 +152,7 @@ class RewardSlope:
 
 
 @dataclass(frozen=True)
-class Walked:
+class Forward:
     """Where the steps of a piece led.
 
     Attributes:
@@ -171,12 +173,12 @@ class Executor(Protocol):
         """The pieces, as many together as go through stage one before any goes through stage two."""
         ...
 
-    def walk(self, nets: Networks, piece: Piece, with_base: bool) -> Walked:
-        """x_0 of a piece. `with_base`: the base is needed as well, for the penalty."""
+    def forward(self, nets: Networks, piece: Piece, with_base: bool) -> Forward:
+        """The steps of a piece -> x_0. `with_base`: the base is needed as well, for the penalty."""
         ...
 
     def backward(
-        self, nets: Networks, piece: Piece, walked: Walked, seen: RewardSlope, penalty: Penalty, work: Work
+        self, nets: Networks, piece: Piece, ahead: Forward, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """Stage two: adds the gradient to the weights' `.grad`. The penalty, without graph; None: not measured."""
         ...
@@ -190,7 +192,7 @@ class KeptGraph:
         for piece in pieces:
             yield [piece]
 
-    def walk(self, nets: Networks, piece: Piece, with_base: bool) -> Walked:
+    def forward(self, nets: Networks, piece: Piece, with_base: bool) -> Forward:
         """See `Executor`. The base is asked at the same x; its estimate does not steer x."""
         tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
         eps: list[Tensor] = []
@@ -205,18 +207,18 @@ class KeptGraph:
         churn = iter(piece.churn)
         with nets.phase(Phase.STEPS):
             x_0 = denoise(predict, piece.x[0], piece.levels, noise=lambda shape: next(churn))
-        return Walked(x_0, torch.stack(eps), torch.stack(eps_base) if with_base else None)
+        return Forward(x_0, torch.stack(eps), torch.stack(eps_base) if with_base else None)
 
     def backward(
-        self, nets: Networks, piece: Piece, walked: Walked, seen: RewardSlope, penalty: Penalty, work: Work
+        self, nets: Networks, piece: Piece, ahead: Forward, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """See `Executor`."""
         with nets.phase(Phase.BACKWARD):
             kl = None
-            if walked.eps is not None and walked.eps_base is not None:
-                kl = penalty(walked.eps, walked.eps_base, piece.levels)
+            if ahead.eps is not None and ahead.eps_base is not None:
+                kl = penalty(ahead.eps, ahead.eps_base, piece.levels)
             scaled = None if kl is None else work.scale(kl)
-            objective((seen.slope * walked.x_0).sum(), scaled, seen.share * penalty.beta).backward()
+            objective((seen.slope * ahead.x_0).sum(), scaled, seen.share * penalty.beta).backward()
         return None if kl is None else kl.detach()
 
 
@@ -227,13 +229,13 @@ class RecomputedSteps:
         """See `Executor`."""
         yield pieces
 
-    def walk(self, nets: Networks, piece: Piece, with_base: bool) -> Walked:
-        """See `Executor`: it has been walked already."""
+    def forward(self, nets: Networks, piece: Piece, with_base: bool) -> Forward:
+        """See `Executor`: x_0 is known, and the steps run in `backward`."""
         assert piece.x_0 is not None, "a piece for recomputed steps knows its x_0"
-        return Walked(piece.x_0)
+        return Forward(piece.x_0)
 
     def backward(
-        self, nets: Networks, piece: Piece, walked: Walked, seen: RewardSlope, penalty: Penalty, work: Work
+        self, nets: Networks, piece: Piece, ahead: Forward, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """See `Executor`. In every step d loss / d x is handed on to the step before."""
         tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)

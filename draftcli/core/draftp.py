@@ -26,30 +26,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from draftcli.config import Config
+from draftcli.config import Config, conflicts
 from draftcli.core.annealing import Weighing, annealed_denoiser, linear, step_weights
 from draftcli.core.backward import KeptGraph, Piece, Work, reward_slope
 from draftcli.core.batch import Batch, derived_seed
 from draftcli.core.denoise import SOLVERS, Sampler
 from draftcli.core.engine.networks import PlacedNetworks, Watch
-from draftcli.core.gradient.mode import GradientMode, Rollout, churn_noise, make_mode
+from draftcli.core.gradient.last_k import LastK
+from draftcli.core.gradient.mode import GradientMode, Rollout, check_sampler, churn_noise, make_mode
 from draftcli.core.lora.files import Lora
 from draftcli.core.models.family import Conditioning, Parts
 from draftcli.core.models.size_keys import size_keys
 from draftcli.core.networks import Networks, RewardFunction
+from draftcli.core.one_backward import LossFunction, Metrics, images_and_loss, metrics_of, one_backward
 from draftcli.core.penalty import Penalty, make_penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError
 
-Metrics = dict[str, Any]
-# forward(data_iterator, model) -> images (B, 3, H, W), loss_func; loss_func(images) -> scalar loss, metrics
-Forward = Callable[[Iterator[Batch | Sequence[str]], Any], tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]]
+# objective(data_iterator, model) -> images (B, 3, H, W), loss_func; loss_func(images) -> scalar loss, metrics
+Objective = Callable[[Iterator[Batch | Sequence[str]], Any], tuple[Tensor, LossFunction]]
 
 
 def training_step(
@@ -75,23 +76,24 @@ def training_step(
     executor, figures = work.executor, StepFigures()
     parts = [(part, nets.encode(part)) for part in batch.split(work.prefix)]
     with nets.phase(Phase.PREFIX), nets.without_gradient():
-        # x_T ~ N(0, I), then x <- x + (sigma' - sigma) eps(x, c), to where the mode wants a gradient
-        walked = work.recompute or mode.recomputes
-        rollouts = (Rollout(nets, sampler, part, cond, walked) for part, cond in parts)
+        # x_T ~ N(0, I), then x <- x + (sigma' - sigma) eps(x, c), up to the steps to which the mode gives a gradient;
+        # on to x_0 as well, where that has to be known before those steps run again
+        on = work.recompute or mode.recomputes
+        rollouts = (Rollout(nets, sampler, part, cond, nets.start(part), on) for part, cond in parts)
         pieces = [piece for rollout in rollouts for piece in mode.pieces(rollout)]
-    count = sum(map(len, pieces))
+    samples = sum(map(len, pieces))
     for group in executor.groups([small for piece in pieces for small in piece.split(work.micro)]):
-        # the steps with gradient, tuned beside base: eps, eps_base -> x_0
-        walks = [executor.walk(nets, piece, penalty.is_measured) for piece in group]
-        # stage one: r(x_0, c) and its slope s = d r / d x_0; then decoder and reward are freed
-        slopes = [
-            reward_slope(nets, reward, walk.x_0, piece.prompts, len(piece) / count, work)
-            for walk, piece in zip(walks, group, strict=True)
+        # those steps, the base beside: x_0, eps, eps_base (RecomputedSteps: eps and eps_base in stage two)
+        forwards = [executor.forward(nets, piece, penalty.is_measured) for piece in group]
+        # stage one: r(x_0, c) and s = d r / d x_0; then decoder and reward are freed
+        judged = [
+            reward_slope(nets, reward, forward.x_0, piece.prompts, len(piece) / samples, work)
+            for forward, piece in zip(forwards, group, strict=True)
         ]
-        # stage two: the gradient of -<s, x_0> + beta mean (eps - eps_base)^2
-        for piece, walk, slope in zip(group, walks, slopes, strict=True):
-            kl = executor.backward(nets, piece, walk, slope, penalty, work)
-            figures.add(slope.share, slope.reward, kl)
+        # stage two: d (-<s, x_0> + beta mean (eps - eps_base)^2) / d weights, the sum by penalty.objective
+        for piece, forward, seen in zip(group, forwards, judged, strict=True):
+            kl = executor.backward(nets, piece, forward, seen, penalty, work)
+            figures.add(seen.share, seen.reward, kl)
     return figures
 
 
@@ -111,11 +113,9 @@ class StepFigures:
         """ "loss", "reward" and "kl_penalty" (None where it was not measured)."""
         reward = torch.stack(self.rewards).sum()
         kl = torch.stack(self.penalties).sum() if self.penalties else None
-        return _metrics(objective(reward.double(), None if kl is None else kl.double(), beta), reward, kl)
-
-
-def _metrics(loss: Tensor, reward: Tensor, kl: Tensor | None) -> Metrics:
-    return {"loss": loss.item(), "reward": reward.item(), "kl_penalty": None if kl is None else kl.item()}
+        # on the CPU, as not every device has float64
+        exact = [None if value is None else value.cpu().double() for value in (reward, kl)]
+        return metrics_of(objective(torch.as_tensor(exact[0]), exact[1], beta), reward, kl)
 
 
 class SDXLDRaFTPModel:
@@ -124,7 +124,6 @@ class SDXLDRaFTPModel:
     Attributes:
         networks: tuned and base on this machine.
         sampler: the run's N steps.
-        penalty: holds tuned to base; its coefficient may have a state.
         reward_model: assign before training: `reward_model(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`.
         grad_scaler: scales the loss under fp16, else does nothing; the trainer steps through it.
 
@@ -138,17 +137,22 @@ class SDXLDRaFTPModel:
         InputError: the model cannot be loaded, or the settings do not fit it.
     """
 
+    def __init_subclass__(cls) -> None:
+        if "get_forward_output_and_loss_func" in vars(cls):
+            raise TypeError(f"{cls.__name__}: training does not ask an overridden function; give an objective as loss=")
+
     def __init__(
         self,
         cfg: Config,
         parts: Parts | None = None,
         loras: Sequence[tuple[Lora, float]] | None = None,
-        loss: Forward | None = None,
+        loss: Objective | None = None,
     ) -> None:
+        if loras is None and (problem := next(conflicts(cfg), None)) is not None:
+            raise InputError(problem)
         self.cfg, self.loss = cfg, loss
         self.networks = PlacedNetworks(cfg, parts, loras)
         self.sampler = Sampler(self.networks.schedule, SOLVERS[cfg.sampling.sampler], cfg.sampling.s_churn)
-        self.penalty = make_penalty(cfg.draftp)
         self.grad_scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=cfg.model.precision == "fp16")
         self._reward_model: RewardFunction | None = None
         self._images_seen = 0
@@ -185,6 +189,15 @@ class SDXLDRaFTPModel:
             InputError: the settings name no mode that can be, or a sampler that cannot train.
         """
         return make_mode(self.cfg)
+
+    @cached_property
+    def penalty(self) -> Penalty:
+        """What holds tuned to base; its coefficient may have a state.
+
+        Raises:
+            InputError: the settings name no such penalty.
+        """
+        return make_penalty(self.cfg.draftp)
 
     def base_weights(self) -> AbstractContextManager[None]:
         """Inside, `unet` is the frozen base; afterwards everything is as it was, also after an exception."""
@@ -235,20 +248,18 @@ class SDXLDRaFTPModel:
     # ------------------------------------------------------------------------------------------------ whole pictures
 
     def generate(self, batch: Batch | Sequence[str], x_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw pictures, differentiable through the steps that carry gradient.
+        """Draw pictures, differentiable through the last K steps, whatever `draftp.gradient` is.
 
-        Args:
-            batch: B prompts.
-            x_T: (B, C, H, W) unit normal noise.
+        Args: see `annealed_guidance`.
 
         Returns:
             image (B, 3, 8 H, 8 W) in [0, 255]; guided eps (K, B, C, H, W) of the tuned network; of the base.
         """
-        piece = self._pieces(self._sized(batch, x_T), x_T)[0]
-        walked = KeptGraph().walk(self.networks, piece, with_base=True)
-        assert walked.eps is not None
-        assert walked.eps_base is not None
-        return self.decode(walked.x_0) * 255, walked.eps, walked.eps_base
+        (piece,) = self._pieces(self._last_steps(), self._sized(batch, x_T), x_T)
+        forward = KeptGraph().forward(self.networks, piece, with_base=True)
+        assert forward.eps is not None
+        assert forward.eps_base is not None
+        return self.decode(forward.x_0) * 255, forward.eps, forward.eps_base
 
     @torch.no_grad()
     def annealed_guidance(
@@ -288,42 +299,23 @@ class SDXLDRaFTPModel:
 
     # -------------------------------------------------------------------------------------------------- the objective
 
-    def get_forward_output_and_loss_func(self, validation_step: bool = False) -> Forward:
+    def get_forward_output_and_loss_func(self, validation_step: bool = False) -> Objective:
         """The forward pass as a function of a data iterator, and the loss as a function of its images.
 
         Returns:
             f(data_iterator, model) -> image (B, 3, 8 H, 8 W) in [0, 1], loss_func;
             loss_func(image) -> scalar loss, metrics "loss", "reward" and "kl_penalty" (None where it was not
-            measured), in validation also "images_and_captions". Of a mode that has several pieces an image, images and
-            captions are those of all pieces.
+            measured), in validation also "images_and_captions". In training the images are those of all pieces
+            that the mode cuts a batch into; in validation the batch's own, with the penalty over the last K steps.
         """
 
         def forward(
             data_iterator: Iterator[Batch | Sequence[str]], model: SDXLDRaFTPModel
-        ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Metrics]]]:
-            batch, penalty = model.as_batch(next(data_iterator), training=not validation_step), model.penalty
-            pieces = model._pieces(batch, model.initial_noise(batch))
-            with torch.set_grad_enabled(not validation_step):
-                with_base = validation_step or penalty.is_measured
-                walks = [KeptGraph().walk(model.networks, piece, with_base) for piece in pieces]
-                image = model.decode(torch.cat([walk.x_0 for walk in walks]))
-            captions = [prompt for piece in pieces for prompt in piece.prompts]
-
-            def loss_func(image: Tensor) -> tuple[Tensor, Metrics]:
-                reward = model._reward()(image, captions).mean()
-                penalties = [
-                    penalty(walk.eps, walk.eps_base, piece.levels)
-                    for walk, piece in zip(walks, pieces, strict=True)
-                    if walk.eps is not None and walk.eps_base is not None
-                ]
-                kl = torch.stack(penalties).mean() if penalties else None
-                loss = objective(reward, kl, penalty.beta)
-                metrics = _metrics(loss, reward, kl)
-                if validation_step:
-                    metrics["images_and_captions"] = (image.detach(), captions)
-                return loss, metrics
-
-            return image, loss_func
+        ) -> tuple[Tensor, LossFunction]:
+            batch = model.as_batch(next(data_iterator), training=not validation_step)
+            mode = model._last_steps() if validation_step else model.mode
+            pieces = model._pieces(mode, batch, model.initial_noise(batch))
+            return images_and_loss(model.networks, model._reward(), model.penalty, pieces, validation_step)
 
         return forward
 
@@ -344,7 +336,10 @@ class SDXLDRaFTPModel:
             metrics = training_step(*step).metrics(self.penalty.beta)
             return metrics["loss"], metrics
         forward = self.loss or self.get_forward_output_and_loss_func(validation_step=forward_only)
-        return _one_backward(self, forward, batch, forward_only)
+        parts = [
+            (part, partial(forward, iter([part]), self)) for part in batch.split(self.cfg.trainer.micro_batch_size)
+        ]
+        return one_backward(parts, None if forward_only else self.grad_scaler.scale)
 
     # -------------------------------------------------------------------------------------------------------- private
 
@@ -357,35 +352,18 @@ class SDXLDRaFTPModel:
             raise InputError("there is no reward to train for: assign model.reward_model first")
         return self._reward_model
 
+    def _last_steps(self) -> LastK:
+        check_sampler(self.cfg.sampling.sampler)
+        return LastK(self.cfg.sampling.steps, self.cfg.draftp.truncation_steps)
+
     @torch.no_grad()
-    def _pieces(self, batch: Batch, x_T: Tensor) -> list[Piece]:
+    def _pieces(self, mode: GradientMode, batch: Batch, x_T: Tensor) -> list[Piece]:
         """What carries gradient of the pictures that start from unit noise x_T (B, C, H, W)."""
-        nets, mode = self.networks, self.mode
-        rollout = Rollout(nets, self.sampler, batch, nets.encode(batch), mode.recomputes, nets.at_first_level(x_T))
-        return list(mode.pieces(rollout))
+        nets = self.networks
+        start = nets.at_first_level(x_T)
+        return list(mode.pieces(Rollout(nets, self.sampler, batch, nets.encode(batch), start, mode.recomputes)))
 
     def _sized(self, batch: Batch | Sequence[str], x_T: Tensor) -> Batch:
         """The batch, of the size that the noise has."""
         factor = self.networks.factor
         return replace(self.as_batch(batch), size=(x_T.shape[-2] * factor, x_T.shape[-1] * factor))
-
-
-def _one_backward(model: SDXLDRaFTPModel, forward: Forward, batch: Batch, forward_only: bool) -> tuple[float, Metrics]:
-    """Loss and metrics of a batch through `forward`, a backward per micro-batch unless `forward_only`."""
-    total: Metrics = {}
-    pictures: list[tuple[Tensor, list[str]]] = []
-    for micro in batch.split(model.cfg.trainer.micro_batch_size):
-        share = len(micro) / len(batch)
-        with torch.set_grad_enabled(not forward_only):
-            image, loss_func = forward(iter([micro]), model)
-            loss, metrics = loss_func(image)
-        if not forward_only:
-            model.grad_scaler.scale(loss * share).backward()
-        if "images_and_captions" in metrics:
-            pictures.append(metrics.pop("images_and_captions"))
-        for name, value in metrics.items():
-            total[name] = None if value is None else total.get(name, 0.0) + share * value
-    if pictures:
-        images, captions = zip(*pictures, strict=True)
-        total["images_and_captions"] = (torch.cat(images), [text for texts in captions for text in texts])
-    return total["loss"], total

@@ -131,7 +131,7 @@ def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collec
     by = _mean(best, name) - _mean(now, name)
     if not by > now.rewards[name].margin:  # nor where one of them is NaN
         return None
-    risen = [other for other in trained if other != name and _mean(now, other) > _mean(best, other)]
+    risen = [other for other in trained if _mean(now, other) > _mean(best, other)]
     if risen or now.in_training > best.in_training:
         return Fall(name, by, best.when, risen[0] if risen else None)
     return None

@@ -25,7 +25,7 @@ from draftcli.sampling.draw import Column, Picture
 HARMLESS = {
     "model.device": "devices differ by rounding alone",
     "model.offload_text_encoders": "it moves the text encoders between devices; what they compute stays the same",
-    "model.quantize": "sample, anneal and eval ignore it; in training the 8-bit weights themselves are hashed",
+    "model.quantize": "the weights in 8 bits are hashed themselves",
     "sampling.sizes": "sizes that training draws from; a picture's own size is hashed",
 }
 # Settings that can say one thing in several ways, and what is hashed instead: what they come to.

@@ -11,8 +11,8 @@ from draftcli.config import Config, load_config, without_effect
 from draftcli.errors import InputError
 from draftcli.runs import find_run, split_scale, unfinished_note
 
-# Sections, and a setting, that say how to train: a model that draws does not look at them.
-TRAINING_ONLY = ("draftp.", "sharding.", "peft.", "optim.", "trainer.", "ema.", "logging.", "model.quantize")
+# Sections that say how to train: drawing does not look at them.
+TRAINING_ONLY = ("draftp.", "optim.", "ema.", "logging.")
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,8 @@ class Session:
         assert self.validation is not None
         ema = self.trainer.ema if self.cfg.ema.in_validation else None
         self.ranks.heartbeat(f"validation after step {step}")
-        with self._saving_on_error(step), nullcontext() if ema is None else ema.in_place():
+        watched = self.trainer.model.watched(self._watched_phase)
+        with self._saving_on_error(step), watched, nullcontext() if ema is None else ema.in_place():
             result, sheet = self.validation(self.run, step, self.live.note, self.give_up_if_late)
         with self.ranks.all_or_none():
             if self.ranks.is_main:
@@ -170,7 +171,8 @@ class Session:
     def _recent_reward(self, step: int) -> float | None:
         """The mean reward in training since the validation before."""
         since = max((line["step"] for line in self.run.validations()), default=0)
-        recent = [line.get("reward") for line in self.run.steps() if since < line["step"] <= step]
+        lines = [line for line in self.run.steps() if since < line["step"] <= step and "skipped" not in line]
+        recent = [line.get("reward") for line in lines]
         recent = [reward for reward in recent if isinstance(reward, float)]
         return sum(recent) / len(recent) if recent else None
 
@@ -290,7 +292,7 @@ def resume(cfg: Config, run: Run, prompts: PromptSets, trainer: Trainer, console
 
 
 def _warn_of_idle_settings(cfg: Config, trainer: Trainer) -> None:
-    """Settings that have no effect here; those that never have are among `Config.warnings`."""
+    """Settings that have no effect here; those that never have are said by `config.without_effect`."""
     if cfg.sharding.offload and trainer.model.runtime.device.type == "cpu":
         warn("sharding.offload saves nothing on a CPU: the same memory holds the weights twice")
     if trainer.ranks.size == 1 and cfg.sharding.strategy == "fsdp":

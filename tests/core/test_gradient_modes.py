@@ -8,8 +8,9 @@ import math
 import pytest
 import torch
 
+from draftcli.config import Config
 from draftcli.core.backward import Piece, Work
-from draftcli.core.draftp import training_step
+from draftcli.core.draftp import SDXLDRaFTPModel, training_step
 from draftcli.core.gradient.last_k import LastK
 from draftcli.core.gradient.mode import make_mode, mode_names
 from draftcli.core.penalty import kl_penalty
@@ -206,3 +207,42 @@ def test_training_without_a_reward_says_what_to_do(tiny_sdxl):
 def test_metrics_are_plain_numbers(tiny_sdxl):
     metrics, _ = step(model_of(tiny_sdxl, "last_k"))
     assert all(type(value) is float and math.isfinite(value) for value in metrics.values())
+
+
+def test_an_overridden_objective_is_refused():
+    """It would be passed over in silence: an objective of one's own is an argument."""
+    with pytest.raises(TypeError, match="give an objective as loss="):
+        type("Own", (SDXLDRaFTPModel,), {"get_forward_output_and_loss_func": lambda self: None})
+
+
+@every_mode
+def test_validation_and_generate_are_of_the_batch_itself(tiny_sdxl, name):
+    """NeMo-Aligner's contract, whatever pieces a mode cuts a training batch into; and no evaluation beyond it."""
+    model, rows = model_of(tiny_sdxl, name), []
+    images, captions = model.get_loss_and_metrics(batch(2), forward_only=True)[1]["images_and_captions"]
+    assert images.shape[0] == 2
+    assert captions == list(batch(2).prompts)
+    model.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    image, eps, _ = model.generate(batch(2), model.initial_noise(batch(2)))
+    assert image.shape[0] == 2
+    assert eps.shape[:2] == (2, 2)
+    assert rows == [4] * (4 + 2), "N steps, and the base in the last two"
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"draftp": {"truncation_steps": 9}}, "K can be at most 4"),
+        ({"trainer": {"micro_batch_size": 3}}, "not a multiple of trainer.micro_batch_size"),
+        ({"draftp": {"gradient": "low_variance"}, "sharding": {"two_stage": False}}, "needs sharding.two_stage"),
+        ({"draftp": {"gradient": "sparse", "low_variance_samples": 1}}, "give one of it and draftp.gradient"),
+        ({"sharding": {"offload": True, "recompute_steps": False}}, "sharding.offload needs"),
+    ],
+    ids=str,
+)
+def test_settings_made_in_python_are_held_to_the_rules(tiny_sdxl, sections, words):
+    """Config(...) checks each section by itself; what forbids each other is seen before anything is loaded."""
+    whole = tiny_config(tiny_sdxl).model_dump()
+    cfg = Config.model_validate({name: {**values, **sections.get(name, {})} for name, values in whole.items()})
+    with pytest.raises(InputError, match=words):
+        SDXLDRaFTPModel(cfg)

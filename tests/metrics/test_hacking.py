@@ -74,3 +74,13 @@ def test_every_fall_is_named() -> None:
         verdict = find_hacking([base, Standing("now", {**now, "two": RewardMean(0.9, *interval)})], ["trained"])
         assert verdict is not None
         assert [fall.reward for fall in verdict.falls] == falls
+
+
+def test_a_held_out_reward_that_rises_is_not_a_trained_one() -> None:
+    before = Standing("base", {name: RewardMean(1.0) for name in ("trained", "one", "two")})
+    rewards = {
+        "trained": RewardMean(1.0, -0.1, 0.1),
+        "one": RewardMean(0.5, -0.6, -0.4),
+        "two": RewardMean(2.0, 0.9, 1.1),
+    }
+    assert find_hacking([before, Standing("now", rewards)], ["trained"]) is None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftcli.config import Config, ShardingConfig
+from draftcli.config import Config
 from draftcli.core.batch import Batch, ImageNoise
 from draftcli.core.denoise import Predict
 from draftcli.core.engine import sharding
@@ -63,9 +63,7 @@ class PlacedNetworks:
     """
 
     def __init__(self, cfg: Config, parts: Parts | None, loras: Sequence[tuple[Lora, float]] | None) -> None:
-        self.cfg, drawing = cfg, loras is not None
-        # How a training is split, cached and kept small has no part in drawing.
-        self.settings = ShardingConfig() if drawing else cfg.sharding
+        self.cfg, self.settings = cfg, cfg.sharding
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
         split = sharding.splits_weights(self.settings)
@@ -82,12 +80,12 @@ class PlacedNetworks:
         self.base_unet = copied(self.unet).eval() if in_full else None
         if in_full:
             self.unet.requires_grad_(True)
-        elif not drawing and not adapters.lora_layers(self.unet):
+        elif loras is None and not adapters.lora_layers(self.unet):
             peft = cfg.peft
             adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
         for name, network in self.parts.modules.items() if loras else ():
             attach_loras(network, loras or (), part=name)
-        if cfg.model.quantize and not drawing:
+        if cfg.model.quantize:
             quantize_blocks(self.unet)
         sharding.speed_up(self.settings, self.runtime, self.unet, self.base_unet, self.vae)
         self.residency = Residency(device)

@@ -1,4 +1,4 @@
-"""Device, dtype and the reason for it, and one seed per image."""
+"""Device, dtype and the reason for it."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ class Rollout:
         sampler: how it is walked.
         batch: B images.
         cond: what the networks get for them.
-        recompute: whether pieces are for RecomputedSteps, which want to know x at each step and x_0.
-        x: (B, C, H, W) latents at the first level; None: from the images' seeds.
+        x: (B, C, H, W) latents at the first level.
+        recompute: whether pieces need x at each of their steps and x_0 beforehand, as RecomputedSteps does.
     """
 
     def __init__(
@@ -88,12 +88,12 @@ class Rollout:
         sampler: Sampler,
         batch: Batch,
         cond: Any,
+        x: Tensor,
         recompute: bool = False,
-        x: Tensor | None = None,
     ) -> None:
         self.nets, self.sampler, self.batch, self.cond, self.recompute = nets, sampler, batch, cond, recompute
         self._churn = churn_noise(batch)
-        self._at, self._x = 0, nets.start(batch) if x is None else x
+        self._at, self._x = 0, x
 
     @property
     def steps(self) -> int:
