@@ -25,7 +25,6 @@ from draftcli.sampling.draw import Column, Picture
 HARMLESS = {
     "model.device": "devices differ by rounding alone",
     "model.offload_text_encoders": "it moves the text encoders between devices; what they compute stays the same",
-    "model.quantize": "the weights in 8 bits are hashed themselves",
     "sampling.sizes": "sizes that training draws from; a picture's own size is hashed",
 }
 # Settings that can say one thing in several ways, and what is hashed instead: what they come to.
@@ -34,6 +33,7 @@ RESOLVED = {
     "model.config": "configurations of the networks, tokens of the prompt",
     "model.vae": "the VAE's weights and configuration",
     "model.variant": "the weights",
+    "model.quantize": "the weights, in 8 bits or not",
     "model.precision": "dtypes of the weights and of the computation",
     "model.vae_precision": "dtypes of the VAE's weights",
     "model.prediction_type": "what the loaded model predicts",

@@ -112,6 +112,8 @@ def key(model: Path, settings: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_setting_moves_the_hash_or_cannot_change_a_picture(tiny_sdxl, monkeypatch, field):
+    if field == "model.quantize":
+        pytest.importorskip("bitsandbytes", reason="an optional extra")
     assert field in {**OTHER, **OTHER_FILES}, f"{field} is new: give it another value in OTHER"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # model.device auto: another device rounds otherwise
     before, after = OTHER_FILES[field](tiny_sdxl) if field in OTHER_FILES else ({}, {field: OTHER[field]})
