@@ -110,12 +110,11 @@ class StepFigures:
         self.penalties += [] if kl is None else [share * kl]
 
     def metrics(self, beta: float) -> Metrics:
-        """ "loss", "reward" and "kl_penalty" (None where it was not measured)."""
-        reward = torch.stack(self.rewards).sum()
-        kl = torch.stack(self.penalties).sum() if self.penalties else None
-        # on the CPU, as not every device has float64
-        exact = [None if value is None else value.cpu().double() for value in (reward, kl)]
-        return metrics_of(objective(torch.as_tensor(exact[0]), exact[1], beta), reward, kl)
+        """The loss and its two parts as numbers."""
+        reward = torch.stack(self.rewards).sum().cpu()
+        kl = torch.stack(self.penalties).sum().cpu() if self.penalties else None
+        loss = objective(reward.double(), None if kl is None else kl.double(), beta)
+        return metrics_of(loss, reward, kl)
 
 
 class SDXLDRaFTPModel:
