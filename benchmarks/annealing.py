@@ -21,6 +21,7 @@ from draftcli.prompts import read_prompts
 from draftcli.rewards import load_reward
 from draftcli.sampling.draw import Column, plan
 from draftcli.sampling.files import File, write_pictures
+from draftcli.sampling.load import load_source
 from draftcli.sampling.source import find_source
 from draftcli.training.validation import paired
 
@@ -61,7 +62,7 @@ def main() -> None:
     columns = [Column.of(kind) for kind in KINDS] + [Column.of(kind, stochastic=True) for kind in BY_CHANCE]
     columns += [Column.scaled(scale) for scale in SCALES] if source.loras else []
     folder = Path(options.run) / "annealing-benchmark"
-    model = source.load()
+    model = load_source(source)
     written = write_pictures(model, columns, pictures, folder, progress=lambda count: print(".", end="", flush=True))
     print(f"\n{len(prompts)} prompts x {options.images} seeds, {model.cfg.sampling.steps} steps\n")
 

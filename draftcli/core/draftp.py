@@ -44,7 +44,7 @@ from draftcli.core.lora.files import Lora
 from draftcli.core.models.family import Conditioning, Parts
 from draftcli.core.models.size_keys import size_keys
 from draftcli.core.networks import Networks, RewardFunction
-from draftcli.core.one_backward import LossFunction, Metrics, images_and_loss, metrics_of, one_backward
+from draftcli.core.one_backward import LossFunction, Metrics, as_metrics, images_and_loss, one_backward
 from draftcli.core.penalty import Penalty, make_penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError
@@ -114,7 +114,7 @@ class StepFigures:
         reward = torch.stack(self.rewards).sum().cpu()
         kl = torch.stack(self.penalties).sum().cpu() if self.penalties else None
         loss = objective(reward.double(), None if kl is None else kl.double(), beta)
-        return metrics_of(loss, reward, kl)
+        return as_metrics(loss, reward, kl)
 
 
 class SDXLDRaFTPModel:

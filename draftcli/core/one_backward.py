@@ -21,7 +21,7 @@ Metrics = dict[str, Any]
 LossFunction = Callable[[Tensor], tuple[Tensor, Metrics]]
 
 
-def metrics_of(loss: Tensor, reward: Tensor, kl: Tensor | None) -> Metrics:
+def as_metrics(loss: Tensor, reward: Tensor, kl: Tensor | None) -> Metrics:
     """Scalars as numbers."""
     return {"loss": loss.item(), "reward": reward.item(), "kl_penalty": None if kl is None else kl.item()}
 
@@ -52,7 +52,7 @@ def images_and_loss(
         ]
         kl = torch.stack(penalties).mean() if penalties else None
         loss = objective(r, kl, penalty.beta)
-        metrics = metrics_of(loss, r, kl)
+        metrics = as_metrics(loss, r, kl)
         if validation:
             metrics["images_and_captions"] = (images.detach(), captions)
         return loss, metrics

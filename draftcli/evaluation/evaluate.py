@@ -16,7 +16,7 @@ from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
-from draftcli.errors import InputError
+from draftcli.errors import InputError, warn
 from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
@@ -100,6 +100,8 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
     output = request.output or (sources[0].folder if sources else Path()) / "eval"
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
+        for text in dict.fromkeys(text for source in sources for text in source.warnings) if ranks.is_main else ():
+            warn(text)
         judges = load_judges(rewards, features, sources)
         pictures = _plan(request, sources)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))

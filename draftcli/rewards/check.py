@@ -137,17 +137,20 @@ def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
             "(a detach, no_grad, numpy or Pillow on the way)"
         )
         return [RewardFinding("gradient", False, words)]
-    (gradient,) = torch.autograd.grad(scores[0], images, allow_unused=True)
+    # One with something to say: NaN is a reward's answer to a prompt that it has no opinion on.
+    i = int(scores.isfinite().int().argmax())
+    (gradient,) = torch.autograd.grad(scores[i], images, allow_unused=True)
     if gradient is None or not gradient.isfinite().all():
         kind = "blocked: it does not reach the picture" if gradient is None else "not finite (NaN or infinity)"
         return [RewardFinding("gradient", False, kind)]
-    largest = float(gradient[0].abs().max())
+    largest = float(gradient[i].abs().max())
     if largest == 0:
         return [RewardFinding("gradient", False, "zero everywhere")]
     found = [RewardFinding("gradient", True, f"finite, largest {largest:.2e} a pixel")]
-    if float(gradient[1:].abs().max()) > ALIKE * largest:
+    others = torch.cat([gradient[:i], gradient[i + 1 :]])
+    if float(others.abs().max()) > ALIKE * largest:
         found.append(RewardFinding("batch", False, "the score of one picture has a gradient in another"))
-    slope, expected = _slopes(reward, noise[:1])
+    slope, expected = _slopes(reward, noise[i : i + 1], PROMPTS[i])
     gap = abs(slope - expected) / max(abs(slope), abs(expected), 1e-30)
     found.append(RewardFinding("slope", gap <= SLOPES, f"gradient {slope:.3e}, finite differences {expected:.3e}"))
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in _parameters(reward)}
@@ -156,19 +159,19 @@ def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
     return [*found, RewardFinding("memory", None, words)]
 
 
-def _slopes(reward: Reward, image: Tensor) -> tuple[float, float]:
+def _slopes(reward: Reward, image: Tensor, prompt: str) -> tuple[float, float]:
     """The slope along the gradient, by the gradient and by central differences; float64 where that is possible."""
     if isinstance(reward, nn.Module) and image.device.type != "mps":
         reward.double()
     image = image if image.device.type == "mps" else image.double()
     at = image.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(reward(at, PROMPTS[:1]).sum(), at)
+    (gradient,) = torch.autograd.grad(reward(at, [prompt]).sum(), at)
     direction = gradient / gradient.norm()
     # Longer where the score itself is kept in float32 and rounding would show.
     with torch.no_grad():
-        exact = reward(image, PROMPTS[:1]).dtype == torch.float64
+        exact = reward(image, [prompt]).dtype == torch.float64
         step = 1e-5 if exact else 1e-2
-        ahead, behind = (reward(image + s * step * direction, PROMPTS[:1]).double().sum() for s in (1, -1))
+        ahead, behind = (reward(image + s * step * direction, [prompt]).double().sum() for s in (1, -1))
     return float(gradient.norm()), float(ahead - behind) / (2 * step)
 
 

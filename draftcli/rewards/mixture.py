@@ -96,6 +96,7 @@ class WeightedSum:
             if score.shape != (len(prompts),):
                 shape = tuple(score.shape)
                 raise InputError(f"reward {name} returned shape {shape} for {len(prompts)} pictures: one score each")
+            score = score.to(images.device)  # a reward of one's own may compute elsewhere
             silent = _silent(score, images)
             if training and images.requires_grad and not score.requires_grad and not silent.all():
                 raise InputError(

@@ -12,7 +12,8 @@ from draftcli.errors import InputError
 from draftcli.runs import find_run, split_scale, unfinished_note
 
 # Sections that say how to train: drawing does not look at them.
-TRAINING_ONLY = ("draftp.", "optim.", "ema.", "logging.")
+TRAINING_ONLY = ("draftp.", "peft.", "optim.", "trainer.", "ema.", "logging.")
+SEED = "trainer.seed"  # of the pictures too
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,8 @@ def parse_lora(text: str) -> tuple[Path, float]:
 def _idle_overrides(overrides: Sequence[str]) -> list[str]:
     """What is to be said of settings that were given and that have no part in drawing."""
     keys = [text.partition("=")[0].strip() for text in overrides]
-    return [f"{key} has no effect on drawing: it says how to train" for key in keys if key.startswith(TRAINING_ONLY)]
+    idle = [key for key in keys if key.startswith(TRAINING_ONLY) and key != SEED]
+    return [f"{key} has no effect on drawing: it says how to train" for key in idle]
 
 
 def _precision() -> str:

@@ -172,6 +172,8 @@ class Session:
         """The mean reward in training since the validation before."""
         since = max((line["step"] for line in self.run.validations()), default=0)
         lines = [line for line in self.run.steps() if since < line["step"] <= step and "skipped" not in line]
+        # Images on which a reward was silent count 0 in "reward": those steps compare with no other.
+        lines = [line for line in lines if not any(key.startswith("silent/") for key in line)]
         recent = [line.get("reward") for line in lines]
         recent = [reward for reward in recent if isinstance(reward, float)]
         return sum(recent) / len(recent) if recent else None

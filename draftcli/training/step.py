@@ -136,6 +136,7 @@ class Trainer:
             "step": step,
             **metrics,
             **({f"reward/{name}": float(s.nanmean()) for name, s in scores.items()} if len(scores) > 1 else {}),
+            **{f"silent/{name}": int(s.isnan().sum()) for name, s in scores.items() if s.isnan().any()},
             "grad_norm": norm,
             "lr": rate,
             "seconds": seconds,

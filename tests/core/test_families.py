@@ -15,7 +15,7 @@ META = torch.device("meta")
 def test_shapes_from_text_to_image(name):
     """Two images of 64 x 96 pixels: what the UNet gets, its output, and the decoder's."""
     family = find_family(name)
-    modules = modules_on_meta(family.config_folder)
+    modules = modules_on_meta(family.config_folder, family)
     assert modules.keys() == family.networks.keys()
     encoders = [module for part, module in modules.items() if part.startswith("text_encoder")]
     parts = Parts(modules["unet"], modules["vae"], encoders, family=family)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from draftcli.rewards.check import check_reward
+from draftcli.rewards.check import PROMPTS, check_reward
 from draftcli.rewards.protocol import Reward
 from tests.command import draftp
 
@@ -174,3 +174,15 @@ def test_the_documented_plug_in_installs_and_runs(tmp_path: Path, monkeypatch: p
     result = draftp("rewards", "check", "sharpness", "--size", "40x32")
     assert result.code == 0, result.out
     assert "sharpness: usable for training" in result.out
+
+
+class SilentOnTheFirst(Mean):
+    """NaN, no opinion, on the first prompt: in training such an image counts 0."""
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        silent = torch.tensor([prompt == PROMPTS[0] for prompt in prompts])
+        return super().__call__(images, prompts).masked_fill(silent, float("nan"))
+
+
+def test_a_reward_that_is_silent_on_a_prompt_is_checked_on_another() -> None:
+    assert check_reward(SilentOnTheFirst()).trains

@@ -66,7 +66,7 @@ class PlacedNetworks:
         self.cfg, self.settings = cfg, cfg.sharding
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
-        split = sharding.splits_weights(self.settings)
+        split = loras is None and sharding.splits_weights(self.settings)
         # Of a network that will be split process 0 reads the weights, and sends the others their part.
         self._rank0_loads = split and parts is None
         hollow = self._rank0_loads and not sharding.is_source()

@@ -55,6 +55,15 @@ class Family(Protocol):
     architecture: str
     kohya_version: str
 
+    def build(self, part: str, settings: Mapping[str, Any]) -> nn.Module:
+        """One network, with weights as its class makes them.
+
+        Args:
+            part: a name in `networks`.
+            settings: its configuration, as its config.json has it.
+        """
+        ...
+
     def encode_prompts(self, parts: Parts, prompts: Sequence[str]) -> Embedding:
         """The embeddings of B prompts, as the model was trained with them."""
         ...

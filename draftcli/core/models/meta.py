@@ -1,4 +1,4 @@
-"""An SDXL's networks without weights, on the meta device: shapes and names, in a moment and offline."""
+"""A family's networks without weights, on the meta device: shapes and names, in a moment and offline."""
 
 from __future__ import annotations
 
@@ -7,39 +7,36 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from draftcli.core.models.family import Family, find_family
 from draftcli.errors import InputError, brief, first_line
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PARTS = tuple(find_family().networks)
 DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers")
 DEEPEST = 100  # SDXL has 32 layers at most; a wrong number here would build networks for ever
 
 
-def modules_on_meta(config: Path) -> dict[str, Any]:
-    """The four networks, by the names in `PARTS`, from a folder's configuration.
+def modules_on_meta(config: Path, family: Family | None = None) -> dict[str, Any]:
+    """The networks of a family (SDXL's by default), by their names in `Family.networks`, from a folder's configuration.
 
     Raises:
         InputError: a configuration is missing or not readable.
     """
     from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    read: dict[str, dict[str, Any]] = {part: read_json(config / part / "config.json") for part in PARTS}
+    family = family or find_family()
+    read: dict[str, dict[str, Any]] = {part: read_json(config / part / "config.json") for part in family.networks}
     for part, settings in read.items():
         for key in DEPTHS:
             if any(depth > DEEPEST for depth in _numbers(settings.get(key))):
-                raise InputError(f"{config / part}: {key} is {brief(settings[key])}; an SDXL has {DEEPEST} at most")
+                raise InputError(
+                    f"{config / part}: {key} is {brief(settings[key])}; {family.title} has {DEEPEST} at most"
+                )
     try:
         with init_empty_weights(include_buffers=True), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # notes on settings that a newer release wrote
-            return {
-                "unet": UNet2DConditionModel.from_config(read["unet"]),
-                "vae": AutoencoderKL.from_config(read["vae"]),
-                "text_encoder": CLIPTextModel(CLIPTextConfig(**read["text_encoder"])),
-                "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**read["text_encoder_2"])),
-            }
+            return {part: family.build(part, settings) for part, settings in read.items()}
     except Exception as error:  # what a wrong configuration breaks in diffusers and transformers is as varied as it is
-        raise InputError(f"{config}: its configuration is not that of an SDXL ({first_line(error)})") from error
+        raise InputError(f"{config}: its configuration is not that of {family.title} ({first_line(error)})") from error
 
 
 def _numbers(value: Any) -> list[int | float]:

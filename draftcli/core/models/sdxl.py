@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from draftcli.core.batch import Batch
 from draftcli.core.models.family import Conditioning, Embedding, Parts, latent_factor, tokenize
@@ -44,6 +44,17 @@ class SDXL:
     tag = "stable-diffusion-xl"
     architecture = "stable-diffusion-xl-v1-base"
     kohya_version = "sdxl_base_v1-0"
+
+    def build(self, part: str, settings: Mapping[str, Any]) -> nn.Module:
+        """See `Family`."""
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+        diffusion: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+        if part in diffusion:
+            return diffusion[part].from_config(settings)
+        encoder = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+        return encoder(CLIPTextConfig(**settings))
 
     def encode_prompts(self, parts: Parts, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `Family`: the layer before the last of both encoders, side by side, 77 tokens; pooled is the second
