@@ -27,6 +27,7 @@ from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.penalty import Penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.core.schedule import Level
+from draftcli.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,13 @@ class KeptGraph:
             yield [piece]
 
     def forward(self, nets: Networks, piece: Piece, with_base: bool) -> Forward:
-        """See `Executor`. The base is asked at the same x; its estimate does not steer x."""
+        """See `Executor`. The base is asked at the same x; its estimate does not steer x.
+
+        Raises:
+            InputError: steps of the piece stand by themselves, and one backward would join them.
+        """
+        if piece.reach is not None:
+            raise InputError("draftp.gradient: this mode has no gradient by one backward; set sharding.two_stage=true")
         tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
         eps: list[Tensor] = []
         eps_base: list[Tensor] = []

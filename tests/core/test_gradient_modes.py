@@ -140,6 +140,8 @@ def test_steps_at_a_detached_x(tiny_sdxl):
     loss = -reward + 0.1 * kl
     loss.backward()
     assert_same(found, ({"loss": loss.item(), "reward": reward.item(), "kl_penalty": kl.item()}, gradient(model)))
+    with pytest.raises(InputError, match=r"no gradient by one backward; set sharding\.two_stage=true"):
+        step(model, AtSteps(4, at, reach))
 
 
 # --------------------------------------------------------------------------------------------------- what is refused

@@ -95,11 +95,6 @@ class Rollout:
         self._churn = churn_noise(batch)
         self._at, self._x = 0, x
 
-    @property
-    def steps(self) -> int:
-        """N."""
-        return len(self.sampler.schedule)
-
     def to(self, step: int) -> Tensor:
         """Walk on to level `step` -> x (B, C, H, W)."""
         self._x = self.sampler.walk(self.nets.tuned(self.cond), self._x, self._churn, start=self._at, stop=step)
