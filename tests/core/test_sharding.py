@@ -94,6 +94,7 @@ def one_rank(rank: int, folder: str, out: str, *cases: str) -> None:
     copies = make_mesh(ShardingConfig(strategy="fsdp", shard_size=1, timeout_minutes=3), torch.device("cpu"))
     for name in ("replicate", "shard"):
         assert copies.get_group(name)._get_backend(torch.device("cpu")).options._timeout.seconds == 180
+    dist.all_reduce(torch.zeros(1))  # nobody leaves while another is still connecting
     dist.destroy_process_group()
 
 
