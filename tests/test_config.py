@@ -115,3 +115,37 @@ def test_what_does_not_go_with_split_weights_is_said():
 def test_a_recipe_that_is_no_file_and_no_preset_names_the_presets():
     with pytest.raises(InputError, match="toy-full"):
         load_config("nothing")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"sampling": {"steps": 2}, "draftp": {"truncation_steps": 3}},
+        {"trainer": {"micro_batch_size": 4, "global_batch_size": 10}},
+        {"sharding": {"offload": True, "strategy": "fsdp"}},
+        {"model": {"quantize": "8bit"}, "peft": {"peft_scheme": "none"}},
+        {"draftp": {"low_variance_samples": 2}, "sharding": {"two_stage": False}},
+    ],
+    ids=str,
+)
+def test_what_only_a_training_forbids_does_not_stop_drawing(data):
+    with pytest.raises(InputError):
+        check_config(data)
+    check_config(data, purpose="drawing")
+    with pytest.raises(InputError, match="the first number is the smaller one"):
+        check_config({**data, "sampling": {"guidance_interval": [0.9, 0.1]}}, purpose="drawing")
+
+
+def test_a_recipe_read_for_drawing_leaves_out_how_its_network_was_kept_small(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {quantize: 8bit, vae_tile: 512}\ndraftp: {truncation_steps: 4}\nsharding: {offload: true}\n"
+        "sampling: {steps: 8}\n"
+    )
+    read = load_config(recipe, purpose="drawing")
+    assert (read.model.quantize, read.sharding.offload, read.draftp.truncation_steps) == (None, False, 1)
+    assert (read.model.vae_tile, read.sampling.steps) == (512, 8)
+    again = load_config(recipe, ["sharding.offload=true", "model.quantize=8bit"], purpose="drawing")
+    assert (again.model.quantize, again.sharding.offload) == ("8bit", True)
+    trained = load_config(recipe)
+    assert (trained.model.quantize, trained.sharding.offload, trained.draftp.truncation_steps) == ("8bit", True, 4)
