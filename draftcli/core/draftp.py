@@ -287,10 +287,11 @@ class SDXLDRaFTPModel:
     ) -> Tensor:
         """What `annealed_guidance` draws, (B, 3, 8 H, 8 W) in [0, 1]: the form that everything here works with."""
         batch, nets = self._sized(batch, x_T), self.networks
+        cond = nets.encode(batch)
         network = annealed_denoiser(
             nets.tuned,
             nets.base,
-            (nets.encode(batch), nets.encode_base(batch)),
+            (cond, nets.encode_base(batch, cond)),
             step_weights(weighing_fn or linear, self.schedule),
             batch.seeds if stochastic else None,
         )

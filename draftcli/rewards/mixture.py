@@ -162,7 +162,9 @@ class WeightedSum:
 
 def _silent(score: Tensor, images: Tensor) -> Tensor:
     """(B,) bool: a score of NaN for a picture that is finite."""
-    return score.detach().isnan() & images.detach().flatten(1).isfinite().all(1)
+    silent = score.detach().isnan()
+    # The pictures are read through only where there is something to tell apart.
+    return silent & images.detach().flatten(1).isfinite().all(1) if silent.any() else silent
 
 
 def _without(silent: Tensor) -> Callable[[Tensor], Tensor]:

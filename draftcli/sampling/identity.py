@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ _ABOUT_THE_FILE = {"architectures", "dtype", "torch_dtype", "transformers_versio
 class Provenance:
     """Everything that the pictures of a model are made of.
 
-    Weights are read once, here: make a new one when they have changed. Collective where weights are split over
-    processes.
+    Weights are read once, the base's here and the tuned network's for the first key that depends on them: make a new
+    one when they have changed. Collective where weights are split over processes.
 
     Args:
         model: tuned and base in one.
@@ -64,9 +65,18 @@ class Provenance:
 
     def __init__(self, model: SDXLDRaFTPModel) -> None:
         self.model = model
-        self.base_hash, self._tuned_hash = weight_hashes(model)
+        self.base_hash = _base_hash(model)
         self._common = [*_settings(model), *_facts(model), self.base_hash]
         self._tokens: dict[str, list[list[int]]] = {}
+
+    @cached_property
+    def _tuned_hash(self) -> str:
+        """Of what makes the tuned network another; validation, which keeps the base's pictures, never asks for it."""
+        with self.model.base_weights():
+            base_unet = self.model.unet
+        lora = [t for module in (self.model.unet, *_beside_unet(self.model)) for t in _lora_weights(module)]
+        full = [] if self.model.unet is base_unet else _own_weights(self.model.unet)
+        return _hash([*lora, *full])
 
     def negative(self, picture: Picture) -> str | None:
         """The picture's negative prompt: its own, else that of the settings."""
@@ -91,19 +101,19 @@ class Provenance:
         return self._tokens[text]
 
 
-def weight_hashes(model: SDXLDRaFTPModel) -> tuple[str, str]:
-    """Hashes of the base (with VAE and text encoders), and of what makes the tuned network another.
+def _beside_unet(model: SDXLDRaFTPModel) -> list[nn.Module]:
+    return [model.parts.vae, *model.parts.text_encoders]
+
+
+def _base_hash(model: SDXLDRaFTPModel) -> str:
+    """Of the base with VAE and text encoders.
 
     Every bit of every weight counts, by an exact sum on the weights' own device: a model of 7 GB takes a second or two
     on a CPU, where a cryptographic hash would take ten times that. It tells models apart and proves nothing.
     """
-    rest = [model.parts.vae, *model.parts.text_encoders]
     with model.base_weights():
-        base_unet = model.unet
-    base = _hash(t for module in (base_unet, *rest) for t in _own_weights(module))
-    lora = [t for module in (model.unet, *rest) for t in _lora_weights(module)]
-    full = [] if model.unet is base_unet else _own_weights(model.unet)
-    return base, _hash([*lora, *full])
+        unet = model.unet
+    return _hash(t for module in (unet, *_beside_unet(model)) for t in _own_weights(module))
 
 
 def _settings(model: SDXLDRaFTPModel) -> list[dict[str, Any]]:

@@ -74,9 +74,8 @@ def find_source(
         cfg = load_config(
             None, overrides, {"model.pretrained": model, "model.precision": _precision(), **values}, purpose="drawing"
         )
-        return DrawingSource(
-            cfg, model, Path(), None, files, from_run=False, warnings=(*warnings, *without_effect(cfg, "drawing"))
-        )
+        warnings += without_effect(cfg, "drawing")
+        return DrawingSource(cfg, model, Path(), None, files, from_run=False, warnings=tuple(warnings))
     found, weights = find_run(run)
     cfg = load_config(found.config, overrides, values, purpose="drawing")
     note = unfinished_note(found, weights, run)

@@ -144,7 +144,7 @@ class Session:
         if self.ranks.size == 1 and self.stop.is_late():
             raise DeadlinePassed
 
-    def _watched_phase(self, phase: Phase | str) -> AbstractContextManager[Any]:
+    def _watched_phase(self, phase: Phase) -> AbstractContextManager[Any]:
         self.give_up_if_late()
         return torch.profiler.record_function(phase)
 

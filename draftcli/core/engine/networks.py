@@ -63,16 +63,16 @@ class PlacedNetworks:
     """
 
     def __init__(self, cfg: Config, parts: Parts | None, loras: Sequence[tuple[Lora, float]] | None) -> None:
-        self.cfg, self.settings = cfg, cfg.sharding
+        self.cfg = cfg
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
-        split = loras is None and sharding.splits_weights(self.settings)
+        split = loras is None and sharding.splits_weights(cfg.sharding)
         # Of a network that will be split process 0 reads the weights, and sends the others their part.
         self._rank0_loads = split and parts is None
         hollow = self._rank0_loads and not sharding.is_source()
         self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
         self.family = self.parts.family
-        device, offload = self.runtime.device, self.settings.offload
+        device, offload = self.runtime.device, cfg.sharding.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
         # A network that will be split stays on the CPU until then: no device need ever hold all of it.
         self.unet = self.parts.unet if offload or split else self.parts.unet.to(device)
@@ -87,12 +87,12 @@ class PlacedNetworks:
             attach_loras(network, loras or (), part=name)
         if cfg.model.quantize:
             quantize_blocks(self.unet)
-        sharding.speed_up(self.settings, self.runtime, self.unet, self.base_unet, self.vae)
+        sharding.speed_up(cfg.sharding, self.runtime, self.unet, self.base_unet, self.vae)
         self.residency = Residency(device)
         if offload:
             self.residency.add(UNET, filter(None, [self.unet, self.base_unet]))
             self.residency.add(JUDGES, [self.vae])
-        cache = self.settings.prompt_cache
+        cache = cfg.sharding.prompt_cache
         self._encoded = PromptCache(
             self.parts, device, offload=cfg.model.offload_text_encoders, folder=None if cache is None else Path(cache)
         )
@@ -147,7 +147,7 @@ class PlacedNetworks:
     @contextmanager
     def without_gradient(self) -> Iterator[None]:
         """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (engine/folding.py)."""
-        settings = self.settings
+        settings = self.cfg.sharding
         with torch.no_grad():
             if self.base_unet is not None or not settings.fold_lora:
                 yield
@@ -167,10 +167,13 @@ class PlacedNetworks:
             cond = self.family.condition(self.parts, self._encoded, batch, self.cfg.sampling.negative_prompt)
         return cond.to(self.runtime.device, self.runtime.dtype)
 
-    def encode_base(self, batch: Batch) -> Conditioning:
-        """What the base gets: the same, unless a LoRA changes the text encoders as well."""
+    def encode_base(self, batch: Batch, cond: Conditioning) -> Conditioning:
+        """What the base gets: `cond`, which tuned gets, unless a LoRA changes the text encoders as well."""
+        changed = [encoder for encoder in self.parts.text_encoders if adapters.lora_layers(encoder)]
+        if not changed:
+            return cond
         with ExitStack() as stack:
-            for encoder in self.parts.text_encoders:
+            for encoder in changed:
                 stack.enter_context(adapters.adapters_off(encoder))
             return self.encode(batch)
 
@@ -199,7 +202,7 @@ class PlacedNetworks:
         Raises:
             InputError: `x_0` has a graph through the UNet, whose weights `sharding.offload` takes away here.
         """
-        if self.settings.offload and x_0.grad_fn is not None:
+        if self.cfg.sharding.offload and x_0.grad_fn is not None:
             raise InputError(
                 "sharding.offload takes the UNet's weights away before a backward through decoder and UNet at once: "
                 "leave it out, or take the gradient by get_loss_and_metrics"
@@ -215,7 +218,7 @@ class PlacedNetworks:
         Args:
             reward: a callable; where it consists of several they are in its `rewards`, by name.
         """
-        if self.settings.offload:
+        if self.cfg.sharding.offload:
             judges = getattr(reward, "rewards", {"": reward}).values()
             self.residency.add(JUDGES, (judge for judge in judges if isinstance(judge, nn.Module)))
         elif hasattr(reward, "to"):
@@ -231,7 +234,7 @@ class PlacedNetworks:
             InputError: no process group is initialised, or sharding.shard_size does not divide the processes.
         """
         device = self.runtime.device
-        mesh = sharding.make_mesh(self.settings, device)
+        mesh = sharding.make_mesh(self.cfg.sharding, device)
         weights = {name: t.detach() for name, t in (*self.unet.named_parameters(), *self.unet.named_buffers())}
         for unet in filter(None, [self.unet, self.base_unet]):
             sharding.shard(unet, mesh, self.runtime.dtype)
