@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
@@ -19,6 +20,7 @@ from rich.text import Text
 PLAIN_LINES = 20  # how many progress lines a run prints where the output is no terminal
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "._-=+*%#"
 CURVE = 24  # characters
+RECENT_STEPS = 20  # whose mean says how long a step takes
 
 
 class LiveView:
@@ -30,14 +32,25 @@ class LiveView:
         first: the step that the session starts from.
         last: the step that it ends at.
         rewards: of the steps taken before, for the curve.
+        validate_every: steps between validations; 0: there are none.
     """
 
-    def __init__(self, console: Console, name: str, first: int, last: int, rewards: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        console: Console,
+        name: str,
+        first: int,
+        last: int,
+        rewards: Sequence[float] = (),
+        validate_every: int = 0,
+    ) -> None:
         self.console, self.name, self.first, self.last = console, name, first, last
         self.is_live = console.is_terminal and not console.is_dumb_terminal and not console.quiet
         self._at, self._rewards, self._figures, self._note = first, list(rewards), "", ""
         self._saved: int | None = first or None
         self._began = time.monotonic()
+        self._validate_every, self._validation_seconds, self._validated_at = validate_every, 0.0, first
+        self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._unicode = console.encoding.startswith("utf")
         self._spinner = Spinner("dots" if self._unicode else "line")
         self._stack = ExitStack()
@@ -64,9 +77,14 @@ class LiveView:
         """Show that there is a checkpoint of `step`."""
         self._saved = step
 
+    def validated(self, seconds: float) -> None:
+        """Take note of how long a validation took: those to come are expected to take as long."""
+        self._validation_seconds, self._validated_at = seconds, self._at
+
     def step(self, metrics: dict[str, Any], skipped: int) -> None:
         """Show a finished step: its line of metrics.jsonl, and how many steps of the run were skipped."""
         self._at, self._note = metrics["step"], ""
+        self._step_seconds.append(metrics["seconds"])
         if "skipped" not in metrics:
             self._rewards.append(metrics["reward"])
         parts = [f"kl {metrics['kl_penalty']:.4f}"] if metrics["kl_penalty"] is not None else []
@@ -82,10 +100,18 @@ class LiveView:
             self.print(f"step {self._at}/{self.last}  reward {metrics['reward']:.3f}  {self._figures}  {self._left()}")
 
     def _left(self) -> str:
-        taken = self._at - self.first
-        if not taken or self._at == self.last:
-            return f"took {duration(time.monotonic() - self._began)}" if taken else ""
-        return f"about {duration((self.last - self._at) * (time.monotonic() - self._began) / taken)} left"
+        """How long the run will take yet, from the recent steps and the last validation; at the end, what it took."""
+        if not self._step_seconds:
+            return ""
+        if self._at == self.last:
+            return f"took {duration(time.monotonic() - self._began)}"
+        steps = (self.last - self._at) * sum(self._step_seconds) / len(self._step_seconds)
+        return f"about {duration(steps + self._validations_left() * self._validation_seconds)} left"
+
+    def _validations_left(self) -> int:
+        """After every so many steps there is one, and one at the end."""
+        every, done = self._validate_every, self._at if self._validated_at == self._at else self._at - 1
+        return -(-self.last // every) - done // every if every else 0
 
     def __rich__(self) -> RenderableType:
         """What the terminal shows now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -105,7 +106,7 @@ class Session:
         assert self.validation is not None
         ema = self.trainer.ema if self.cfg.ema.in_validation else None
         self.ranks.heartbeat(f"validation after step {step}")
-        watched = self.trainer.model.watched(self._watched_phase)
+        watched, began = self.trainer.model.watched(self._watched_phase), time.monotonic()
         with self._saving_on_error(step), watched, nullcontext() if ema is None else ema.in_place():
             result, sheet = self.validation(self.run, step, self.live.note, self.give_up_if_late)
         with self.ranks.all_or_none():
@@ -115,6 +116,7 @@ class Session:
                 result["training_reward"] = self._recent_reward(step)
                 self.log.validation(result, sheet)
                 self.live.print(validation_in_words(result))
+                self.live.validated(time.monotonic() - began)
                 if (warning := training_warning(self.run.validations(), list(weights))) is not None:
                     self._warn(warning)
         return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
@@ -245,7 +247,8 @@ def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, conso
         first = resume(cfg, run, prompts, trainer, console)
         trackers = Trackers(run, cfg.logging, first)
         past = [line["reward"] for line in run.steps() if isinstance(line.get("reward"), float)]
-        live = LiveView(console, run.folder.name, first, cfg.trainer.max_steps, past)
+        every = cfg.trainer.val_check_interval if validation else 0
+        live = LiveView(console, run.folder.name, first, cfg.trainer.max_steps, past, every)
     with ExitStack() as stack:
         with ranks.all_or_none():
             if ranks.is_main:

@@ -14,7 +14,14 @@ from draftcli.cli import main
 from draftcli.training.live import LiveView, curve, duration
 from tests.command import WITH_VALIDATION, draftp, in_child, recipe
 
-METRICS = {"reward": 0.5, "kl_penalty": 0.01, "grad_norm": 1.5, "images_per_second": 2.0, "memory_gib": 1.25}
+METRICS = {
+    "seconds": 0.1,
+    "reward": 0.5,
+    "kl_penalty": 0.01,
+    "grad_norm": 1.5,
+    "images_per_second": 2.0,
+    "memory_gib": 1.25,
+}
 
 
 def frames(width: int, encoding: str = "utf-8") -> str:
@@ -46,6 +53,33 @@ def test_the_view_fits_a_narrow_terminal_and_one_without_unicode():
 )
 def test_the_curve_goes_from_the_lowest_to_the_highest(values, bars):
     assert curve(list(values), 2 if bars == "▁█" else 24) == bars
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "left"),
+    [
+        (4, 0, "1 min 0 s"),  # 6 steps of 10 s
+        (4, 5, "3 min 0 s"),  # and validations after 5 and 10, of a minute
+        (4, 3, "4 min 0 s"),  # after 6, 9 and, as always, the last
+        (5, 5, "2 min 50 s"),  # that after 5 comes now
+        (9, 20, "1 min 10 s"),
+    ],
+)
+def test_the_time_left_is_that_of_recent_steps_and_of_the_validations_to_come(step, every, left):
+    file = io.StringIO()
+    with LiveView(Console(file=file, width=200), "run", 0, 10, validate_every=every) as view:
+        view.validated(60)
+        for at in range(1, step + 1):
+            view.step({**METRICS, "seconds": 10.0, "step": at}, skipped=0)
+    assert f"about {left} left" in file.getvalue().splitlines()[-1]
+
+
+def test_a_slow_first_step_is_soon_forgotten():
+    file = io.StringIO()
+    with LiveView(Console(file=file, width=200), "run", 0, 100) as view:
+        for at in range(1, 41):
+            view.step({**METRICS, "seconds": 1.0 if at > 1 else 500.0, "step": at}, skipped=0)
+    assert "about 1 min 0 s left" in file.getvalue().splitlines()[-1]
 
 
 def test_durations_have_two_units_at_most():
