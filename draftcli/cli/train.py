@@ -171,11 +171,12 @@ def _print_plan(cfg: Config, ranks: int) -> None:
         f"trainable    {plan.trainable:,} parameters",
         f"frozen       {sum(plan.frozen.values()):,} parameters",
         *(f"             {count:>13,} {name}" for name, count in plan.frozen.items()),
-        f"a step       {plan.images} images; {total:,} UNet evaluations",
+        f"a step       {plan.images} images; {total:,.6g} UNet evaluations",
         (
-            f"an image     {plan.forward} UNet evaluations in {cfg.sampling.steps} steps (a guided one counts twice), "
-            f"{plan.with_gradient} of them with gradient, and {plan.base} of the base"
-            + (f"; {plan.again} again in backward" if plan.again else "")
+            f"an image     {plan.forward:.4g} UNet evaluations in {cfg.sampling.steps} steps "
+            "(a guided one counts twice), "
+            f"{plan.with_gradient:.4g} of them with gradient, and {plan.base:.4g} of the base"
+            + (f"; {plan.again:.4g} again in backward" if plan.again else "")
         ),
         f"the run      {cfg.trainer.max_steps} steps, {cfg.trainer.max_steps * plan.images:,} images",
     ]

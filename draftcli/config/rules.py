@@ -117,6 +117,8 @@ def _idle_sampling(cfg: Config) -> Iterator[str]:
     sampling = cfg.sampling
     if sampling.scale == 1 and sampling.negative_prompt is not None:
         yield "sampling.negative_prompt has no effect at sampling.scale 1"
+    if sampling.scale == 1 and cfg.draftp.detach_uncond:
+        yield "draftp.detach_uncond has no effect at sampling.scale 1, which has no unconditional half"
     if sampling.scale == 1 and sampling.guidance_interval != (0, 1):
         yield "sampling.guidance_interval has no effect at sampling.scale 1"
     edge = max(sampling.height, sampling.width, *(edge for size in sampling.sizes for edge in size))

@@ -103,7 +103,11 @@ class DraftpConfig(Section):
     log_kl: bool = True
     """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
     gradient: str | dict[str, Any] = "last_k"
-    """Which steps carry gradient: a mode's NAME, or {mode: NAME, option: value}; last_k or low_variance {samples}."""
+    """Which steps carry gradient: a mode's NAME, or {mode: NAME, option: value}. last_k (the last K), random_k {low,
+    high} or {mean, std}, low_variance {samples}, refl {window}, drtune {steps, stop}, sparse {steps, late_bias, tail,
+    rescale} or matching {share, scale, weight}; docs/training.md says which to take when."""
+    detach_uncond: bool = False
+    """No gradient through the unconditional half of guidance: half of the backward, another gradient."""
     low_variance_samples: CountFromZero = 0
     """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean. The
     same as gradient {mode: low_variance, samples: n}."""

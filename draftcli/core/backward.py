@@ -22,12 +22,15 @@ import torch
 from torch import Tensor
 
 from draftcli.config import Config
-from draftcli.core.denoise import denoise, euler_step
+from draftcli.core.denoise import Predict, denoise, euler_step
 from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.penalty import Penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.core.schedule import Level
-from draftcli.errors import InputError
+
+# regression(h, eps, eps_base, level) -> the mean loss of B images, a scalar. h = d r / d x_0 of each image, and the
+# guided noise estimates of tuned, with gradient, and of base, at the same x; all (B, C, H, W)
+Regression = Callable[[Tensor, Tensor, Tensor, Level], Tensor]
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Piece:
         churn: with sampling.s_churn, unit noise (B, C, H, W) for each step but the first, whose level has none left.
         reach: None: the steps follow each other, and the gradient runs through x from one to the next. Else
             d x_0 / d eps of each: its input is detached, and x_0 moves by `reach` times the change of its estimate.
+        regression: None: the estimates follow the reward's slope. Else the loss of the piece's one step.
     """
 
     prompts: Sequence[str]
@@ -52,6 +56,7 @@ class Piece:
     x_0: Tensor | None = None
     churn: Sequence[Tensor] = ()
     reach: Sequence[float] | None = None
+    regression: Regression | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -80,6 +85,7 @@ class Work:
         decode: images per backward of decoder and reward.
         recompute: gradient steps run again when their backward comes, rather than keep their graph.
         scale: of the loss, under fp16.
+        lockstep: every process makes the same network calls, as FSDP needs.
     """
 
     micro: int
@@ -87,6 +93,7 @@ class Work:
     decode: int
     recompute: bool
     scale: Callable[[Tensor], Tensor]
+    lockstep: bool = False
 
     @classmethod
     def of(cls, cfg: Config, recomputes: bool = False, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> Work:
@@ -108,6 +115,7 @@ class Work:
             decode=settings.decode_batch_size or micro,
             recompute=asked or recomputes,
             scale=scale,
+            lockstep=settings.strategy == "fsdp",
         )
 
     @property
@@ -150,6 +158,10 @@ class RewardSlope:
     reward: Tensor
     slope: Tensor
     share: float
+
+    def of_each_image(self, work: Work) -> Tensor:
+        """h = d r / d x_0 (B, C, H, W) of each image by itself: without its share of the loss, and not scaled."""
+        return self.slope * (len(self.slope) / self.share) / work.scale(torch.ones_like(self.reward))
 
 
 @dataclass(frozen=True)
@@ -196,36 +208,46 @@ class KeptGraph:
     def forward(self, nets: Networks, piece: Piece, with_base: bool) -> Forward:
         """See `Executor`. The base is asked at the same x; its estimate does not steer x.
 
-        Raises:
-            InputError: steps of the piece stand by themselves, and one backward would join them.
+        Latents that the piece knows stay as they are: what a step adds to them is 0, with a gradient.
         """
-        if piece.reach is not None:
-            raise InputError("draftp.gradient: this mode has no gradient by one backward; set sharding.two_stage=true")
         tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
         eps: list[Tensor] = []
         eps_base: list[Tensor] = []
 
         def predict(x: Tensor, level: Level) -> Tensor:
             eps.append(tuned(x, level))
-            if with_base:
+            if with_base or piece.regression is not None:
                 eps_base.append(base(x, level))
             return eps[-1]
 
-        churn = iter(piece.churn)
         with nets.phase(Phase.STEPS):
-            x_0 = denoise(predict, piece.x[0], piece.levels, noise=lambda shape: next(churn))
-        return Forward(x_0, torch.stack(eps), torch.stack(eps_base) if with_base else None)
+            x_0 = self._walked(piece, predict)
+        return Forward(x_0, torch.stack(eps), torch.stack(eps_base) if eps_base else None)
+
+    def _walked(self, piece: Piece, predict: Predict) -> Tensor:
+        """x_0 (B, C, H, W) with its graph."""
+        if piece.x_0 is None:
+            churn = iter(piece.churn)
+            return denoise(predict, piece.x[0], piece.levels, noise=lambda shape: next(churn))
+        moved = torch.zeros_like(piece.x_0)
+        for k, (x, level) in enumerate(zip(piece.x, piece.levels, strict=True)):
+            if piece.reach is None:
+                moved = euler_step(moved, predict(x + moved - moved.detach(), level), level)
+            else:
+                moved = moved + piece.reach[k] * predict(x, level)
+        return piece.x_0 + moved - moved.detach()
 
     def backward(
         self, nets: Networks, piece: Piece, ahead: Forward, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """See `Executor`."""
         with nets.phase(Phase.BACKWARD):
-            kl = None
+            kl, gain = None, (seen.slope * ahead.x_0).sum()
             if ahead.eps is not None and ahead.eps_base is not None:
                 kl = penalty(ahead.eps, ahead.eps_base, piece.levels)
+                gain = _matched(piece, seen, ahead.eps[0], ahead.eps_base[0], work) if piece.regression else gain
             scaled = None if kl is None else work.scale(kl)
-            objective((seen.slope * ahead.x_0).sum(), scaled, seen.share * penalty.beta).backward()
+            objective(gain, scaled, seen.share * penalty.beta).backward()
         return None if kl is None else kl.detach()
 
 
@@ -247,17 +269,23 @@ class RecomputedSteps:
         """See `Executor`. In every step d loss / d x is handed on to the step before."""
         tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
         slope, count = seen.slope, len(piece.levels)
+        needs_base = penalty.is_measured or piece.regression is not None
         penalties: list[Tensor] = []
         for k in reversed(range(count)):
             level, follows = piece.levels[k], piece.reach is None and k > 0
             x = piece.x[k].detach().requires_grad_(follows)
             with nets.phase(Phase.STEPS):
                 eps = tuned(x, level)
-                moved = euler_step(x, eps, level) if piece.reach is None else piece.reach[k] * eps
-                gain, kl = (slope * moved).sum(), None
-            if penalty.is_measured:
-                kl = penalty(eps[None], base(x, level)[None], [level]) / count
+            eps_base = base(x, level) if needs_base else None
+            if eps_base is not None:
+                kl = penalty(eps[None], eps_base[None], [level]) / count
                 penalties.append(kl.detach())
+            else:
+                kl = None
+            if piece.regression is not None and eps_base is not None:
+                gain = _matched(piece, seen, eps, eps_base, work)
+            else:
+                gain = (slope * (euler_step(x, eps, level) if piece.reach is None else piece.reach[k] * eps)).sum()
             scaled = None if kl is None else work.scale(kl)
             loss = objective(gain, scaled, seen.share * penalty.beta)
             with nets.phase(Phase.BACKWARD):
@@ -266,3 +294,10 @@ class RecomputedSteps:
                 assert x.grad is not None
                 slope = -x.grad  # the reward rises where the loss falls
         return torch.stack(penalties).sum() if penalties else None
+
+
+def _matched(piece: Piece, seen: RewardSlope, eps: Tensor, eps_base: Tensor, work: Work) -> Tensor:
+    """What a piece whose loss is a regression gains: the loss with the sign turned, in its share of the step."""
+    assert piece.regression is not None
+    (level,) = piece.levels
+    return -work.scale(seen.share * piece.regression(seen.of_each_image(work), eps, eps_base, level))

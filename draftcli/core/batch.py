@@ -38,6 +38,11 @@ class Batch:
         cuts = [slice(i, i + count) for i in range(0, len(self), count)]
         return [replace(self, prompts=self.prompts[c], seeds=self.seeds[c], negatives=self.negatives[c]) for c in cuts]
 
+    def some(self, images: Sequence[int]) -> Batch:
+        """The batch of the pictures with these numbers, in this order."""
+        prompts, seeds = [self.prompts[i] for i in images], [self.seeds[i] for i in images]
+        return Batch(prompts, seeds, self.size, [self.negatives[i] for i in images])
+
 
 def derived_seed(*parts: object) -> int:
     """A 32-bit seed from a tuple of names and numbers: the same on every machine, unlike `hash`.
@@ -60,8 +65,8 @@ class ImageNoise:
         assert shape[0] == len(self.generators)
         return torch.stack([torch.randn(shape[1:], generator=g) for g in self.generators])
 
-    def __getitem__(self, cut: slice) -> ImageNoise:
+    def __getitem__(self, images: slice | Sequence[int]) -> ImageNoise:
         """The noise of some of the images; each goes on where it was, here as there."""
-        part = ImageNoise([])
-        part.generators = self.generators[cut]
+        part, all_of_them = ImageNoise([]), self.generators
+        part.generators = all_of_them[images] if isinstance(images, slice) else [all_of_them[i] for i in images]
         return part

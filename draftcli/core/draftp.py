@@ -39,7 +39,7 @@ from draftcli.core.batch import Batch, derived_seed
 from draftcli.core.denoise import SOLVERS, Sampler
 from draftcli.core.engine.networks import PlacedNetworks, Watch
 from draftcli.core.gradient.last_k import LastK
-from draftcli.core.gradient.mode import GradientMode, Rollout, check_sampler, churn_noise, make_mode
+from draftcli.core.gradient.mode import GradientMode, check_sampler, make_mode
 from draftcli.core.lora.files import Lora
 from draftcli.core.models.family import Conditioning, Parts
 from draftcli.core.models.size_keys import size_keys
@@ -47,6 +47,7 @@ from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.one_backward import LossFunction, Metrics, as_metrics, images_and_loss, one_backward
 from draftcli.core.penalty import Penalty, make_penalty, objective
 from draftcli.core.phase import Phase
+from draftcli.core.rollout import Rollout, churn_noise
 from draftcli.errors import InputError
 
 # objective(data_iterator, model) -> images (B, 3, H, W), loss_func; loss_func(images) -> scalar loss, metrics
@@ -79,7 +80,7 @@ def training_step(
         # x_T ~ N(0, I), then x <- x + (sigma' - sigma) eps(x, c), up to the steps to which the mode gives a gradient;
         # on to x_0 as well, where that has to be known before those steps run again
         on = work.recompute or mode.recomputes
-        rollouts = (Rollout(nets, sampler, part, cond, nets.start(part), on) for part, cond in parts)
+        rollouts = (Rollout(nets, sampler, part, cond, nets.start(part), on, work.lockstep) for part, cond in parts)
         pieces = [piece for rollout in rollouts for piece in mode.pieces(rollout)]
     samples = sum(map(len, pieces))
     for group in executor.groups([small for piece in pieces for small in piece.split(work.micro)]):

@@ -15,6 +15,7 @@ from draftcli.core.backward import KeptGraph, Piece
 from draftcli.core.batch import Batch
 from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.penalty import Penalty, objective
+from draftcli.errors import InputError
 
 # "loss", "reward" and "kl_penalty" (None where it was not measured), and in validation "images_and_captions"
 Metrics = dict[str, Any]
@@ -35,9 +36,14 @@ def images_and_loss(
         nets: tuned and base.
         reward: r(images, prompts).
         penalty: to the base.
-        pieces: of one batch, with all of its images each.
+        pieces: of one batch.
         validation: without gradient; the base is asked in any case, and images and captions are among the metrics.
+
+    Raises:
+        InputError: the loss of a piece is a regression that needs the reward's gradient beforehand.
     """
+    if any(piece.regression is not None for piece in pieces):
+        raise InputError("draftp.gradient: this mode has no gradient by one backward; set sharding.two_stage=true")
     with torch.set_grad_enabled(not validation):
         forwards = [KeptGraph().forward(nets, piece, validation or penalty.is_measured) for piece in pieces]
         images = nets.decode(torch.cat([forward.x_0 for forward in forwards]))
@@ -46,11 +52,11 @@ def images_and_loss(
     def loss_func(images: Tensor) -> tuple[Tensor, Metrics]:
         r = reward(images, captions).mean()
         penalties = [
-            penalty(forward.eps, forward.eps_base, piece.levels)
+            penalty(forward.eps, forward.eps_base, piece.levels) * (len(piece) / len(captions))
             for forward, piece in zip(forwards, pieces, strict=True)
             if forward.eps is not None and forward.eps_base is not None
         ]
-        kl = torch.stack(penalties).mean() if penalties else None
+        kl = torch.stack(penalties).sum() if penalties else None
         loss = objective(r, kl, penalty.beta)
         metrics = as_metrics(loss, r, kl)
         if validation:

@@ -43,10 +43,10 @@ class Plan:
     trainable: int
     frozen: dict[str, int]
     images: int
-    forward: int
-    with_gradient: int
-    base: int
-    again: int
+    forward: float
+    with_gradient: float
+    base: float
+    again: float
     folder: Path
 
 
@@ -81,16 +81,20 @@ def make_plan(cfg: Config) -> Plan:
     )
 
 
-def count_evaluations(cfg: Config) -> dict[str, int]:
+def count_evaluations(cfg: Config) -> dict[str, float]:
     """UNet evaluations per image: `forward`, `with_gradient`, `base` and `again`, as in `Plan`."""
     mode, sampling = make_mode(cfg), cfg.sampling
-    per_step = [1 + sampling.is_guided(i) for i in range(sampling.steps)]
-    found = mode.evaluations(per_step, cfg.sharding.two_stage and recomputes_steps(cfg))
+    per_step, again = [1 + sampling.is_guided(i) for i in range(sampling.steps)], recomputes_steps(cfg)
+    found = mode.evaluations(per_step, cfg.sharding.two_stage and again)
+    base = found.with_gradient if cfg.draftp.needs_base or mode.asks_base else 0
+    with_gradient = found.with_gradient
+    if cfg.draftp.detach_uncond:
+        with_gradient = mode.evaluations([1] * sampling.steps, cfg.sharding.two_stage and again).with_gradient
     return {
         "forward": found.without_gradient + found.with_gradient,
-        "with_gradient": found.with_gradient,
-        "base": found.with_gradient if cfg.draftp.needs_base else 0,
-        "again": found.with_gradient if cfg.sharding.activation_checkpointing else 0,
+        "with_gradient": with_gradient,
+        "base": base,
+        "again": with_gradient if cfg.sharding.activation_checkpointing else 0,
     }
 
 

@@ -103,19 +103,30 @@ class PlacedNetworks:
 
     def tuned(self, cond: Conditioning) -> Predict:
         """The guided noise estimate of what `unet` is when called: tuned, or base in `base_weights()`."""
-        sampling, conditional = self.cfg.sampling, cond.conditional
+        sampling, detach_uncond = self.cfg.sampling, self.cfg.draftp.detach_uncond
+        conditional, unconditional = cond.conditional, cond.unconditional
 
         def predict_guided(x: Tensor, level: Level) -> Tensor:
             self.residency.need(UNET)
-            with self.runtime.autocast():
-                if sampling.is_guided(level.index):
-                    doubled = network_input(torch.cat([x, x]), level)
-                    output = guided(self.family.predict(self.unet, doubled, level.timestep, cond), sampling.scale)
-                else:
-                    output = self.family.predict(self.unet, network_input(x, level), level.timestep, conditional)
+            if not sampling.is_guided(level.index):
+                output = self._output(network_input(x, level), level, conditional)
+            elif detach_uncond and torch.is_grad_enabled():
+                once = network_input(x, level)
+                with torch.no_grad():
+                    without_prompt = self._output(once, level, unconditional)
+                output = guided(torch.cat([without_prompt, self._output(once, level, conditional)]), sampling.scale)
+            else:
+                output = guided(self._output(network_input(torch.cat([x, x]), level), level, cond), sampling.scale)
             return to_noise_estimate(output, x, level, self.parts.prediction)
 
         return predict_guided
+
+    def _output(self, x: Tensor, level: Level, cond: Conditioning) -> Tensor:
+        """What the network says. Autocast is left after each call, with its copies of weights, which may be of a call
+        without gradient.
+        """
+        with self.runtime.autocast():
+            return self.family.predict(self.unet, x, level.timestep, cond)
 
     def base(self, cond: Conditioning) -> Predict:
         """The base's guided noise estimate; never carries gradient."""

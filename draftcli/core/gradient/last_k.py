@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from draftcli.core.backward import Piece
-from draftcli.core.gradient.mode import Evaluations, Rollout
+from draftcli.core.gradient.mode import Evaluations
+from draftcli.core.rollout import Rollout
 from draftcli.errors import InputError
 
 
@@ -17,7 +18,7 @@ class LastK:
     """`draftp.gradient: last_k`, the default.
 
     Args:
-        steps: N.
+        total: N, sampler steps.
         k: draftp.truncation_steps.
 
     Raises:
@@ -26,20 +27,22 @@ class LastK:
 
     recomputes = False
     pieces_per_image = 1
+    asks_base = False
+    even = True
 
-    def __init__(self, steps: int, k: int) -> None:
-        if not 1 <= k <= steps:
+    def __init__(self, total: int, k: int) -> None:
+        if not 1 <= k <= total:
             raise InputError(
-                f"draftp.truncation_steps is {k} with sampling.steps {steps}: between 1 and {steps} steps can carry "
+                f"draftp.truncation_steps is {k} with sampling.steps {total}: between 1 and {total} steps can carry "
                 "gradient"
             )
-        self.steps = steps
+        self.total = total
         self.k = self.longest = k
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`."""
-        first = self.steps - self.k
-        yield rollout.piece(rollout.to(first), first)
+        first = self.total - self.k
+        yield rollout.piece(first)
 
     def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
         """See `GradientMode`."""
@@ -48,4 +51,4 @@ class LastK:
 
     def describe(self) -> str:
         """See `GradientMode`."""
-        return f"gradient through the last {self.k} of {self.steps} sampler steps"
+        return f"gradient through the last {self.k} of {self.total} sampler steps"

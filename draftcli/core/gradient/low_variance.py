@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 
 from draftcli.core.backward import Piece
 from draftcli.core.gradient.last_k import LastK
-from draftcli.core.gradient.mode import Evaluations, Rollout
+from draftcli.core.gradient.mode import Evaluations
+from draftcli.core.rollout import Rollout
 from draftcli.errors import InputError
 
 
@@ -18,7 +19,7 @@ class LowVariance(LastK):
     """`draftp.gradient: {mode: low_variance, samples: n}`, or draftp.low_variance_samples: n.
 
     Args:
-        steps: N.
+        total: N, sampler steps.
         k: draftp.truncation_steps, for the first sample.
         samples: n, beside the first.
 
@@ -28,8 +29,8 @@ class LowVariance(LastK):
 
     recomputes = True
 
-    def __init__(self, steps: int, k: int, samples: int = 2) -> None:
-        super().__init__(steps, k)
+    def __init__(self, total: int, k: int, samples: int = 2) -> None:
+        super().__init__(total, k)
         if type(samples) is not int or samples < 1:
             raise InputError(f"draftp.gradient low_variance has samples {samples!r}; allowed are 1 and more")
         self.samples = samples
@@ -37,12 +38,12 @@ class LowVariance(LastK):
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`."""
-        first, last = self.steps - self.k, self.steps - 1
-        yield (piece := rollout.piece(rollout.to(first), first))
+        first, last = self.total - self.k, self.total - 1
+        yield (piece := rollout.piece(first))
         assert piece.x_0 is not None
         sigma = float(rollout.sampler.schedule.sigmas[last])
         for j in range(self.samples):
-            yield rollout.piece(piece.x_0 + sigma * rollout.noise("low variance", j), last)
+            yield rollout.piece(last, piece.x_0 + sigma * rollout.noise("low variance", j))
 
     def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
         """See `GradientMode`: each sample is the last step once more, without gradient and with it."""

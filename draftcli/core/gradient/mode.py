@@ -10,16 +10,13 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
+from math import nan
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from draftcli.config import Config
 from draftcli.core.backward import Piece, Work
-from draftcli.core.batch import Batch, ImageNoise, derived_seed
-from draftcli.core.denoise import Sampler, denoise
-from draftcli.core.networks import Networks
+from draftcli.core.rollout import Rollout
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
 
@@ -28,15 +25,16 @@ TRAINING_SAMPLERS = ("euler", "ddim")
 
 @dataclass(frozen=True)
 class Evaluations:
-    """UNet evaluations an image in a training step, of the tuned network; a guided step takes two.
+    """UNet evaluations an image in a training step, of the tuned network; a guided step takes two. Where a mode draws
+    its steps, these are means over its draws.
 
     Attributes:
         without_gradient: forward passes alone.
         with_gradient: forward passes that are followed by a backward. The base, where it is asked, takes as many.
     """
 
-    without_gradient: int
-    with_gradient: int
+    without_gradient: float
+    with_gradient: float
 
 
 class GradientMode(Protocol):
@@ -46,11 +44,16 @@ class GradientMode(Protocol):
         recomputes: whether it needs x_0 before the steps with gradient are run (backward.py: RecomputedSteps).
         pieces_per_image: pieces that a batch is cut into, each with all of its images.
         longest: steps with gradient in the longest piece, whose graph may be kept.
+        asks_base: whether it needs the base whatever the penalty does.
+        even: whether every image takes as many network calls as any other, whatever is drawn. FSDP needs it: each call
+            gathers weights from all processes.
     """
 
     recomputes: bool
     pieces_per_image: int
     longest: int
+    asks_base: bool
+    even: bool
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """What is to be backpropagated of one rollout. Randomness belongs to the images' seeds."""
@@ -70,69 +73,6 @@ class GradientMode(Protocol):
         ...
 
 
-class Rollout:
-    """The walk of a batch from noise to images without gradient, as far as a mode asks for it.
-
-    Args:
-        nets: tuned, for the walk.
-        sampler: how it is walked.
-        batch: B images.
-        cond: what the networks get for them.
-        x: (B, C, H, W) latents at the first level.
-        recompute: whether pieces need x at each of their steps and x_0 beforehand, as RecomputedSteps does.
-    """
-
-    def __init__(
-        self,
-        nets: Networks,
-        sampler: Sampler,
-        batch: Batch,
-        cond: Any,
-        x: Tensor,
-        recompute: bool = False,
-    ) -> None:
-        self.nets, self.sampler, self.batch, self.cond, self.recompute = nets, sampler, batch, cond, recompute
-        self._churn = churn_noise(batch)
-        self._at, self._x = 0, x
-
-    def to(self, step: int) -> Tensor:
-        """Walk on to level `step` -> x (B, C, H, W)."""
-        self._x = self.sampler.walk(self.nets.tuned(self.cond), self._x, self._churn, start=self._at, stop=step)
-        self._at = step
-        return self._x
-
-    def piece(self, x: Tensor, first: int) -> Piece:
-        """The piece of the steps from `first` to the image, following each other, from x (B, C, H, W) at that level."""
-        levels = self.sampler.levels(first)
-        churn = [self._churn(tuple(x.shape)).to(x) for level in levels if level.churn > 0]
-        if churn:
-            x, levels[0] = x + churn[0] * levels[0].churn, replace(levels[0], churn=0.0)
-        piece = Piece(self.batch.prompts, self.cond, levels, [x], churn=churn[1:])
-        return self._walked(piece) if self.recompute else piece
-
-    def _walked(self, piece: Piece) -> Piece:
-        """The piece with the latents that the network sees in each of its steps, and x_0."""
-        tuned, churn = self.nets.tuned(self.cond), iter(piece.churn)
-        seen: list[Tensor] = []
-
-        def predict(x: Tensor, level: Level) -> Tensor:
-            seen.append(x)
-            return tuned(x, level)
-
-        x_0 = denoise(predict, piece.x[0], piece.levels, solver=self.sampler.solver, noise=lambda shape: next(churn))
-        return replace(piece, x=seen, x_0=x_0)
-
-    def noise(self, *purpose: object) -> Tensor:
-        """Unit noise (B, C, H, W) of a mode's own, from each image's seed and `purpose`: names and numbers."""
-        seeds = [derived_seed(seed, *purpose) for seed in self.batch.seeds]
-        return ImageNoise(seeds)(tuple(self._x.shape)).to(self._x)
-
-
-def churn_noise(batch: Batch) -> ImageNoise:
-    """The noise that sampling.s_churn adds along a batch's trajectories, from each image's seed."""
-    return ImageNoise([derived_seed(seed, "churn") for seed in batch.seeds])
-
-
 def mode_names() -> list[str]:
     """The modes that there are: the files beside this one."""
     folder = Path(__file__).parent
@@ -143,7 +83,8 @@ def make_mode(cfg: Config) -> GradientMode:
     """The mode that the settings name.
 
     Raises:
-        InputError: no such mode, an option that it does not have or allow, or a sampler that cannot carry gradient.
+        InputError: no such mode, an option that it does not have or allow, a sampler that cannot carry gradient, or
+            sharding that does not go with the mode.
     """
     check_sampler(cfg.sampling.sampler)
     name, options = cfg.draftp.gradient_mode
@@ -151,16 +92,68 @@ def make_mode(cfg: Config) -> GradientMode:
         raise InputError(f"draftp.gradient {name!r}: there is no such mode; there are {', '.join(mode_names())}")
     # last_k.py has LastK.
     factory: Any = getattr(import_module(f"draftcli.core.gradient.{name}"), name.title().replace("_", ""))
-    known = [option for option in inspect.signature(factory).parameters if option not in ("steps", "k")]
+    known = [option for option in inspect.signature(factory).parameters if option not in ("total", "k")]
     if unknown := sorted(options.keys() - set(known)):
         allowed = f"it has {', '.join(known)}" if known else "it has none"
         raise InputError(f"draftp.gradient {name} has no option {unknown[0]!r}; {allowed}")
-    return factory(steps=cfg.sampling.steps, k=cfg.draftp.truncation_steps, **options)
+    mode = factory(total=cfg.sampling.steps, k=cfg.draftp.truncation_steps, **options)
+    if mode.recomputes and not cfg.sharding.two_stage:
+        raise InputError(f"draftp.gradient {name} needs sharding.two_stage true")
+    if not mode.even and cfg.sharding.strategy == "fsdp":
+        raise InputError(
+            f"draftp.gradient {name} makes more network calls for some images than for others, and sharding.strategy "
+            "fsdp needs the same in every process: use ddp, or another mode"
+        )
+    return mode
 
 
 def recomputes_steps(cfg: Config) -> bool:
     """Whether gradient steps run again in backward, as the settings ask or as their mode cannot do otherwise."""
     return Work.of(cfg, make_mode(cfg).recomputes).recompute
+
+
+def at_once(level: Level) -> Level:
+    """The level, with a step from there to the image: Euler's is the prediction x_0 = x - sigma eps."""
+    return replace(level, sigma_next=0.0, timestep_next=None)
+
+
+def check_count(mode: str, option: str, value: object, most: int) -> int:
+    """An option that is a number of steps.
+
+    Raises:
+        InputError: it is no whole number from 1 to `most`.
+    """
+    if type(value) is not int or not 1 <= value <= most:
+        raise InputError(f"draftp.gradient {mode} has {option} {value!r}; it is a whole number from 1 to {most}")
+    return value
+
+
+def check_number(mode: str, option: str, value: object, low: float, high: float, above: bool = False) -> float:
+    """An option that is a number from `low` to `high`; `above`: the lower end itself is not allowed.
+
+    Raises:
+        InputError: it is none.
+    """
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else nan
+    if low < number <= high or (number == low and not above):
+        return number
+    allowed = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+    raise InputError(f"draftp.gradient {mode} has {option} {value!r}; it is a number {allowed}")
+
+
+def check_steps(mode: str, at: object, total: int) -> list[int]:
+    """An option that names sampler steps, in order.
+
+    Raises:
+        InputError: it is no list of different steps of 0 .. total - 1.
+    """
+    if not isinstance(at, Sequence) or isinstance(at, str) or not at or any(type(i) is not int for i in at):
+        raise InputError(f"draftp.gradient {mode} has at {at!r}; it is a list of sampler steps, such as [3, 12, 24]")
+    if beyond := [i for i in at if not 0 <= i < total]:
+        raise InputError(f"draftp.gradient {mode} has at {list(at)}: step {beyond[0]} is not among 0 .. {total - 1}")
+    if len(set(at)) < len(at):
+        raise InputError(f"draftp.gradient {mode} has at {list(at)}, in which a step is repeated")
+    return sorted(at)
 
 
 def check_sampler(sampler: str) -> None:

@@ -214,6 +214,12 @@ class Conditioning:
         return Conditioning(part(self.prompt_embeds), part(self.text_embeds), part(self.time_ids))
 
     @property
+    def unconditional(self) -> Conditioning:
+        """The first half alone, first dimension B."""
+        half = len(self.prompt_embeds) // 2
+        return Conditioning(self.prompt_embeds[:half], self.text_embeds[:half], self.time_ids[:half])
+
+    @property
     def conditional(self) -> Conditioning:
         """The second half alone, first dimension B: for a network call without guidance."""
         half = len(self.prompt_embeds) // 2
