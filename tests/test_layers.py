@@ -44,7 +44,17 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # share, the method on them, then what it is done with and how it runs. draftp.py alone puts them together.
 CORE_LAYERS = {
     "values": {"grid", "schedule", "batch", "phase", "precision"},
-    "method": {"denoise", "guidance", "annealing", "networks", "penalty", "backward", "gradient", "one_backward"},
+    "method": {
+        "denoise",
+        "guidance",
+        "annealing",
+        "networks",
+        "penalty",
+        "backward",
+        "rollout",
+        "gradient",
+        "one_backward",
+    },
     "models": {"models"},
     "lora": {"lora"},
     "engine": {"engine"},
