@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from draftcli.errors import InputError
+from draftcli.pictures import open_picture
 from draftcli.sampling.files import INDEX
 
 
@@ -112,18 +112,9 @@ def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None)
 
 
 def read_picture(path: Path) -> np.ndarray:
-    """(3, H, W) float32 in [0, 1]; transparent parts become white.
+    """(3, H, W) float32 in [0, 1], as viewers show it.
 
     Raises:
-        InputError: not a picture.
+        InputError: as `open_picture`.
     """
-    try:
-        with Image.open(path) as file:
-            if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
-                rgba = file.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            else:
-                picture = file.convert("RGB")
-            return np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
-    except Exception as error:  # Pillow reports damage in as many ways as there are formats
-        raise InputError(f"{path}: cannot be read as a picture ({error})") from None
+    return np.asarray(open_picture(path), np.float32).transpose(2, 0, 1) / 255

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
 from draftcli.errors import InputError, Interrupted
+from draftcli.pictures import open_picture
 from draftcli.prompts import Prompt, read_prompts
 from draftcli.runs import disk_errors
 from draftcli.sampling.draw import Column, plan
@@ -189,7 +189,7 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         shown = [rows[i] for i in spread(len(rows), SHEET_ROWS)]
         headings = [Heading(name, f"{count} evaluations") for name, count in counts.items()]
         lines = [
-            Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [_open(file) for file in row])
+            Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [open_picture(file.path) for file in row])
             for row in shown
         ]
         write_table(path, headings, lines, title, _with_count(f"{settings} {_cost()}", len(shown), len(rows)), edge)
@@ -207,7 +207,7 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         path,
         [
             Cell(
-                [_open(file) for file in files],
+                [open_picture(file.path) for file in files],
                 files[0].picture.prompt.text,
                 [(f"{f.column.name}, " if len(counts) > 1 else "") + f"seed {f.picture.seed}" for f in files],
             )
@@ -230,8 +230,3 @@ def _cost(evaluations: Mapping[str, int] | None = None) -> str:
 
 def _with_count(note: str, shown: int, there: int) -> str:
     return note if shown == there else f"{note} {shown} of {there} are shown."
-
-
-def _open(file: File) -> Image.Image:
-    with Image.open(file.path) as image:
-        return image.convert("RGB")
