@@ -27,10 +27,11 @@ def parameters(prompt: str, negative: str | None, settings: dict[str, object]) -
 
 
 def save(image: Image.Image, path: Path, suffix: str, text: str) -> None:
-    """Write `image` with its settings; `suffix` is one of FORMATS, whatever `path` ends in."""
+    """Write `image` with its settings, if any; `suffix` is one of FORMATS, whatever `path` ends in."""
     if suffix == "png":
         info = PngImagePlugin.PngInfo()
-        info.add_text("parameters", text)
+        if text:
+            info.add_text("parameters", text)
         image.save(path, format="PNG", pnginfo=info)
         return
     # From the end, where the settings are, if a prompt is endless.
