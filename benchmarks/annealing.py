@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from draftcli.metrics.thumbnails import pairwise_distance, thumbnail
+from draftcli.pictures import open_picture
 from draftcli.prompts import read_prompts
 from draftcli.rewards import load_reward
 from draftcli.sampling.draw import Column, plan
@@ -43,8 +43,7 @@ SCALES = (0.5,)
 
 
 def to_tensor(file: File) -> Tensor:
-    with Image.open(file.path) as image:
-        return torch.from_numpy(np.asarray(image.convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    return torch.from_numpy(np.array(open_picture(file.path))).permute(2, 0, 1).float() / 255
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from draftcli.sampling.draw import Column, Picture, plan
 from draftcli.sampling.files import write_pictures
 from draftcli.sampling.job import progress_bar
 from draftcli.sampling.load import load_source
+from draftcli.sampling.loras import NamedLora, named_loras
 from draftcli.sampling.source import DrawingSource, find_source
 
 DEFAULT_WEIGHTS = ("linear",)
@@ -230,12 +231,13 @@ def _draw(
     kinds = [*(["base"] if is_first else []), "tuned", *request.weights]
     columns = [*map(Column.of, kinds), *map(Column.scaled, request.scales)]
     columns = list({column.name: column for column in columns}.values())
+    loras = named_loras(source.loras)
     target = folder / label.replace("/", "-")
     galleries = []
     share = -(-len(columns) * len(pictures) // ranks.size)
     with progress_bar(console, f"drawing {label}", share) as advance:
         for column in columns:
-            seconds, files = _draw_column(request, model, column, pictures, target, ranks, advance)
+            seconds, files = _draw_column(request, model, loras, column, pictures, target, ranks, advance)
             name = column.name if is_first else f"{label} {column.name}"
             evaluations = column.evaluations(model)
             galleries.append(Gallery(name, files, f"{source.name}, {column.name}", evaluations, seconds))
@@ -245,6 +247,7 @@ def _draw(
 def _draw_column(
     request: Request,
     model: SDXLDRaFTPModel,
+    loras: Sequence[NamedLora],
     column: Column,
     pictures: Sequence[Picture],
     folder: Path,
@@ -254,7 +257,7 @@ def _draw_column(
     """Seconds a picture (those of an earlier session where nothing was drawn now) and the files."""
     began = time.perf_counter()
     written = write_pictures(
-        model, [column], pictures, folder, batch_size=request.batch_size, ranks=ranks, progress=advance
+        model, [column], pictures, folder, batch_size=request.batch_size, ranks=ranks, loras=loras, progress=advance
     )
     elapsed = time.perf_counter() - began
     path, key = folder / "seconds.json", written.files[0].key

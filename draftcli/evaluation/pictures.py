@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from draftcli.errors import InputError
+from draftcli.errors import InputError, brief
+from draftcli.pictures import open_picture
 from draftcli.sampling.files import INDEX
 
 
@@ -93,14 +93,23 @@ def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None)
     """The pictures of a folder made elsewhere, one for each of `items`.
 
     Raises:
-        InputError: a picture is missing, or is outside the folder.
+        InputError: a picture is missing, is outside the folder, or is there in several ways.
     """
-    files: dict[Item, Path] = {}
+    wanted, files = set(items), dict[Item, Path]()
+    chosen: dict[Item, dict[str, Any]] = {}
     for entry in read_entries(folder):
         path = folder / entry["file"]
         if not path.resolve().is_relative_to(folder.resolve()):
             raise InputError(f"{folder / INDEX}: {entry['file']!r} lies outside the folder")
-        files[Item(entry["prompt"], entry["seed"])] = path
+        item = Item(entry["prompt"], entry["seed"])
+        other = chosen.setdefault(item, entry)
+        if item in wanted and not _is_same_picture(entry, other):
+            raise InputError(
+                f"{folder}: seed {item.seed} of {brief(item.prompt)} was drawn in several ways ({other['file']} and "
+                f"{entry['file']}), and one of them can be compared; draw each way into a folder of its own, or leave "
+                f"one line for a prompt and a seed in {INDEX}"
+            )
+        files[item] = path
     missing = [item for item in items if item not in files or not files[item].is_file()]
     if missing:
         first = missing[0]
@@ -111,19 +120,16 @@ def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None)
     return Gallery(name or folder.name, tuple(files[item] for item in items), source=str(folder))
 
 
+def _is_same_picture(entry: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two lines of an index are about one file, or say that two were made of the same."""
+    same_hash = entry.get("hash") is not None and entry.get("hash") == other.get("hash")
+    return entry["file"] == other["file"] or same_hash
+
+
 def read_picture(path: Path) -> np.ndarray:
-    """(3, H, W) float32 in [0, 1]; transparent parts become white.
+    """(3, H, W) float32 in [0, 1], as viewers show it.
 
     Raises:
-        InputError: not a picture.
+        InputError: as `open_picture`.
     """
-    try:
-        with Image.open(path) as file:
-            if file.mode in ("RGBA", "LA", "PA") or "transparency" in file.info:
-                rgba = file.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-            else:
-                picture = file.convert("RGB")
-            return np.asarray(picture, np.float32).transpose(2, 0, 1) / 255
-    except Exception as error:  # Pillow reports damage in as many ways as there are formats
-        raise InputError(f"{path}: cannot be read as a picture ({error})") from None
+    return np.asarray(open_picture(path), np.float32).transpose(2, 0, 1) / 255

@@ -25,6 +25,7 @@ from draftcli.evaluation.figures import Figure, Figures, Metric
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Item
 from draftcli.evaluation.plot import Point, forest, scatter
+from draftcli.pictures import open_picture
 
 PAGE = Path(__file__).parent / "page"
 EMBEDDED = 600  # pictures in the page, over all columns
@@ -235,8 +236,7 @@ def _page_data(
     """What the script of the page needs."""
     columns = comparison.columns
     names = [column.name for column in columns]
-    with Image.open(columns[0].files[0]) as first:
-        small = max(first.size) < SMALL_PICTURE
+    small = max(open_picture(columns[0].files[0]).size) < SMALL_PICTURE
     return {
         "columns": names,
         "rewards": list(comparison.rewards),
@@ -262,8 +262,7 @@ def _page_data(
 def embedded(path: Path) -> str:
     """A picture as a data URI: small ones without loss, large ones as WebP at most `EMBEDDED_EDGE` pixels long."""
     data = io.BytesIO()
-    with Image.open(path) as file:
-        picture = file.convert("RGB")
+    picture = open_picture(path)
     picture.thumbnail((EMBEDDED_EDGE, EMBEDDED_EDGE), Image.Resampling.LANCZOS)
     if max(picture.size) < SMALL_PICTURE:
         picture.save(data, "WEBP", lossless=True)

@@ -1,7 +1,8 @@
 """Pictures as files: every prompt with every seed in every column, each drawn once, and an index of them.
 
 What a picture was made of is hashed and stored in its file. One that is there, whole, and has the right hash is not
-drawn again; so an interrupted job goes on where it was, and several commands share a folder.
+drawn again; so an interrupted job goes on where it was, and several commands share a folder. A picture of something
+else keeps its name, and the new one has its hash behind the name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, batches, draw_batch
 from draftcli.sampling.embedded import KEY, parameters, read_key, save
 from draftcli.sampling.identity import Provenance
+from draftcli.sampling.loras import NamedLora, hashes_setting, with_tags
+from draftcli.sampling.names import free_path
 from draftcli.sampling.sheet import to_pil
 
 INDEX = "index.jsonl"
@@ -31,6 +35,7 @@ SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "
 PIXELS_TOGETHER = 1024**2  # of one batch: a picture of SDXL's size on a 24 GB card
 PICTURES_TOGETHER = 16
 LONGEST_NAME = 256  # bytes that no file's name has
+_LONGEST_COLUMN = 150  # bytes of a column's name in a file's
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class File:
         picture: what is on it.
         column: how it was drawn.
         key: hash of everything that it was made of.
+        is_beside_another: whether its plain name is another picture's, so that its hash is in its name.
     """
 
     path: Path
@@ -50,6 +56,7 @@ class File:
     picture: Picture
     column: Column
     key: str
+    is_beside_another: bool = False
 
 
 @dataclass
@@ -82,6 +89,7 @@ def write_pictures(
     batch_size: int | None = None,
     suffix: str = "png",
     ranks: Ranks | None = None,
+    loras: Sequence[NamedLora] = (),
     progress: Callable[[int], None] = lambda count: None,
 ) -> Written:
     """Draw every picture in every column into `folder`, and write index.jsonl there.
@@ -94,6 +102,7 @@ def write_pictures(
         batch_size: pictures drawn together; None: as many as a card that holds the model surely has room for.
         suffix: png, jpg or webp.
         ranks: processes that share the work; each draws a part, and afterwards all files are there.
+        loras: those of the tuned network, to be named in the files and in the index.
         progress: called with the number of files that this process has newly dealt with.
 
     Raises:
@@ -123,22 +132,29 @@ def write_pictures(
                     if missing:
                         images = draw_batch(model, [file.picture for file in missing], column)
                         for file, image in zip(missing, images, strict=True):
-                            _save(file, image, suffix, provenance)
+                            _save(file, image, suffix, provenance, _used(file, loras, provenance))
                     done += wanted
                     drawn += len(missing)
                     progress(len(wanted))
     except BaseException:
         if ranks.is_main and done:  # what there is can be found, also when the rest is never drawn
-            _write_index(done, written, provenance)
+            _write_index(done, written, provenance, loras)
         raise
     ranks.sum_([drawn])
     written.drawn = int(drawn)
     if ranks.is_main:
-        _write_index(files, written, provenance)
+        _write_index(files, written, provenance, loras)
     return written
 
 
-def _settings(file: File, provenance: Provenance) -> dict[str, object]:
+def _used(file: File, loras: Sequence[NamedLora], provenance: Provenance) -> list[NamedLora]:
+    """The LoRAs that a picture was drawn with, at its scales: none for the base."""
+    if not any(file.column.weights(provenance.model)):
+        return []
+    return [lora.scaled(file.column.lora_scale) for lora in loras]
+
+
+def _settings(file: File, provenance: Provenance, loras: Sequence[NamedLora]) -> dict[str, object]:
     """A picture's settings in the words of AUTOMATIC1111's web UI; sizes are width x height there."""
     model, (height, width) = provenance.model, file.picture.size
     sampling = model.cfg.sampling
@@ -152,6 +168,7 @@ def _settings(file: File, provenance: Provenance) -> dict[str, object]:
         "Model": Path(model.parts.name).stem,
         "Model hash": provenance.base_hash[:10],
         "AIG": file.column.name,
+        **hashes_setting(loras),
         "Version": f"draftp {__version__}",
         KEY: file.key,
     }
@@ -161,6 +178,7 @@ def _files(
     provenance: Provenance, columns: Sequence[Column], pictures: Sequence[Picture], folder: Path, suffix: str
 ) -> list[File]:
     files, number, before = [], -1, None
+    taken: set[str] = set()
     digits = max(4, len(str(max(picture.seed for picture in pictures))))
     for picture in pictures:
         # A new prompt, or the same once more: its seeds begin again.
@@ -169,8 +187,11 @@ def _files(
         before = picture
         stem = "-".join(filter(None, [f"{number:04d}", _slug(picture.prompt.text), f"s{picture.seed:0{digits}d}"]))
         for column in columns:
-            path = folder / f"{stem}-{_without_sheet(column.name)}.{suffix}"
-            files.append(File(path, number, picture, column, provenance.key(picture, column)))
+            key = provenance.key(picture, column)
+            plain = f"{stem}-{_without_sheet(_cut(column.name))}"
+            path = free_path(folder, plain, f".{suffix}", key, partial(read_key, whole=False), taken)
+            taken.add(path.name.lower())
+            files.append(File(path, number, picture, column, key, path.name != f"{plain}.{suffix}"))
     return files
 
 
@@ -187,17 +208,23 @@ def _slug(text: str) -> str:
     return _without_sheet("-".join(re.findall(r"[a-z0-9]+", plain))[:40].strip("-"))
 
 
+def _cut(name: str) -> str:
+    """At most so many bytes that a file can be called so."""
+    return name.encode()[:_LONGEST_COLUMN].decode(errors="ignore")
+
+
 def _without_sheet(name: str) -> str:
     return re.sub("sheet", "sht", name, flags=re.IGNORECASE)
 
 
-def _save(file: File, image: Any, suffix: str, provenance: Provenance) -> None:
-    text = parameters(file.picture.prompt.text, provenance.negative(file.picture), _settings(file, provenance))
+def _save(file: File, image: Any, suffix: str, provenance: Provenance, loras: Sequence[NamedLora]) -> None:
+    prompt = with_tags(file.picture.prompt.text, loras)
+    text = parameters(prompt, provenance.negative(file.picture), _settings(file, provenance, loras))
     with disk_errors(file.path):
         write_aside(file.path, lambda aside: save(to_pil(image), aside, suffix, text))
 
 
-def _write_index(files: Sequence[File], written: Written, provenance: Provenance) -> None:
+def _write_index(files: Sequence[File], written: Written, provenance: Provenance, loras: Sequence[NamedLora]) -> None:
     """One line a picture, by file name. Lines of earlier jobs stay while their files are there."""
     lines = {name: line for name, line in read_index(written.index).items() if (written.index.parent / name).is_file()}
     for file in files:
@@ -213,6 +240,7 @@ def _write_index(files: Sequence[File], written: Written, provenance: Provenance
             "weights": [round(w, 6) for w in file.column.weights(provenance.model)],
             "stochastic": file.column.stochastic,
             "lora_scale": file.column.lora_scale,
+            "loras": [lora.to_json() for lora in _used(file, loras, provenance)],
             "evaluations": written.evaluations[file.column.name],
             "hash": file.key,
         }

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
 from draftcli.errors import InputError, Interrupted
+from draftcli.pictures import open_picture
 from draftcli.prompts import Prompt, read_prompts
 from draftcli.runs import disk_errors
 from draftcli.sampling.draw import Column, plan
-from draftcli.sampling.embedded import FORMATS
+from draftcli.sampling.embedded import FORMATS, read_key
 from draftcli.sampling.files import File, Written, write_pictures
 from draftcli.sampling.load import load_source
-from draftcli.sampling.page import write_page
+from draftcli.sampling.loras import named_loras
+from draftcli.sampling.names import free_path
+from draftcli.sampling.page import read_page_key, write_page
 from draftcli.sampling.sheet import Cell, Heading, Row, spread, write_sheet, write_table
 from draftcli.sampling.source import DrawingSource
 
@@ -99,7 +103,7 @@ def run(job: Job, console: Console) -> DrawingResult:
         console.quiet = console.quiet or not ranks.is_main
         for line in warnings if ranks.is_main else ():
             Console(stderr=True).print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
-        model = load_source(job.source)
+        model, loras = load_source(job.source), named_loras(job.source.loras)
         console.print(f"{job.source.name} on {model.runtime.reason}", highlight=False, markup=False)
         pictures = plan(prompts, job.images, _seed(job), _size(job, model))
         share = -(-len(pictures) * len(columns) // ranks.size)
@@ -113,11 +117,16 @@ def run(job: Job, console: Console) -> DrawingResult:
                     batch_size=job.batch_size,
                     suffix=job.suffix,
                     ranks=ranks,
+                    loras=loras,
                     progress=advance,
                 )
         except KeyboardInterrupt:
             raise Interrupted("interrupted; the same command again goes on") from None
         result = DrawingResult(written.evaluations, written.drawn, len(written.files), {"pictures": folder})
+        if beside := [file.path.name for file in written.files if file.is_beside_another]:
+            count = f"{len(beside)} of {result.total}"
+            text = f"beside other pictures of the same name, with a hash behind it: {count}, such as {beside[0]}"
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
         if ranks.is_main:
             _overviews(job, model, written, result)
     return result
@@ -171,16 +180,17 @@ def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, result: Drawi
     )
     settings = f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}."
     folder = written.index.parent
-    sheet = folder / f"{job.name}-sheet.png"
+    key = hashlib.sha256(json.dumps([file.key for file in written.files]).encode()).hexdigest()[:16]
+    sheet = free_path(folder, f"{job.name}-sheet", ".png", key, read_key)
     with disk_errors(sheet):
-        _write_overview(sheet, written, rows, title, settings)
+        _write_overview(sheet, written, rows, title, settings, key)
         result.written |= {"index": written.index, "sheet": sheet}
         if len(written.evaluations) > 1:
-            result.written["page"] = folder / "compare.html"
-            write_page(result.written["page"], written, title, f"{settings} {_cost()}")
+            result.written["page"] = free_path(folder, "compare", ".html", key, read_page_key)
+            write_page(result.written["page"], written, title, f"{settings} {_cost()}", key)
 
 
-def _write_overview(path: Path, written: Written, rows: list[list[File]], title: str, settings: str) -> None:
+def _write_overview(path: Path, written: Written, rows: list[list[File]], title: str, settings: str, key: str) -> None:
     """Up to two columns as cells, several across; more as a table. Rows are spread over the whole set."""
     counts = written.evaluations
     small = all(max(row[0].picture.size) <= 192 for row in rows)
@@ -189,10 +199,12 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         shown = [rows[i] for i in spread(len(rows), SHEET_ROWS)]
         headings = [Heading(name, f"{count} evaluations") for name, count in counts.items()]
         lines = [
-            Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [_open(file) for file in row])
+            Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [open_picture(file.path) for file in row])
             for row in shown
         ]
-        write_table(path, headings, lines, title, _with_count(f"{settings} {_cost()}", len(shown), len(rows)), edge)
+        write_table(
+            path, headings, lines, title, _with_count(f"{settings} {_cost()}", len(shown), len(rows)), edge, key
+        )
         return
     if len(counts) == 1:  # a prompt's seeds side by side
         cells = [
@@ -207,7 +219,7 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         path,
         [
             Cell(
-                [_open(file) for file in files],
+                [open_picture(file.path) for file in files],
                 files[0].picture.prompt.text,
                 [(f"{f.column.name}, " if len(counts) > 1 else "") + f"seed {f.picture.seed}" for f in files],
             )
@@ -217,6 +229,7 @@ def _write_overview(path: Path, written: Written, rows: list[list[File]], title:
         across,
         edge,
         _with_count(f"{settings} {_cost(counts)}", len(shown), len(cells)),
+        key,
     )
 
 
@@ -230,8 +243,3 @@ def _cost(evaluations: Mapping[str, int] | None = None) -> str:
 
 def _with_count(note: str, shown: int, there: int) -> str:
     return note if shown == there else f"{note} {shown} of {there} are shown."
-
-
-def _open(file: File) -> Image.Image:
-    with Image.open(file.path) as image:
-        return image.convert("RGB")

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from draftcli.runs import write_aside
+from draftcli.sampling.embedded import KEY, save
 
 PAPER, INK, FAINT, LINE_COLOUR = (255, 255, 255), (24, 24, 27), (113, 113, 122), (228, 228, 231)
 MARGIN, GAP = 32, 8
@@ -72,9 +73,11 @@ def enlarged(picture: Image.Image, edge: int) -> Image.Image:
 
 
 def write_sheet(
-    path: Path, cells: Sequence[Cell], title: str, across: int = 3, edge: int = 192, note: str = ""
+    path: Path, cells: Sequence[Cell], title: str, across: int = 3, edge: int = 192, note: str = "", key: str = ""
 ) -> None:
-    """Write a PNG sheet of `cells`, `across` in a row, each picture at most `edge` pixels on its longer side."""
+    """Write a PNG sheet of `cells`, `across` in a row, each picture at most `edge` pixels on its longer side; `key` is
+    stored in it, for `read_key`.
+    """
     across = min(across, len(cells))
     shown = [[enlarged(_as_pil(image), edge) for image in cell.images] for cell in cells]
     wide, high = _largest(shown)
@@ -93,13 +96,21 @@ def write_sheet(
             _place(sheet, pen, picture, (x, top + 2 * _line("text") + 6))
             below = top + 2 * _line("text") + 6 + picture.height + 6
             _write(pen, (x, below), _wrapped(words, "text", wide, 1)[0], "text", FAINT)
-    write_aside(path, lambda aside: sheet.save(aside, format="PNG"))
+    write_aside(path, lambda aside: save(sheet, aside, "png", f"{KEY}: {key}" if key else ""))
 
 
 def write_table(
-    path: Path, headings: Sequence[Heading], rows: Sequence[Row], title: str, note: str = "", edge: int = 192
+    path: Path,
+    headings: Sequence[Heading],
+    rows: Sequence[Row],
+    title: str,
+    note: str = "",
+    edge: int = 192,
+    key: str = "",
 ) -> None:
-    """Write a PNG table: a row's caption at the left, its pictures under the headings of their columns."""
+    """Write a PNG table: a row's caption at the left, its pictures under the headings of their columns; `key` as in
+    `write_sheet`.
+    """
     shown = [[enlarged(picture, edge) for picture in row.images] for row in rows]
     wide, high = _largest(shown)
     head = _head(title, note)
@@ -119,7 +130,7 @@ def write_table(
         _write(pen, (MARGIN, top + len(lines) * _line("text") + 2), row.note, "text", FAINT)
         for x, picture in zip(columns, pictures, strict=True):
             _place(sheet, pen, picture, (x, top))
-    write_aside(path, lambda aside: sheet.save(aside, format="PNG"))
+    write_aside(path, lambda aside: save(sheet, aside, "png", f"{KEY}: {key}" if key else ""))
 
 
 def _as_pil(image: Tensor | Image.Image) -> Image.Image:

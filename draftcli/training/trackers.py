@@ -19,10 +19,10 @@ import yaml
 from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType, clear_environment
-from PIL import Image
 
 from draftcli.config import LoggingConfig
 from draftcli.errors import DraftpError, InputError, brief, first_line, warn
+from draftcli.pictures import open_picture
 from draftcli.runs import Run, disk_errors
 
 LISTS_OF_PICTURES = {"wandb", "swanlab"}  # those whose `log_images` wants a list for each name
@@ -91,7 +91,8 @@ class Trackers:
         """Log a contact sheet with those trackers that take pictures."""
         name = "validation/pictures"
         for tracker in [tracker for tracker in self._trackers if hasattr(tracker, "log_images")]:
-            with self._failures(tracker), Image.open(path) as sheet:
+            with self._failures(tracker):
+                sheet = open_picture(path)
                 if tracker.name == "tensorboard":
                     tracker.log_images({name: np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
                     tracker.tracker.flush()

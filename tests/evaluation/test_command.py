@@ -198,6 +198,25 @@ def test_transparent_pictures_lie_on_white_and_sizes_may_differ():
     run("one", "two", "--reward", "toy", "--output", "out")
 
 
+def test_the_same_pictures_stored_otherwise_score_the_same():
+    """Turned by EXIF, in 16 bits, with a palette: what people see decides."""
+    folder = make_folder("plain")
+    bright = np.tile(np.arange(0, 256, 4, np.uint8), (64, 1))
+    plain = [Image.fromarray(np.dstack([bright, bright.T, bright])), Image.fromarray(bright).convert("RGB")]
+    plain += [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")]
+    for i, picture in enumerate(plain):
+        picture.save(folder / f"{i}.png")
+    shutil.copytree("plain", "other")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    plain[0].rotate(90).save("other/0.png", exif=turned)
+    Image.fromarray(bright.astype(np.uint16) * 257).save("other/1.png")
+    plain[2].quantize(4).save("other/2.png", transparency=3)
+    run("plain", "other", "--reward", "toy", "--output", "out")
+    table = json.loads(Path("out/metrics.json").read_text(encoding="utf-8"))["pictures"]
+    assert table["plain"]["scores"] == table["other"]["scores"]
+
+
 # ---------------------------------------------------------------------------------------------------------- wrong input
 
 WRONG = [
@@ -234,6 +253,7 @@ WRONG = [
     (["one", "blank", "--reward", "toy"], "there is no picture in it"),
     (["one", "outside", "--reward", "toy"], "'../one/0.png' lies outside the folder"),
     (["one", "torn", "--reward", "toy"], "0.png: cannot be read as a picture"),
+    (["one", "moving", "--reward", "toy"], "0.png: it holds 2 frames or pages"),
 ]
 
 
@@ -256,9 +276,12 @@ def test_wrong_input(lora_run, arguments, words):
             [line.replace('"0.png"', '"../one/0.png"') for line in Path("one/index.jsonl").read_text().splitlines()],
         ),
         ("torn", Path("one/index.jsonl").read_text().splitlines()),
+        ("moving", Path("one/index.jsonl").read_text().splitlines()),
     ):
         shutil.copytree("one", name)
         (Path(name) / "index.jsonl").write_text("\n".join(lines) + "\n")
+    frame = Image.new("RGB", (64, 64), "red")
+    frame.save("moving/0.png", save_all=True, append_images=[Image.new("RGB", (64, 64), "blue")])
     Path("torn/0.png").write_bytes(Path("one/0.png").read_bytes()[:30])
     given = [lora_run if argument == "RUN" else argument for argument in arguments]
     features = () if "--features" in arguments else TOY

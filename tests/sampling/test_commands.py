@@ -228,8 +228,12 @@ def test_what_is_there_is_not_drawn_again(lora_run, monkeypatch):
     damaged, cut, foreign = sorted(Path("out").glob("*-s1234-linear.png"))
     damaged.write_bytes(b"no picture")
     cut.write_bytes(cut.read_bytes()[:-200])
-    Image.new("RGB", (64, 64)).save(foreign)
+    Image.new("RGB", (64, 64), "red").save(foreign)
+    theirs = foreign.read_bytes()
     assert "3 of them there already" in run(*options).out
+    assert foreign.read_bytes() == theirs, "a picture of somebody else is not ours to replace"
+    (beside,) = Path("out").glob(f"{foreign.stem}-????????.png")
+    beside.replace(foreign)
     equal(pictures(), first, within=1)
 
 
@@ -250,10 +254,17 @@ def test_what_is_there_is_not_drawn_again(lora_run, monkeypatch):
 def test_other_settings_are_drawn_again(lora_run, change):
     options = ("sample", lora_run, *ONE, "--output", "out")
     run(*options)
-    before = index()[0]["hash"]
-    assert "there already" not in run(*options, *change).out
-    assert index()[0]["hash"] != before
-    assert len(index()) == 1
+    (old,) = index()
+    stored = (Path("out") / old["file"]).read_bytes()
+    result = run(*options, *change)
+    assert "them there already" not in result.out
+    (new,) = (line for line in index() if line != old)
+    assert new["hash"] != old["hash"]
+    assert new["file"] == f"0000-a-red-dog-s1234-tuned-{new['hash'][:8]}.png"
+    said = f"beside other pictures of the same name, with a hash behind it: 1 of 1, such as {new['file']}\n"
+    assert said in result.out
+    assert (Path("out") / old["file"]).read_bytes() == stored
+    assert len(index()) == 2
 
 
 def test_other_weights_are_drawn_again_and_the_base_is_not(runs):
@@ -488,7 +499,7 @@ def test_every_format_holds_its_settings_and_is_reused(lora_run, suffix):
     run(*options)
     (path,) = (p for p in Path("out").glob(f"*.{suffix}") if "sheet" not in p.name)
     text = read(path).splitlines()
-    assert text[:2] == ["a red dog, 日本語", "Negative prompt: dull"]
+    assert text[:2] == ["a red dog, 日本語 <lora:run:1>", "Negative prompt: dull"]
     assert text[2].startswith(
         "Steps: 3, Sampler: Euler, Schedule type: Trailing, CFG scale: 3, Seed: 1234, Size: 64x64, "
     )

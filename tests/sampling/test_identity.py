@@ -196,7 +196,8 @@ def run(*arguments: object) -> None:
 
 
 def drawn(folder: str) -> np.ndarray:
-    (path,) = Path(folder).glob("*-tuned.png")
+    """The picture drawn last."""
+    path = max(Path(folder).glob("*-tuned*.png"), key=lambda file: file.stat().st_mtime_ns)
     return np.asarray(Image.open(path))
 
 
