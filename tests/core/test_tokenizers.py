@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from draftcli.config import ModelConfig
 from draftcli.core.models.family import tokenize
@@ -80,10 +81,10 @@ def test_tokenizers_that_cannot_be_used(tiny_sdxl, changes, tokenizers, words):
 
 def test_another_models_tokenizer_is_refused(tiny_sdxl):
     model = Path(shutil.copytree(tiny_sdxl, "copy"))
-    path = model / "tokenizer" / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    words = tokenizer["model"]["vocab"]
-    words["a word of another model</w>"] = len(words)
-    path.write_text(json.dumps(tokenizer))
-    with pytest.raises(InputError, match="do not belong together"):
+    path, weights = model / "text_encoder" / "config.json", model / "text_encoder" / "model.safetensors"
+    config, tensors = json.loads(path.read_text()), load_file(weights)
+    path.write_text(json.dumps({**config, "vocab_size": config["vocab_size"] - 1}))
+    embedding = next(key for key in tensors if key.endswith("token_embedding.weight"))
+    save_file({**tensors, embedding: tensors[embedding][:-1].clone()}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match=r"tokenizer 1 of copy .*do not belong together"):
         load(model)
