@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from draftcli.core.lora.adapters import DEFAULT_TARGETS
 from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.core.models.sdxl import SDXL_CONFIG
-from draftcli.export.base import WEIGHT_NAMES
+from draftcli.core.models.weight_files import WEIGHT_NAMES
 from draftcli.export.formats import OUTPUT_FORMATS
 from draftcli.export.tensors import PlannedTensor, write_safetensors
 

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from draftcli.core.lora.files import LORA_PARTS, Shapes, with_text_model
+from draftcli.core.lora.files import LORA_PARTS, Shapes
 from draftcli.core.models.family import find_family
 from draftcli.core.models.loading import (
-    check_folder,
     checked_file,
+    local_folder,
     model_path,
     single_file_prediction,
 )
 from draftcli.core.models.meta import PARTS, modules_on_meta, read_json
 from draftcli.core.models.original_layout import Original, original_shape
-from draftcli.errors import InputError, brief, first_line
+from draftcli.core.models.single_file import check_networks
+from draftcli.core.models.weight_files import clean_key, weight_files
+from draftcli.errors import InputError, brief
 from draftcli.export.tensors import StoredTensor, stored_tensors
-
-WEIGHT_NAMES = {part: "model" if part.startswith("text") else "diffusion_pytorch_model" for part in PARTS}
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,7 @@ def open_base(pretrained: str, config: str | None = None, variant: str | None = 
     source = model_path(pretrained)
     if source.endswith((".safetensors", ".ckpt")):
         return _open_single_file(pretrained, Path(checked_file(source, "--base")), config)
-    folder = Path(source) if Path(source).is_dir() else _downloaded(source, variant)
-    check_folder(folder, "--base")
+    folder = local_folder(source, variant, "--base")
     tensors = {part: _part_of_folder(folder, part, variant) for part in PARTS}
     expected = _expected(folder)
     for part in PARTS:
@@ -126,6 +125,7 @@ def _open_single_file(name: str, file: Path, config: str | None) -> Base:
     folder = Path(model_path(config)) if config else find_family().config_folder
     if not folder.is_dir():
         raise InputError(f"--config {config}: there is no such folder; give a local diffusers folder of an SDXL")
+    check_networks(file, PARTS, "--base")
     held = stored_tensors(file)
     expected, layout = _expected(folder), []
     tensors: dict[str, dict[str, StoredTensor]] = {part: {} for part in PARTS}
@@ -161,66 +161,11 @@ def _split(stored: StoredTensor, original: Original, shapes: Mapping[str, tuple[
     return found
 
 
-def _downloaded(source: str, variant: str | None) -> Path:
-    import diffusers
-
-    pipeline = getattr(diffusers, find_family().pipeline)
-
-    try:
-        return Path(pipeline.download(source, variant=variant, use_safetensors=True))
-    except Exception as error:
-        # As varied as networks are; people need the first line.
-        raise InputError(
-            f"--base {source!r}: no such file or folder here, and the hub has no such model or cannot be reached "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
-
-
-def weight_files(folder: Path, part: str, variant: str | None) -> list[Path]:
-    """The safetensors of a part: one, or the shards of its index; with `variant`, those where they exist."""
-    stem = WEIGHT_NAMES[part]
-    for name in [f"{stem}.{variant}", stem] if variant else [stem]:
-        file = folder / part / f"{name}.safetensors"
-        if file.is_file():
-            return [file]
-        for index in (folder / part / f"{name}.safetensors.index.json", folder / part / _index_of_variant(name)):
-            if index.is_file():
-                try:
-                    shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-                    inside = all(Path(shard).name == shard for shard in shards)
-                except (AttributeError, TypeError):
-                    raise InputError(f"{index}: weight_map must be files by tensor") from None
-                if not inside:
-                    raise InputError(f"{index} names files outside its folder")
-                return [folder / part / shard for shard in shards]
-    hint = "; it may have only a variant, say which with --variant" if not variant else ""
-    raise InputError(f"{folder / part}: no {stem}.safetensors in it{hint}")
-
-
-def _index_of_variant(name: str) -> str:
-    """diffusers writes model.safetensors.index.fp16.json."""
-    stem, _, variant = name.partition(".")
-    return f"{stem}.safetensors.index.{variant}.json"
-
-
 def _part_of_folder(folder: Path, part: str, variant: str | None) -> dict[str, StoredTensor]:
     held: dict[str, StoredTensor] = {}
-    for file in weight_files(folder, part, variant):
+    for file in weight_files(folder / part, part, variant, "--base"):
         held |= stored_tensors(file)
     return {clean_key(part, key): stored for key, stored in held.items()}
-
-
-def clean_key(part: str, key: str) -> str:
-    """A part's key in our naming, from a file's."""
-    if part == "vae":  # older folders name its attention otherwise; diffusers renames on loading
-        for old, new in (
-            (".query.", ".to_q."),
-            (".key.", ".to_k."),
-            (".value.", ".to_v."),
-            (".proj_attn.", ".to_out.0."),
-        ):
-            key = key.replace(old, new)
-    return with_text_model(key) if part.startswith("text") else key
 
 
 def _expected(config: Path) -> dict[str, dict[str, tuple[int, ...]]]:

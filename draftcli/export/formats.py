@@ -21,9 +21,10 @@ from torch import Tensor
 from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.lora.files import Lora, Shapes
 from draftcli.core.models.meta import PARTS
+from draftcli.core.models.weight_files import clean_key
 from draftcli.errors import DraftpError, InputError
 from draftcli.export import verify
-from draftcli.export.base import Base, ModelLocation, clean_key
+from draftcli.export.base import Base, ModelLocation
 from draftcli.export.compress import Loss, combine, compress, extract
 from draftcli.export.inputs import Changes
 from draftcli.export.report import MergeFigures

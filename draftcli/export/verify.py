@@ -17,8 +17,9 @@ from torch import Tensor
 from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, attach_loras, read_lora
 from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import PARTS, modules_on_meta
+from draftcli.core.models.weight_files import clean_key, weight_files
 from draftcli.errors import DraftpError, InputError, first_line
-from draftcli.export.base import ModelLocation, clean_key, weight_files
+from draftcli.export.base import ModelLocation
 from draftcli.export.inputs import Changes
 from draftcli.export.tensors import close_files, stored_tensors
 
@@ -83,7 +84,7 @@ def tensors_of_folder(folder: Path) -> Tensors:
     return {
         f"{part}.{clean_key(part, key)}": facts
         for part in PARTS
-        for file in weight_files(folder, part, None)
+        for file in weight_files(folder / part, part, None)
         for key, facts in tensors_of_file(file).items()
     }
 

@@ -19,9 +19,10 @@ from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import PARTS
 from draftcli.core.models.original_layout import V_MARKER, ZERO_SNR_MARKER, Original, original_shape, to_original
 from draftcli.core.models.original_names import original_unet_names
+from draftcli.core.models.weight_files import WEIGHT_NAMES
 from draftcli.core.precision import DTYPES
 from draftcli.errors import DraftpError, InputError, first_line
-from draftcli.export.base import WEIGHT_NAMES, Base
+from draftcli.export.base import Base
 from draftcli.export.inputs import Changes
 from draftcli.export.tensors import PlannedTensor, StoredTensor, Wrote, file_metadata, write_safetensors
 
@@ -74,7 +75,8 @@ class Merger:
         """The tensors of one part, by the names that its own file has."""
         found = []
         for key, stored in self.base.tensors[part].items():
-            name = key if self.base.location.single_file else stored.key
+            # Text encoders' keys here are those that every version of transformers reads; a folder's may not be.
+            name = key if self.base.location.single_file or part.startswith("text") else stored.key
             found.append(PlannedTensor(name, self.dtype_of(part, stored), stored.shape, partial(self.make, part, key)))
         return found
 

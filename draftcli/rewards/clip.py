@@ -42,7 +42,7 @@ class CLIPReward(nn.Module):
     Args:
         name: of the reward.
         clip: transformers' CLIPModel.
-        tokenizer: its tokenizer; texts are cut at its 77 tokens.
+        tokenizer: its tokenizer; texts are cut at its length, and at the CLIP's own, mostly 77 tokens.
         preprocess: of the pictures.
         bare_cosine: leave the logit scale out.
     """
@@ -70,7 +70,8 @@ class CLIPReward(nn.Module):
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Texts -> (B, D) of length 1."""
-        length = self.tokenizer.model_max_length
+        # Tokenizers that say nothing of a length have 10^30.
+        length = min(self.tokenizer.model_max_length, self.clip.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         tokens = tokens.to(self.preprocess.mean.device)
         text = self.clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
@@ -101,22 +102,40 @@ def load_clip_reward(name: str, pretrained: str, processor: str | None = None, b
         raise InputError(f"reward {name}: {pretrained} is a {kind} model, not a CLIP")
     with loading(name, processor or pretrained, "backbone" if processor else "pretrained"):
         pixels = CLIPImageProcessor.get_image_processor_dict(processor or pretrained)[0]
-    tokenizer = load_tokenizer(name, processor or pretrained, "backbone" if processor else "pretrained")
     clip = load_pretrained(name, CLIPModel, pretrained, "pretrained")
+    words = clip.config.text_config.vocab_size
+    tokenizer = load_tokenizer(name, processor or pretrained, "backbone" if processor else "pretrained", words)
     preprocess = Preprocess(clip.config.vision_config.image_size, "crop", pixels["image_mean"], pixels["image_std"])
     return CLIPReward(name, clip, tokenizer, preprocess, bare_cosine)
 
 
-def load_tokenizer(name: str, place: str, setting: str) -> Any:
+def load_tokenizer(name: str, place: str, setting: str, vocabulary: int) -> Any:
     """The tokenizer in a folder or on the hub.
 
+    Args:
+        name: of the reward.
+        place: hub id or folder.
+        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
+        vocabulary: how many tokens the network knows.
+
     Raises:
-        InputError: there is none; says what to put where.
+        InputError: there is none, or it is another network's; says what to put where.
     """
     from transformers import AutoTokenizer
 
     with loading(name, place, setting):
-        return AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    if tokenizer.pad_token_id is None:
+        raise InputError(
+            f"reward {name}: the tokenizer of {place} has no token to fill short texts with: set pad_token in its "
+            "tokenizer_config.json"
+        )
+    if len(tokenizer) > vocabulary:
+        raise InputError(
+            f"reward {name}: the tokenizer of {place} knows {len(tokenizer)} tokens and the network {vocabulary}: they "
+            f"do not belong together; set rewards.{name}.{setting} to the right one"
+        )
+    return tokenizer
 
 
 def _blank(name: str, vision: Sizes, text: Sizes, preprocess: Preprocess) -> CLIPReward:
@@ -177,7 +196,7 @@ def load_hps(name: str, file: str, pretrained: str | None, backbone: str) -> CLI
         clip = CLIPModel(config)
     # An older open_clip kept the text's causal mask among its tensors.
     fill(name, path, clip, tensors, _open_clip_origin, unused=["attn_mask"])
-    tokenizer = load_tokenizer(name, backbone, "backbone")
+    tokenizer = load_tokenizer(name, backbone, "backbone", config.text_config.vocab_size)
     return CLIPReward(name, clip, tokenizer, Preprocess(config.vision_config.image_size, "pad"), bare_cosine=True)
 
 

@@ -104,7 +104,7 @@ def imagereward(pretrained: str | None = None, backbone: str = "google-bert/bert
     # Left from BLIP's own training: two projections that the score does not use, and a table of 0, 1, 2, ...
     unused = [f"blip.{part}_proj.{kind}" for part in ("vision", "text") for kind in ("weight", "bias")]
     fill(name, path, parts, tensors, _origin, [*unused, "blip.text_encoder.embeddings.position_ids"])
-    tokenizer = load_tokenizer(name, backbone, "backbone")
+    tokenizer = load_tokenizer(name, backbone, "backbone", text_config.vocab_size)
     preprocess = Preprocess(vision_config.image_size, "crop_even")
     head = parts["mlp"]["layers"]  # type: ignore[index]
     return ImageReward(parts["vision"], parts["text"], head, tokenizer, preprocess)

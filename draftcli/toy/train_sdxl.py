@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from draftcli.core.models.weight_files import with_text_model
 from draftcli.toy.tokenizer import MAX_TOKENS, save_tokenizer
 from draftcli.toy.training import device, minimise, paint, to_float
 from draftcli.toy.world import RESOLUTION, Scene, caption, training_scenes
@@ -118,7 +120,15 @@ def train_sdxl(folder: Path, seed: int, steps: int, batch: int = 64, pool: int =
     for module in modules:
         module.eval()
     pipe.to(dtype=torch.float16).save_pretrained(folder)
+    for part in ("text_encoder", "text_encoder_2"):
+        _write_long_names(folder / part / "model.safetensors")
     return {"steps": steps, "batch": batch, "seconds": seconds, "parameters": sum(p.numel() for p in parameters)}
+
+
+def _write_long_names(file: Path) -> None:
+    """Rename a text encoder's tensors as every version of transformers reads them; 5 writes names that 4 does not."""
+    tensors = {with_text_model(key): tensor.clone() for key, tensor in load_file(file).items()}
+    save_file(tensors, file, {"format": "pt"})
 
 
 def encode(vae: AutoencoderKL, pictures: torch.Tensor, batch: int = 64) -> torch.Tensor:

@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from draftcli.core.models.weight_files import clean_key
 from tests.command import draftp
 
 QUERY = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -44,7 +45,8 @@ def tuned_unet(base, lora_folder, scale=1.0):
 
 def weights(path):
     files = [path] if path.is_file() else sorted(path.rglob("*.safetensors"))
-    return {f"{file.parent.name}/{key}": tensor for file in files for key, tensor in load_file(file).items()}
+    tensors = [(file.parent.name, key, tensor) for file in files for key, tensor in load_file(file).items()]
+    return {f"{part}/{clean_key(part, key)}": tensor for part, key, tensor in tensors}
 
 
 def equal(one, two):

@@ -1,6 +1,7 @@
 """CLIP rewards against transformers' own computation, on a small random CLIP made on the spot."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 import draftcli
@@ -137,3 +139,36 @@ def test_the_sum_weighs_caps_and_remembers_each_part():
     scores = total.pop_scores()
     assert {name: s.tolist() for name, s in scores.items()} == {"a": [4, 4], "b": [10, 10]}
     assert total.pop_scores() == {}
+
+
+def with_settings(folder: Path, changes: dict[str, object]) -> Path:
+    """A copy of a CLIP whose tokenizer's settings are changed."""
+    copy = Path(shutil.copytree(folder, "copy"))
+    path = copy / "tokenizer_config.json"
+    settings = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value != "out"}))
+    return copy
+
+
+@pytest.mark.parametrize("length", ["out", None, 10**30, 248, 512])
+def test_a_tokenizer_may_say_nothing_of_a_length_or_too_much(clip_folder, length):
+    images, prompts = pictures(EDGE, EDGE), [*PROMPTS[:2], "word " * 300]
+    found = load_reward("pickscore", str(with_settings(clip_folder, {"model_max_length": length})))
+    assert torch.equal(found(images, prompts), load_reward("pickscore", str(clip_folder))(images, prompts))
+
+
+def test_a_tokenizer_without_a_token_to_fill_with_is_refused(clip_folder):
+    with pytest.raises(InputError, match=r"reward pickscore: the tokenizer of copy .*pad_token"):
+        load_reward("pickscore", str(with_settings(clip_folder, {"pad_token": None})))
+
+
+def test_a_tokenizer_of_another_network_is_refused(clip_folder):
+    copy = Path(shutil.copytree(clip_folder, "copy"))
+    config = json.loads((copy / "config.json").read_text())
+    weights = load_file(copy / "model.safetensors")
+    embedding = "text_model.embeddings.token_embedding.weight"
+    config["text_config"]["vocab_size"] -= 1
+    (copy / "config.json").write_text(json.dumps(config))
+    save_file({**weights, embedding: weights[embedding][:-1].clone()}, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="do not belong together"):
+        load_reward("pickscore", str(copy))

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from draftcli.core.lora.adapters import LORA_FILE, lora_layers
 from draftcli.core.models.original_names import original_unet_names
+from draftcli.core.models.weight_files import with_text_model
 from draftcli.errors import InputError, brief
 
 LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
@@ -282,11 +283,6 @@ def _spellings(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _P
             if spelling.endswith("to_out.0"):
                 found[spelling.removesuffix(".0")] = (clean, shape)
     return found
-
-
-def with_text_model(name: str) -> str:
-    """A text encoder's module as LoRA files name it; transformers 5 leaves `text_model.` out in the first encoder."""
-    return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 
 def _place(

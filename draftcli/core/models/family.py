@@ -148,7 +148,8 @@ def latent_factor(vae: Any) -> int:
 class Parts:
     """The loaded modules of a model, and the facts about it that are not in the weights.
 
-    Making one freezes its modules and drops the VAE's encoder, which is never used.
+    Making one freezes its modules, drops the VAE's encoder, which is never used, and lets no tokenizer give more tokens
+    than its text encoder has positions: tokenizers that say nothing of a length would give 10^30.
 
     Attributes:
         unet: called as diffusers' UNet2DConditionModel.
@@ -177,6 +178,9 @@ class Parts:
         drop_vae_encoder(self.vae)
         for module in self.modules.values():
             module.requires_grad_(False).eval()
+        for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=False):
+            positions = getattr(encoder.config, "max_position_embeddings", tokenizer.model_max_length)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     @property
     def modules(self) -> dict[str, nn.Module]:

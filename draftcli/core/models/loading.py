@@ -15,6 +15,10 @@ from torch import nn
 from draftcli.config import ModelConfig
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.family import Family, Parts, find_family
+from draftcli.core.models.meta import read_json
+from draftcli.core.models.single_file import check_networks, ensure_taken
+from draftcli.core.models.vae import check_channels, check_vae_class, load_vae
+from draftcli.core.models.weight_files import ensure_loaded, weight_files
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
 
@@ -46,23 +50,8 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
         "vae": DTYPES[cfg.vae_precision] if cfg.vae_precision else wide,
         "default": dtype,
     }
-    try:
-        pipe = _load_pipeline(cfg, family, source, dtypes, hollow_unet)
-    except InputError:
-        raise
-    except Exception as error:
-        # What a loader raises on a wrong or damaged model is as varied as the damage; people need its first line.
-        raise InputError(_loading_failed(cfg, family, source, error)) from error
-    _check_complete(pipe, source, [part for part in family.networks if part != "unet" or not hollow_unet])
+    pipe = _load_pipeline(cfg, family, source, dtypes, hollow_unet)
     encoders = [getattr(pipe, part) for part in family.networks if part.startswith("text_encoder")]
-    widths = [encoder.config.hidden_size for encoder in encoders]
-    if single_file and len(set(widths)) < len(widths):
-        raise InputError(
-            f"model.pretrained {source}: both text encoders have the width {widths[0]}, and diffusers tells those "
-            "of a single file apart by their widths; use a diffusers folder"
-        )
-    if cfg.vae:
-        pipe.vae = _load_vae(cfg.vae, config=cfg.config or (family.hub_base if single_file else source))
     scheduler = pipe.scheduler.config
     prediction, zero_snr = single_file_prediction(Path(source)) if single_file else (None, None)
     parts = Parts(
@@ -78,6 +67,7 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
     )
     if parts.prediction not in ("epsilon", "v_prediction"):
         raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows epsilon and v_prediction")
+    _check_tokenizers(parts, cfg.config if single_file else cfg.pretrained)
     return parts
 
 
@@ -86,31 +76,117 @@ def is_single_file(source: str) -> bool:
     return source.endswith((".safetensors", ".ckpt"))
 
 
+def local_folder(
+    source: str, variant: str | None = None, setting: str = "model.pretrained", elsewhere: Sequence[str] = ()
+) -> Path:
+    """The diffusers folder that a path or a hub id names, with every network's weights where they should be.
+
+    Args:
+        source: folder or hub id; of the latter what is missing here is fetched.
+        variant: which files of it, such as fp16.
+        setting: what the user calls it.
+        elsewhere: networks that are not read from it.
+
+    Raises:
+        InputError: there is none, it is no SDXL's, or its weights are not there or under another name.
+    """
+    family = find_family()
+    folder = Path(source) if Path(source).is_dir() else _fetched(source, variant, setting, elsewhere)
+    check_folder(folder, setting)
+    for part in (part for part in family.networks if part not in elsewhere):
+        weight_files(folder / part, part, variant, setting)
+    if "vae" not in elsewhere:
+        check_vae_class(read_json(folder / "vae" / "config.json"), f"the VAE of {source}")
+    return folder
+
+
+def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence[str]) -> Path:
+    """The folder in the hub's cache of a model's id."""
+    import diffusers
+
+    try:
+        pipeline = getattr(diffusers, find_family().pipeline)
+        return Path(pipeline.download(source, variant=variant, use_safetensors=True, **dict.fromkeys(elsewhere)))
+    except Exception as error:  # as varied as networks are; people need the first line
+        reason = f"({type(error).__name__}: {first_line(error)})"
+        if "`safetensors`" in str(error):  # diffusers' words
+            option = "--variant fp16" if setting.startswith("--") else "model.variant=fp16"
+            raise InputError(
+                f"{setting} {source!r}: the hub has no .safetensors of that name in it; where it has a variant only, "
+                f"such as fp16, set {option}; pickled .bin files are not opened: convert them {reason}"
+            ) from error
+        raise InputError(
+            f"{setting} {source!r}: no such file or folder here, and the hub has no such model or cannot be reached; "
+            f"give a diffusers folder, a hub id, a .safetensors file or one of: {', '.join(BUILT_IN)} {reason}"
+        ) from error
+
+
+def _networks_from_elsewhere(cfg: ModelConfig, config: str, elsewhere: Sequence[str]) -> dict[str, Any]:
+    """Those that are not read from the model's own files; `config` is where its configuration is."""
+    given: dict[str, Any] = {}
+    if cfg.vae:
+        source = checked_file(cfg.vae, "model.vae") if is_single_file(cfg.vae) else model_path(cfg.vae)
+        has_one = not Path(config).is_dir() or (Path(config) / "vae" / "config.json").is_file()
+        given["vae"] = load_vae(source, config if has_one else str(find_family().config_folder), cfg.variant)
+    if "unet" in elsewhere:
+        given["unet"] = _hollow_unet(config)
+    return given
+
+
 def _load_pipeline(
     cfg: ModelConfig, family: Family, source: str, dtypes: dict[str, torch.dtype], hollow_unet: bool
 ) -> Any:
-    """diffusers' pipeline of a model, whatever it raises."""
+    """diffusers' pipeline of a model, `model.vae` and a hollow UNet in their places; every network is complete."""
+    elsewhere = ["unet"] * hollow_unet + ["vae"] * bool(cfg.vae)
+    read = [part for part in family.networks if part not in elsewhere]
+    if is_single_file(source):
+        check_networks(Path(checked_file(source, "model.pretrained")), read)
+        config = cfg.config or family.hub_base
+    else:
+        config = source = str(local_folder(source, cfg.variant, elsewhere=elsewhere))
+    try:
+        given = _networks_from_elsewhere(cfg, config, elsewhere)
+        pipe = _diffusers_pipeline(cfg, family, source, dtypes, elsewhere)
+    except InputError:
+        raise
+    except Exception as error:
+        # What a loader raises on a wrong or damaged model is as varied as the damage; people need its first line.
+        raise InputError(_loading_failed(cfg, family, source, error)) from error
+    for part, network in given.items():
+        setattr(pipe, part, network)
+    for part in read:
+        if is_single_file(source):
+            ensure_taken(getattr(pipe, part), part, Path(source))
+        else:
+            files = weight_files(Path(source) / part, part, cfg.variant)
+            ensure_loaded(getattr(pipe, part), part, files, f"model.pretrained {cfg.pretrained}")
+    check_channels(pipe.vae, pipe.unet, f"model.vae {cfg.vae}" if cfg.vae else f"the VAE of {cfg.pretrained}")
+    return pipe
+
+
+def _diffusers_pipeline(
+    cfg: ModelConfig, family: Family, source: str, dtypes: dict[str, torch.dtype], elsewhere: Sequence[str]
+) -> Any:
+    """diffusers' pipeline without the networks that are elsewhere; raises what diffusers raises."""
     import diffusers
 
-    pipeline, single_file = getattr(diffusers, family.pipeline), is_single_file(source)
-    options: dict[str, Any] = {} if single_file else {"torch_dtype": dtypes}
+    pipeline, others = getattr(diffusers, family.pipeline), dict.fromkeys(elsewhere)
     with warnings.catch_warnings():
         # diffusers 0.42 warns that torch_dtype becomes dtype, a name that older ones don't know.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
-        if hollow_unet:
-            options["unet"] = _hollow_unet(cfg.config or family.hub_base if single_file else source)
-        if single_file:
-            return pipeline.from_single_file(
-                checked_file(source, "model.pretrained"),
-                config=cfg.config or family.hub_base,
-                local_files_only=_is_local(cfg.config),
-                **options,
+        if not is_single_file(source):
+            return pipeline.from_pretrained(
+                source, use_safetensors=True, variant=cfg.variant, add_watermarker=False, torch_dtype=dtypes, **others
             )
-        if Path(source).is_dir():
-            check_folder(Path(source))
-        return pipeline.from_pretrained(
-            source, use_safetensors=True, variant=cfg.variant, add_watermarker=False, **options
+        config = cfg.config or family.hub_base
+        pipe = pipeline.from_single_file(source, config=config, local_files_only=_is_local(cfg.config), **others)
+    widths = [getattr(pipe, part).config.hidden_size for part in family.networks if part.startswith("text_encoder")]
+    if len(set(widths)) < len(widths):
+        raise InputError(
+            f"model.pretrained {source}: both text encoders have the width {widths[0]}, and diffusers tells those "
+            "of a single file apart by their widths; use a diffusers folder"
         )
+    return pipe
 
 
 def single_file_prediction(file: Path) -> tuple[Prediction | None, bool | None]:
@@ -126,6 +202,26 @@ def single_file_prediction(file: Path) -> tuple[Prediction | None, bool | None]:
         return "v_prediction", "ztsnr" in keys
     names: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
     return names.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
+
+
+def _check_tokenizers(parts: Parts, place: str | None) -> None:
+    """Refuse tokenizers that are not those of the text encoders; `place` is where they are from."""
+    for number, (tokenizer, encoder) in enumerate(zip(parts.tokenizers, parts.text_encoders, strict=True), 1):
+        which = f"tokenizer {number} of {place or 'the hub'}"
+        if tokenizer.pad_token_id is None:
+            raise InputError(f"{which} has no token to fill short texts with: set pad_token in tokenizer_config.json")
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise InputError(
+                f"{which} knows {len(tokenizer)} tokens and its text encoder {encoder.config.vocab_size}: they do not "
+                "belong together"
+            )
+    lengths = [tokenizer.model_max_length for tokenizer in parts.tokenizers]
+    if len(set(lengths)) > 1:
+        raise InputError(
+            f"the tokenizers of {place or 'the hub'} cut texts at {lengths[0]} and {lengths[1]} tokens, and "
+            f"{parts.family.title} lays both encoders' tokens side by side: set one model_max_length in both "
+            "tokenizer_config.json"
+        )
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
@@ -151,20 +247,6 @@ def _hollow_unet(source: str) -> Any:
         return UNet2DConditionModel.from_config(config)
 
 
-def _load_vae(source: str, config: str) -> Any:
-    from diffusers import AutoencoderKL
-
-    try:
-        if source.endswith((".safetensors", ".ckpt")):
-            # Without `config` diffusers takes a lone VAE for Stable Diffusion 1's, whose latents have another scale.
-            return AutoencoderKL.from_single_file(checked_file(source, "model.vae"), config=config, subfolder="vae")
-        return AutoencoderKL.from_pretrained(source)
-    except InputError:
-        raise
-    except Exception as error:
-        raise InputError(f"model.vae {source}: cannot be loaded: {first_line(error)}") from error
-
-
 def checked_file(path: str, setting: str) -> str:
     """`path`, where a .safetensors is there; `setting` is what the user calls it.
 
@@ -176,20 +258,6 @@ def checked_file(path: str, setting: str) -> str:
     if not Path(path).is_file():
         raise InputError(f"{setting} {path}: there is no such file")
     return path
-
-
-def _check_complete(pipe: Any, source: str, names: Sequence[str]) -> None:
-    """Refuse weights with holes: loaders leave what a file lacks unset or random, and warn at most."""
-    for name in names:
-        module = getattr(pipe, name)
-        unset = [key for key, parameter in module.named_parameters() if parameter.is_meta]
-        stored = 0
-        for file in (Path(source) / name).glob("*.safetensors"):
-            with safe_open(file, framework="pt") as tensors:
-                stored += len(tensors.keys())
-        missing = max(len(unset), len(module.state_dict()) - stored if stored else 0)
-        if missing:
-            raise InputError(f"model.pretrained {source}: {missing} tensors of {name} are missing, download it again")
 
 
 def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
@@ -211,16 +279,11 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
 
 
 def _loading_failed(cfg: ModelConfig, family: Family, source: str, error: Exception) -> str:
-    single_file, reason = is_single_file(source), f"{type(error).__name__}: {first_line(error)}"
-    if single_file and not _is_local(cfg.config):
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    if is_single_file(source) and not _is_local(cfg.config):
         return (
             f"model.pretrained {source}: a single file holds no configuration and no tokenizers, and "
             f"{cfg.config or family.hub_base} cannot be reached or read for them; "
             f"set model.config to a local diffusers folder of an SDXL ({reason})"
-        )
-    if not single_file and not Path(source).exists():
-        return (
-            f"model.pretrained {source!r}: no such folder here, and the hub has no such model or cannot be reached; "
-            f"give a diffusers folder, a hub id, a .safetensors file or one of: {', '.join(BUILT_IN)} ({reason})"
         )
     return f"model.pretrained {source}: cannot be loaded, its files may be damaged ({reason})"

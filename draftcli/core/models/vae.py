@@ -1,0 +1,146 @@
+"""The VAE from elsewhere, `model.vae`: finding it, and whether it fits the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from draftcli.core.models.family import find_family
+from draftcli.core.models.original_layout import PREFIX, original_shape
+from draftcli.core.models.single_file import opened, shapes
+from draftcli.core.models.weight_files import ensure_loaded, weight_files
+from draftcli.errors import InputError, first_line
+
+VAE_CLASS = "AutoencoderKL"
+
+
+def load_vae(source: str, model: str, variant: str | None = None) -> Any:
+    """The AutoencoderKL that `model.vae` names, in the dtype of its files or in float32.
+
+    Args:
+        source: folder or hub id of a VAE, or of a whole model whose VAE is meant; or a .safetensors with a VAE or a
+            whole model.
+        model: folder or hub id with the configuration of the model that gets it: the latents of both must be alike.
+            Of a single file, which has no configuration, it is the VAE's too.
+        variant: which files of a folder or hub id, such as fp16, where it has them.
+
+    Raises:
+        InputError: it is not there, is damaged or incomplete, of another class, or has other latents.
+    """
+    from diffusers import AutoencoderKL
+
+    what = f"model.vae {source}"
+    own: Any = AutoencoderKL.load_config(model, subfolder="vae")
+    try:
+        if source.endswith(".safetensors"):
+            _check_file(Path(source), own, what)
+            # Without `config` diffusers takes a lone VAE for Stable Diffusion 1's, whose latents have another scale.
+            return AutoencoderKL.from_single_file(source, config=model, subfolder="vae")
+        folder = _folder(source, variant)
+        config: Any = AutoencoderKL.load_config(folder)
+        check_vae_class(config, what)
+        _check_latents(config, own, what)
+        files = weight_files(folder, "vae", variant, "model.vae")
+        vae = AutoencoderKL.from_pretrained(folder, use_safetensors=True, variant=_variant_of(files, variant))
+        ensure_loaded(vae, "vae", files, what)
+    except InputError:
+        raise
+    except Exception as error:  # what a loader raises on a wrong or damaged file is as varied as the damage
+        raise InputError(f"{what}: cannot be loaded: {first_line(error)}") from error
+    return vae
+
+
+def check_vae_class(config: Any, what: str) -> None:
+    """Refuse the configuration of a VAE of another class; `what` begins the message.
+
+    Raises:
+        InputError: it is not an AutoencoderKL.
+    """
+    kind = config.get("_class_name", VAE_CLASS)
+    if kind != VAE_CLASS:
+        raise InputError(f"{what}: its class is {kind}, and draftp decodes with {VAE_CLASS} alone")
+
+
+def check_channels(vae: Any, unet: Any, what: str) -> None:
+    """Refuse a VAE whose latents the UNet does not make; `what` begins the message.
+
+    Raises:
+        InputError: they have another number of channels.
+    """
+    theirs, ours = vae.config.latent_channels, unet.config.out_channels
+    if theirs != ours:
+        raise InputError(f"{what}: it has {theirs} latent channels where the UNet has {ours}: it is of another family")
+
+
+def _check_latents(config: Any, own: Any, what: str) -> None:
+    """Refuse a VAE whose configuration says that its latents are others than those of the model's own."""
+    if own.get("_class_name", VAE_CLASS) != VAE_CLASS:
+        return
+    theirs, ours = config.get("latent_channels"), own.get("latent_channels")
+    if theirs != ours:
+        raise InputError(f"{what}: it has {theirs} latent channels where the model has {ours}: it is of another family")
+    theirs, ours = (2 ** (len(c.get("block_out_channels", ())) - 1) for c in (config, own))
+    if theirs != ours:
+        raise InputError(f"{what}: it makes {theirs} pixels of a latent, along an edge, and the model's own {ours}")
+    theirs, ours = (c.get("scaling_factor", 0.18215) for c in (config, own))  # diffusers' default, that of SD 1
+    if theirs != ours:
+        raise InputError(
+            f"{what}: its scaling_factor is {theirs} and the model's own {ours}: its latents are another family's"
+        )
+
+
+def _check_file(file: Path, config: Any, what: str) -> None:
+    """Refuse a .safetensors that does not hold the VAE of a configuration, by the original's names or diffusers'."""
+    from accelerate import init_empty_weights
+
+    family = find_family()
+    with init_empty_weights():
+        ours = shapes(family.build("vae", config).state_dict())
+    originals = {
+        o.key.removeprefix(PREFIX["vae"]): original_shape(o, ours) for o in family.original_layout("vae", ours)
+    }
+    with opened(file, "model.vae") as tensors:
+        keys = list(tensors.keys())
+        held = {key.removeprefix(PREFIX["vae"]): tuple(tensors.get_slice(key).get_shape()) for key in keys}
+    wanted = max((originals, ours), key=lambda names: len(names.keys() & held.keys()))
+    missing = sorted(wanted.keys() - held.keys())
+    if 2 * len(missing) > len(wanted):
+        raise InputError(
+            f"{what}: it is no {VAE_CLASS}, which has a {missing[0]}; draftp decodes with no other class (files of "
+            "TAESD among them)"
+        )
+    latents = "decoder.conv_in.weight"
+    if latents in held and held[latents][1:2] != wanted[latents][1:2]:
+        _check_latents({**config, "latent_channels": held[latents][1]}, config, what)
+    if missing:
+        raise InputError(f"{what}: {len(missing)} of its tensors are missing, the first is {missing[0]}")
+    # A convolution of one pixel and a linear layer are the same numbers.
+    if odd := sorted(key for key, shape in wanted.items() if _without_ones(held[key]) != _without_ones(shape)):
+        raise InputError(f"{what}: {odd[0]} is {held[odd[0]]}, and the model's own VAE has {wanted[odd[0]]}")
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _folder(source: str, variant: str | None) -> Path:
+    """The local folder of the VAE that a path or hub id names."""
+    if Path(source).is_dir():
+        folder = Path(source)
+    elif Path(source).exists() or source.count("/") != 1 or source[0] in "./~":
+        raise InputError(f"model.vae {source}: there is no such folder; give a diffusers folder, a hub id or a file")
+    else:
+        from huggingface_hub import snapshot_download
+
+        # A whole model's VAE is in its folder `vae`; a hub id of a VAE alone has it at the top.
+        weights = [f"diffusion_pytorch_model{of}.safetensors" for of in ("", *([f".{variant}"] if variant else []))]
+        names = ["config.json", *weights]
+        folder = Path(snapshot_download(source, allow_patterns=[*names, *(f"vae/{name}" for name in names)]))
+    if (folder / "config.json").is_file() or not (folder / "vae" / "config.json").is_file():
+        return folder
+    return folder / "vae"
+
+
+def _variant_of(files: list[Path], variant: str | None) -> str | None:
+    """`variant`, where the files are those."""
+    return variant if variant and f".{variant}" in files[0].name else None
