@@ -15,6 +15,8 @@ from torch import nn
 from draftcli.config import ModelConfig
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.family import Family, Parts, find_family
+from draftcli.core.models.fields import FIELDS, check_fields
+from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
 
@@ -63,6 +65,9 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
         )
     if cfg.vae:
         pipe.vae = _load_vae(cfg.vae, config=cfg.config or (family.hub_base if single_file else source))
+    where = f"model.config {cfg.config or family.hub_base}" if single_file else f"model.pretrained {source}"
+    for part in FIELDS:
+        check_fields(part, getattr(pipe, part), f"model.vae {cfg.vae}" if part == "vae" and cfg.vae else where)
     scheduler = pipe.scheduler.config
     prediction, zero_snr = single_file_prediction(Path(source)) if single_file else (None, None)
     parts = Parts(
@@ -100,8 +105,9 @@ def _load_pipeline(
         if hollow_unet:
             options["unet"] = _hollow_unet(cfg.config or family.hub_base if single_file else source)
         if single_file:
+            check_marks(Path(checked_file(source, "model.pretrained")), cfg.prediction_type)
             return pipeline.from_single_file(
-                checked_file(source, "model.pretrained"),
+                source,
                 config=cfg.config or family.hub_base,
                 local_files_only=_is_local(cfg.config),
                 **options,
@@ -124,8 +130,7 @@ def single_file_prediction(file: Path) -> tuple[Prediction | None, bool | None]:
         keys, metadata = set(tensors.keys()), tensors.metadata() or {}
     if "v_pred" in keys:
         return "v_prediction", "ztsnr" in keys
-    names: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-    return names.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
+    return PREDICTION_NAMES.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> Any:
@@ -207,7 +212,11 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         raise InputError(f"{index} is not valid JSON: download the model again") from None
     family = find_family()
     if kind != family.pipeline:
-        raise InputError(f"{setting} {folder} is a {str(kind)[:80]}, not {family.title} ({family.pipeline})")
+        sibling = str(kind).startswith(family.pipeline.removesuffix("Pipeline"))  # for inpainting, editing, the refiner
+        raise InputError(
+            f"{setting} {folder} is a {str(kind)[:80]}, not {family.title} ({family.pipeline})"
+            + sibling * "; write that into its model_index.json if its UNet takes 4 channels and it has 2 text encoders"
+        )
 
 
 def _loading_failed(cfg: ModelConfig, family: Family, source: str, error: Exception) -> str:
