@@ -63,7 +63,7 @@ class SamplingConfig(Section):
     width: Edge = 1024
     steps: Annotated[int, Field(ge=1, le=1000)] = 25
     """N, sampler steps."""
-    scale: Annotated[float, Field(ge=0, le=100)] = 5.0
+    scale: Annotated[float, Field(le=100)] = 5.0
     """Classifier-free guidance; 1 is none."""
     sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "euler"
     """heun takes two evaluations a step; heun and dpmpp_2m draw only, training is with euler or ddim."""
@@ -77,6 +77,16 @@ class SamplingConfig(Section):
     negative_prompt: str | None = None
     sizes: list[tuple[Edge, Edge]] = []
     """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
+
+    @field_validator("scale")
+    @classmethod
+    def _at_least_one(cls, scale: float) -> float:
+        """Below 1 guidance turns away from the prompt, and 0 is the unconditional network. Nobody asks for that: in
+        diffusers and on the cards of few-step models 0 is another way to write no guidance.
+        """
+        if scale < 1:
+            raise ValueError("allowed are 1 to 100; 1 is no guidance, which diffusers and few-step models write as 0")
+        return scale
 
     @field_validator("guidance_interval")
     @classmethod

@@ -17,6 +17,7 @@ from draftcli.config import Config, RewardSource
 from draftcli.core.engine.eight_bit import EightBitLinear, quantize_blocks
 from draftcli.core.lora.adapters import attach_lora
 from draftcli.core.models.family import Parts
+from draftcli.core.models.fields import check_fields
 from draftcli.core.models.meta import modules_on_meta
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
@@ -36,9 +37,11 @@ def shortened_modules(folder: Path, targets: Sequence[str] = ()) -> dict[str, An
         targets: peft.target_modules.
 
     Raises:
-        InputError: a configuration is missing or not readable.
+        InputError: a configuration is missing or not readable, or asks for other formulas than SDXL's.
     """
     modules = modules_on_meta(folder)
+    for part in ("unet", "vae"):
+        check_fields(part, modules[part], str(folder))
     for part, network in modules.items():
         if part != "unet" or not any(_ONE_BLOCK.search(target) for target in targets):
             shorten(network)

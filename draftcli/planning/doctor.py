@@ -7,6 +7,7 @@ import platform
 import shutil
 import socket
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,11 +69,15 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
     # The rest is checked on the plain network: all of its blocks would take minutes to compile.
     cfg = cfg.model_copy(update={"sharding": cfg.sharding.model_copy(update={"compile": False})})
     try:
-        check_installed(cfg)
-        model = SDXLDRaFTPModel(cfg)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            check_installed(cfg)
+            model = SDXLDRaFTPModel(cfg)
     except DraftpError as error:
         yield Finding("model", "failed", str(error))
         return
+    # What libraries say is for their developers.
+    yield from (Finding("model", "warning", str(w.message)) for w in said if "draftcli" in w.filename)
     yield Finding("model", "ok", f"{cfg.model.pretrained}, {len(model.trainable_parameters)} tensors to train")
     for what, check in (
         ("VAE", _vae_is_finite),

@@ -36,7 +36,9 @@ BOTH = [
     (["RUN", "--width", "8"], "sampling.width = 8"),
     (["RUN", "--steps", "0"], "sampling.steps = 0"),
     (["RUN", "--steps", "1001"], "less than or equal to 1000"),
-    (["RUN", "--scale", "-1"], "sampling.scale = -1.0"),
+    (["RUN", "--scale", "-1"], "sampling.scale = -1.0: allowed are 1 to 100"),
+    (["RUN", "--scale", "0"], "sampling.scale = 0.0: allowed are 1 to 100; 1 is no guidance"),
+    (["RUN", "--set", "sampling.scale=0.99"], "sampling.scale = 0.99: allowed are 1 to 100; 1 is no guidance"),
     (["RUN", "--scale", "nan"], "sampling.scale = nan"),
     (["RUN", "--sampler", "lms"], "'euler', 'heun', 'ddim' or 'dpmpp_2m'"),
     (["RUN", "--schedule", "karras"], "'trailing' or 'leading'"),
@@ -112,6 +114,18 @@ def test_damaged_and_unfinished_runs(lora_run):
     Path("run/final").mkdir()
     shutil.copy(lora_run / "final" / "pytorch_lora_weights.safetensors", "run/final")
     expect(draftp("sample", "run", *ONE), 2, "run/config.yaml", "expected settings by section")
+
+
+def test_a_run_whose_own_scale_is_below_1_is_drawn_at_another(lora_run):
+    shutil.copytree(lora_run, "run")
+    config = Path("run/config.yaml")
+    text = config.read_text()
+    assert "  scale: 3.0\n" in text
+    config.write_text(text.replace("  scale: 3.0\n", "  scale: 0.0\n"))
+    for command in ("sample", "anneal", "eval"):
+        options = ONE if command != "eval" else ("--num-images", 1, "--output", "out")
+        expect(draftp(command, "run", *options), 2, "sampling.scale = 0.0: allowed are 1 to 100")
+    assert draftp("sample", "run", *ONE, "--scale", 1).code == 0
 
 
 @pytest.mark.parametrize("command", ["sample", "anneal"])

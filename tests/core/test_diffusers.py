@@ -7,6 +7,9 @@ tried here (another grid, no negative prompt, transposed size) moves a picture b
 """
 
 import functools
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,3 +143,17 @@ def test_a_saved_lora_gives_our_picture_in_diffusers(folders, tmp_path, targets,
     tuned = theirs(pipe, batch(2), noise)
     assert differs(tuned, untuned)
     same(ours(model, batch(2), noise), tuned)
+
+
+LATENTS = {"latents_mean": [-0.8, 0.3, 1.2, -0.1], "latents_std": [1.5, 0.7, 2.0, 1.1]}
+
+
+@pytest.mark.parametrize("fields", [LATENTS, {"scaling_factor": 0.5}, {**LATENTS, "scaling_factor": 0.5}], ids=str)
+def test_a_vae_says_how_its_latents_are_scaled_and_shifted(tiny_sdxl, tmp_path, fields):
+    folder = Path(shutil.copytree(tiny_sdxl, tmp_path / "copy"))
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), **fields}))
+    model, noise = model_for(folder), tiny_model(tiny_sdxl).initial_noise(batch(2))
+    picture = ours(model, batch(2), noise)
+    same(picture, theirs(pipeline(folder), batch(2), noise))
+    assert differs(picture, theirs(pipeline(tiny_sdxl), batch(2), noise))

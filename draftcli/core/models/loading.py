@@ -15,9 +15,11 @@ from torch import nn
 from draftcli.config import ModelConfig
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.family import Family, Parts, find_family
+from draftcli.core.models.fields import FIELDS, check_fields
+from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.models.meta import read_json
 from draftcli.core.models.single_file import check_networks, ensure_taken
-from draftcli.core.models.vae import check_channels, check_vae_class, load_vae
+from draftcli.core.models.vae import check_vae_channels, check_vae_class, load_vae
 from draftcli.core.models.weight_files import ensure_loaded, weight_files
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
@@ -52,6 +54,10 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
     }
     pipe = _load_pipeline(cfg, family, source, dtypes, hollow_unet)
     encoders = [getattr(pipe, part) for part in family.networks if part.startswith("text_encoder")]
+    where = f"model.config {cfg.config or family.hub_base}" if single_file else f"model.pretrained {cfg.pretrained}"
+    for part in FIELDS:
+        check_fields(part, getattr(pipe, part), f"model.vae {cfg.vae}" if part == "vae" and cfg.vae else where)
+    check_vae_channels(pipe.vae, pipe.unet, f"model.vae {cfg.vae}" if cfg.vae else f"the VAE of {cfg.pretrained}")
     scheduler = pipe.scheduler.config
     prediction, zero_snr = single_file_prediction(Path(source)) if single_file else (None, None)
     parts = Parts(
@@ -140,7 +146,8 @@ def _load_pipeline(
     elsewhere = ["unet"] * hollow_unet + ["vae"] * bool(cfg.vae)
     read = [part for part in family.networks if part not in elsewhere]
     if is_single_file(source):
-        check_networks(Path(checked_file(source, "model.pretrained")), read)
+        check_marks(file := Path(checked_file(source, "model.pretrained")), cfg.prediction_type)
+        check_networks(file, read)
         config = cfg.config or family.hub_base
     else:
         config = source = str(local_folder(source, cfg.variant, elsewhere=elsewhere))
@@ -160,7 +167,6 @@ def _load_pipeline(
         else:
             files = weight_files(Path(source) / part, part, cfg.variant)
             ensure_loaded(getattr(pipe, part), part, files, f"model.pretrained {cfg.pretrained}")
-    check_channels(pipe.vae, pipe.unet, f"model.vae {cfg.vae}" if cfg.vae else f"the VAE of {cfg.pretrained}")
     return pipe
 
 
@@ -200,8 +206,7 @@ def single_file_prediction(file: Path) -> tuple[Prediction | None, bool | None]:
         keys, metadata = set(tensors.keys()), tensors.metadata() or {}
     if "v_pred" in keys:
         return "v_prediction", "ztsnr" in keys
-    names: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-    return names.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
+    return PREDICTION_NAMES.get(metadata.get("modelspec.prediction_type", "")), True if "ztsnr" in keys else None
 
 
 def _check_tokenizers(parts: Parts, place: str | None) -> None:
@@ -275,7 +280,11 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         raise InputError(f"{index} is not valid JSON: download the model again") from None
     family = find_family()
     if kind != family.pipeline:
-        raise InputError(f"{setting} {folder} is a {str(kind)[:80]}, not {family.title} ({family.pipeline})")
+        sibling = str(kind).startswith(family.pipeline.removesuffix("Pipeline"))  # for inpainting, editing, the refiner
+        raise InputError(
+            f"{setting} {folder} is a {str(kind)[:80]}, not {family.title} ({family.pipeline})"
+            + sibling * "; write that into its model_index.json if its UNet takes 4 channels and it has 2 text encoders"
+        )
 
 
 def _loading_failed(cfg: ModelConfig, family: Family, source: str, error: Exception) -> str:

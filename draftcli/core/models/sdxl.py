@@ -100,7 +100,7 @@ class SDXL:
 
     def decode(self, vae: Any, latents: Tensor, tile: int | None = None) -> Tensor:
         """See `Family`. Saturated pixels get no gradient, as in the reference."""
-        scaled = (latents / vae.config.scaling_factor).to(next(vae.parameters()).dtype)
+        scaled = _as_encoded(vae.config, latents).to(next(vae.parameters()).dtype)
 
         def decode_all(z: Tensor) -> Tensor:
             return vae.decode(z, return_dict=False)[0]
@@ -116,3 +116,14 @@ class SDXL:
     def schedule(self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"]) -> Schedule:
         """See `Family`."""
         return make_schedule(steps, spacing, parts.zero_terminal_snr)
+
+
+def _as_encoded(config: Any, latents: Tensor) -> Tensor:
+    """Latents (B, C, H, W) as the VAE's encoder had them: scaled back, and moved back where its configuration says so,
+    as diffusers' pipeline does it.
+    """
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return latents / config.scaling_factor
+    mean, std = (latents.new_tensor(values)[:, None, None] for values in (mean, std))
+    return latents * std / config.scaling_factor + mean

@@ -61,7 +61,7 @@ def check_vae_class(config: Any, what: str) -> None:
         raise InputError(f"{what}: its class is {kind}, and draftp decodes with {VAE_CLASS} alone")
 
 
-def check_channels(vae: Any, unet: Any, what: str) -> None:
+def check_vae_channels(vae: Any, unet: Any, what: str) -> None:
     """Refuse a VAE whose latents the UNet does not make; `what` begins the message.
 
     Raises:

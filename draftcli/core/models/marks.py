@@ -1,0 +1,80 @@
+"""What a single .safetensors says of itself, by shapes, empty tensors and metadata, before its weights are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from draftcli.core.guidance import Prediction
+from draftcli.core.models.fields import check_channels
+from draftcli.core.schedule import TRAIN_STEPS, sigma_table
+from draftcli.errors import InputError, brief
+
+# modelspec.prediction_type
+PREDICTION_NAMES: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
+_UNET = "model.diffusion_model."
+# Tables of noise levels that training code leaves in checkpoints, each as the share of the image in the variance.
+_TABLES = {
+    "alphas_cumprod": lambda alphas: alphas,
+    "betas": lambda betas: (1 - betas).cumprod(0),
+    "denoiser.sigmas": lambda sigmas: 1 / (1 + sigmas**2),
+}
+_TABLE_TOLERANCE = 0.01  # bfloat16 rounds by 0.004; SDXL's table and that with zero terminal SNR lie 0.04 apart
+
+
+def check_marks(file: Path, prediction_type: Prediction | None) -> None:
+    """Refuse a checkpoint that says of itself that SDXL's formulas do not hold for it.
+
+    Args:
+        file: a .safetensors in the layout of the original code.
+        prediction_type: model.prediction_type, which counts more than what the file says of it.
+
+    Raises:
+        InputError: it was trained by EDM, it is a refiner, its UNet is for another task or wants the guidance scale
+            (LCM), its noise levels are not SDXL's, or it predicts something that we don't know.
+    """
+    where = f"model.pretrained {file}"
+    with safe_open(file, framework="pt") as tensors:
+        keys, metadata = set(tensors.keys()), tensors.metadata() or {}
+        taken = _size(tensors, keys, f"{_UNET}input_blocks.0.0.weight", 1)
+        given = _size(tensors, keys, f"{_UNET}out.2.weight", 0)
+        tables = {key: tensors.get_tensor(key) for key in _TABLES if key in keys}
+    if edm := sorted(key for key in keys if key.startswith("edm_")):
+        raise InputError(
+            f"{where}: its mark {edm[0]} says that it was trained by EDM, whose formulas are not those of SDXL; "
+            "choose a model without it"
+        )
+    if metadata.get("modelspec.architecture", "").endswith("refiner"):
+        raise InputError(f"{where}: its metadata says that it is the refiner; choose a base model")
+    check_channels(taken or 4, given or 4, where)
+    if any(key.startswith(_UNET) and key.endswith("cond_proj.weight") for key in keys):
+        raise InputError(
+            f"{where}: the guidance scale is an input of its UNet (time_cond_proj_dim), as in LCM; choose a "
+            "text-to-image SDXL"
+        )
+    for key, table in tables.items():
+        if not _is_sdxls(_TABLES[key](table.double())):
+            raise InputError(f"{where}: its table {key} is not that of SDXL's noise levels; choose another model")
+    said = metadata.get("modelspec.prediction_type", "")
+    if said and said not in PREDICTION_NAMES and prediction_type is None and "v_pred" not in keys:
+        raise InputError(
+            f"{where}: its modelspec.prediction_type is {brief(said)}; draftp knows {', '.join(PREDICTION_NAMES)}. Set "
+            "model.prediction_type if it predicts one of these"
+        )
+
+
+def _size(tensors: Any, keys: set[str], key: str, dimension: int) -> int | None:
+    """One dimension of a tensor, read from the header; None where the file has none of this name."""
+    return tensors.get_slice(key).get_shape()[dimension] if key in keys else None
+
+
+def _is_sdxls(shares: Tensor) -> bool:
+    """Whether these shares of the image (N,) are SDXL's, plain or with zero terminal SNR."""
+    if shares.shape != (TRAIN_STEPS,):
+        return False
+    expected = [1 / (1 + sigma_table(zero_snr).double() ** 2) for zero_snr in (False, True)]
+    return any(bool(torch.isclose(shares, own, atol=_TABLE_TOLERANCE, rtol=0).all()) for own in expected)
