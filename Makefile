@@ -4,11 +4,13 @@
 # make browser    the report in a headless Chromium (apt-get install chromium)
 # make extras     the tests of the optional packages: Weights & Biases, datasets, bitsandbytes
 # make faults     a training killed 200 times: nothing may be lost
+# make oldest     a part of the tests with the oldest releases that pyproject.toml allows, in .venv-oldest
+# make real-size  SDXL at its true shapes with random weights on a CPU: 24 GiB of memory, 25 GB of disk, an hour
 # make check  ruff, basedpyright (also of what needs an extra)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-eval test browser extras slow faults check docs clean
+.PHONY: demo demo-eval test browser extras slow faults oldest real-size check docs clean
 
 demo: .venv/.installed
 	$(BIN)/draftp train --preset toy
@@ -35,6 +37,14 @@ slow: .venv/.installed-test
 faults: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kill --kills 200
 
+# Old releases warn of what newer ones of others have changed: warnings are no errors here.
+oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -n 2 -W default --disable-warnings -m "not slow and not browser" $(OLDEST)
+
+real-size: .venv/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch
+	PYTHONPATH=. $(BIN)/python benchmarks/real_size.py all runs/real-size
+
 check: .venv/.installed-lint
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -47,6 +57,11 @@ docs: .venv/.installed
 	@echo "installing into .venv, a few minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[test]"
 	touch $@
 
 .venv/.installed-test: .venv/.installed

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from draftcli.config import ModelConfig
@@ -146,7 +147,9 @@ def _load_pipeline(
     elsewhere = ["unet"] * hollow_unet + ["vae"] * bool(cfg.vae)
     read = [part for part in family.networks if part not in elsewhere]
     if is_single_file(source):
-        check_marks(file := Path(checked_file(source, "model.pretrained")), cfg.prediction_type)
+        file = Path(checked_file(source, "model.pretrained"))
+        with suppress(SafetensorError):  # of a file that cannot be read its loader will tell
+            check_marks(file, cfg.prediction_type)
         check_networks(file, read)
         config = cfg.config or family.hub_base
     else:

@@ -19,6 +19,7 @@ from draftcli.core.models.family import Conditioning, Embedding, Parts, latent_f
 from draftcli.core.models.original_layout import Original, original_layout
 from draftcli.core.models.size_keys import size_keys, time_ids
 from draftcli.core.models.tiles import decode_in_tiles
+from draftcli.core.precision import wide_default
 from draftcli.core.schedule import Schedule, make_schedule
 
 SDXL_CONFIG = Path(__file__).with_name("sdxl_config")
@@ -63,7 +64,8 @@ class SDXL:
         sequence: list[Tensor] = []
         pooled = None
         for tokens, encoder in zip(tokenize(parts, prompts), parts.text_encoders, strict=True):
-            output = encoder(tokens.to(encoder.device), output_hidden_states=True)
+            with wide_default(encoder.dtype):
+                output = encoder(tokens.to(encoder.device), output_hidden_states=True)
             sequence.append(output.hidden_states[-2])
             pooled = getattr(output, "text_embeds", None)
         assert pooled is not None, "the second text encoder has a projection"
