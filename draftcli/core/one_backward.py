@@ -13,7 +13,7 @@ from torch import Tensor
 
 from draftcli.core.backward import KeptGraph, Piece
 from draftcli.core.batch import Batch
-from draftcli.core.networks import Networks, RewardFunction
+from draftcli.core.networks import Networks, RewardFunction, scored
 from draftcli.core.penalty import Penalty, objective
 
 # "loss", "reward" and "kl_penalty" (None where it was not measured), and in validation "images_and_captions"
@@ -44,7 +44,7 @@ def images_and_loss(
     captions = [prompt for piece in pieces for prompt in piece.prompts]
 
     def loss_func(images: Tensor) -> tuple[Tensor, Metrics]:
-        r = reward(images, captions).mean()
+        r = scored(reward, images, captions).mean()
         penalties = [
             penalty(forward.eps, forward.eps_base, piece.levels)
             for forward, piece in zip(forwards, pieces, strict=True)
