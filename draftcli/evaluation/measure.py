@@ -76,6 +76,13 @@ class Measured:
     features: np.ndarray
     thumbnails: np.ndarray
 
+    def sees_the_same(self, other: Measured) -> bool:
+        """Whether both were measured on the same pictures, as far as measuring goes: everything is equal."""
+        mine, theirs = (
+            [*m.scores.values(), *m.signs.values(), m.features, m.thumbnails] for m in (self, other)
+        )  # fmt: skip
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(mine, theirs, strict=True))
+
 
 def measure(
     columns: Sequence[Gallery],
