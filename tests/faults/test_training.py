@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 import draftcli
+from draftcli.changes import MAY_CHANGE, MAY_CHANGE_SECTIONS
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
-from draftcli.runs import MAY_CHANGE, MAY_CHANGE_SECTIONS, Run
+from draftcli.runs import Run
 from draftcli.training import checkpoint, session, stop
 from draftcli.training.step import Trainer
 from draftcli.training.validation import Validation
