@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from draftcli.config import Config, load_config
-from draftcli.core.lora.files import Lora, Shapes, read_lora
+from draftcli.core.lora.files import Lora, Shapes
+from draftcli.core.lora.reading import read_lora
 from draftcli.errors import InputError
 from draftcli.export.base import Base
 from draftcli.export.tensors import StoredTensor, stored_tensors

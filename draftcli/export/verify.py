@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, attach_loras, read_lora
+from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, attach_loras
+from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.errors import DraftpError, InputError, first_line

@@ -16,9 +16,9 @@ from draftcli.core.lora.files import (
     Lora,
     Update,
     attach_loras,
-    read_lora,
     weight_shapes,
 )
+from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.errors import InputError
 
