@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from draftcli.core.lora.adapters import lora_layers
+from draftcli.errors import InputError
 
 LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
@@ -21,27 +22,50 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
 
 @dataclass(frozen=True)
 class Update:
-    """What a LoRA adds to one weight: scale * up @ down.
+    """What a LoRA does to one layer.
+
+    Its weight W becomes W + scale * up @ down. With DoRA, each output's row of that (each filter of a convolution) is
+    then brought to the length that `magnitude` says. As in peft and diffusers, a scale multiplies matrices and bias and
+    leaves magnitudes as they are.
 
     Attributes:
         down: A, (r, in) or (r, in, kh, kw) for a convolution.
         up: B, (out, r) or (out, r, 1, 1).
         scale: alpha / r, and whatever the caller multiplies it with.
+        bias: added to the layer's bias, scale times; (out,).
+        magnitude: of DoRA; (out,).
     """
 
     down: Tensor
     up: Tensor
     scale: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Inner width r."""
         return self.down.shape[0]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the two matrices are all of it."""
+        return self.bias is None and self.magnitude is None
+
     def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The difference that it makes to the weight, in the weight's shape."""
+        """What the matrices add to the weight, in the weight's shape."""
         product = self.up.to(dtype).flatten(1) @ self.down.to(dtype).flatten(1)
         return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The difference that it makes to `weight`, in the weight's dtype."""
+        delta = self.delta(weight.dtype)
+        if self.magnitude is None:
+            return delta
+        moved = weight + delta
+        length = torch.linalg.vector_norm(moved.flatten(1), dim=1)
+        factor = self.magnitude.to(weight) / length
+        return moved * factor.reshape(-1, *(1 for _ in weight.shape[1:])) - weight
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,26 @@ def with_text_model(name: str) -> str:
     return name if name.startswith(("text_model.", "text_projection")) else f"text_model.{name}"
 
 
+def refuse_stacked_dora(loras: Sequence[Lora]) -> None:
+    """Refuse what has no one meaning: DoRA on a layer that another LoRA changes too.
+
+    The length that DoRA gives to a row is that of the model it was trained on; where another change comes before or
+    after it, peft's own merge and its layers give different networks.
+
+    Raises:
+        InputError: there is such a layer.
+    """
+    seen: dict[tuple[str, str], tuple[Lora, Update]] = {}
+    for lora in loras:
+        for part, module, update in lora.updates():
+            other, first = seen.setdefault((part, module), (lora, update))
+            if first is not update and (first.magnitude is not None or update.magnitude is not None):
+                raise InputError(
+                    f"{other.name} and {lora.name} both change {part}.{module}, and one of them is DoRA, which cannot "
+                    "be added to others; merge them into the model one after the other"
+                )
+
+
 def attach_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]], part: str = "unet") -> None:
     """Put LoRAs on `network`, in place and frozen: together they add the sum of scale times each.
 
@@ -101,13 +145,17 @@ def attach_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]], part: 
         part: which of each LoRA's parts.
 
     LoRA weights become float32 at least, as in training.
+
+    Raises:
+        InputError: one of several for a layer is DoRA.
     """
+    refuse_stacked_dora([lora for lora, _ in loras])
     count = len({name for layer in lora_layers(network) for name in layer.lora_A})
     prefix = "" if any(name.startswith("text_model.") for name, _ in network.named_modules()) else "text_model."
     for lora, scale in loras:
         updates = {name.removeprefix(prefix): update for name, update in lora.parts.get(part, {}).items()}
-        for rank in sorted({update.rank for update in updates.values()}):
-            _attach(network, f"lora_{count}", rank, {n: u for n, u in updates.items() if u.rank == rank}, scale)
+        for kind in sorted({_kind(update) for update in updates.values()}):
+            _attach(network, f"lora_{count}", {n: u for n, u in updates.items() if _kind(u) == kind}, scale)
             count += 1
     for layer in lora_layers(network):
         wanted_grad = [(p, p.requires_grad) for p in layer.parameters()]
@@ -116,10 +164,24 @@ def attach_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]], part: 
             parameter.requires_grad_(wanted)
 
 
-def _attach(network: nn.Module, adapter: str, rank: int, updates: Mapping[str, Update], scale: float) -> None:
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(updates), init_lora_weights=False)
+def _kind(update: Update) -> tuple[int, bool, bool]:
+    """What must be the same for all layers of one of peft's adapters: rank, whether with a bias, whether DoRA."""
+    return update.rank, update.bias is not None, update.magnitude is not None
+
+
+def _attach(network: nn.Module, adapter: str, updates: Mapping[str, Update], scale: float) -> None:
+    rank, with_bias, is_dora = _kind(next(iter(updates.values())))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(updates),
+        init_lora_weights=False,
+        lora_bias=with_bias,
+        use_dora=is_dora,
+    )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # to a layer without one, which is no fault
         wanted_grad = [(p, p.requires_grad) for p in network.parameters()]
         inject_adapter_in_model(config, network, adapter_name=adapter)
         for parameter, wanted in wanted_grad:
@@ -131,5 +193,14 @@ def _attach(network: nn.Module, adapter: str, rank: int, updates: Mapping[str, U
         base: Any = layer.get_base_layer().weight
         dtype = torch.promote_types(base.dtype, torch.float32)
         layer.scaling[adapter] = update.scale * scale
-        for holder, tensor in ((layer.lora_A, update.down), (layer.lora_B, update.up)):
-            holder[adapter].weight = nn.Parameter(tensor.to(base.device, dtype), requires_grad=False)
+
+        def frozen(tensor: Tensor, base: Tensor = base, dtype: torch.dtype = dtype) -> nn.Parameter:
+            return nn.Parameter(tensor.to(base.device, dtype), requires_grad=False)
+
+        layer.lora_A[adapter].weight = frozen(update.down)
+        layer.lora_B[adapter].weight = frozen(update.up)
+        if update.bias is not None:
+            layer.lora_B[adapter].bias = frozen(update.bias)
+        if update.magnitude is not None:
+            as_convolution = (1, -1, 1, 1) if base.ndim == 4 else (-1,)
+            layer.lora_magnitude_vector[adapter].weight = frozen(update.magnitude.reshape(as_convolution))

@@ -1,55 +1,43 @@
-"""LoRA files as people have them: diffusers, peft and kohya naming, read into one clean form.
-
-The namings that are recognised, each with the same module:
-
-    diffusers        unet.down_blocks.1.attentions.0.proj_in.lora_A.weight        (.lora_B; scale in the metadata)
-    older diffusers  unet.down_blocks.1.attentions.0.proj_in.lora.down.weight     (.up; attn1.processor.to_q_lora.down)
-    peft             base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.weight   (scale in adapter_config.json)
-    kohya            lora_unet_input_blocks_4_1_proj_in.lora_down.weight          (.lora_up.weight, .alpha)
-    kohya, by        lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight
-    diffusers' names
-
-and lora_te1_ / lora_te2_ or text_encoder. / text_encoder_2. for the text encoders. Underscored names can't be parsed
-(is it `to_q` or `to.q`?), so every spelling is looked up in a table made from the networks.
-"""
+"""Reading LoRA files as people have them, in every naming that `core.lora.naming` knows, into one clean form."""
 
 from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from torch import Tensor
 
 from draftcli.core.lora.adapters import LORA_FILE
-from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, Update, with_text_model
-from draftcli.core.models.original_names import original_unet_names
+from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, Update
+from draftcli.core.lora.naming import PEFT_PREFIX, Contents, NamedTensor, Place, Spellings, sort_tensors, why_unplaced
 from draftcli.errors import InputError, brief
 
-FILE_NAMES = (LORA_FILE, "adapter_model.safetensors")
+PEFT_FILE = "adapter_model.safetensors"
+FILE_NAMES = (LORA_FILE, PEFT_FILE)
 
-_KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
-_DOTTED = {"diffusion_model.": "unet", **{f"{part}.": part for part in LORA_PARTS}}
-_MATRIX = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[\w-]+)?\.weight")
-_ALPHA = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?)?\.alpha")
-_OTHER_METHODS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "a LoRA in Tucker form",
-    "oft_": "OFT",
-    ".diff_b": "a weight difference",
-    ".diff": "a weight difference",
-}
-_OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 _LARGEST = 1e30  # beyond any alpha that somebody could mean
 _FAMILY_BY_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}
 _TRANSFORMERS = ("double_blocks", "single_blocks", "single_transformer_blocks", "joint_blocks", "transformer.")
+_APPLIED = "draftp reads LoRA matrices with their alphas, scalars, biases and DoRA magnitudes"
+# Settings of peft that make something else than scale * up @ down of the matrices in the file.
+_OTHER_SETTINGS = {
+    "use_qalora": "QA-LoRA",
+    "use_bdlora": "BD-LoRA",
+    "kasa_config": "KaSA",
+    "monteclora_config": "MonteCLoRA",
+    "arrow_config": "Arrow",
+    "alora_invocation_tokens": "aLoRA",
+    "layer_replication": "replicated layers",
+}
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # values of init_lora_weights
 
 
 def find_lora(path: Path) -> Path:
@@ -79,53 +67,59 @@ def find_lora(path: Path) -> Path:
 def read_lora(path: Path, shapes: Shapes) -> Lora:
     """Read a LoRA for the networks whose weights have these shapes.
 
+    Embeddings for trigger words that lie beside the LoRA are left out, with a warning.
+
     Args:
         path: a .safetensors file, or a folder with one.
         shapes: by network, as `weight_shapes` gives them. A part for a text encoder that is left out is read without a
             check and by the file's own names, so that callers can say that they don't apply it.
 
     Raises:
-        InputError: no such file; not a LoRA; for another family of models; keys that fit nothing; matrices that don't
-            fit each other or the network; a LoRA without any effect; values that are not finite.
+        InputError: no such file; not a LoRA; it holds what draftp cannot apply; for another family of models; keys
+            that fit nothing; matrices that don't fit each other or the network; a LoRA without any effect; values that
+            are not finite.
     """
     file = find_lora(path)
-    tensors, metadata = _read(file)
+    tensors, metadata = read_tensors(file)
     if not tensors:
         raise InputError(f"{file}: there is nothing in it")
-    _refuse_other_methods(file, tensors)
-    matrices, alphas, unknown = _sort(tensors)
-    if not matrices:
-        raise InputError(f"{file}: not a LoRA, it has no lora_A / lora_down matrices; the first key is {min(tensors)}")
-    _refuse_other_families(file, matrices, shapes)
-    spellings = {part: _spellings(part, names) for part, names in shapes.items()}
-    scales = _Scales(file, metadata)
+    contents = sort_tensors(tensors)
+    _refuse_contents(file, contents, tensors)
+    _refuse_other_families(file, contents, shapes)
+    spellings = Spellings(shapes)
+    scales = _Scales(file, metadata, peft=any(key.startswith(PEFT_PREFIX) for key in tensors))
     parts: dict[str, dict[str, Update]] = {}
-    for module, pair in matrices.items():
-        key = next(iter(pair.values()))[0]
-        place = _place(module, spellings)
+    unplaced: list[str] = []
+    for module, layer in contents.layers.items():
+        place = spellings.place(module)
+        key = next(iter(layer.values()))[0]
         if place is None:
-            unknown.append(key)
+            unplaced += [key for key, _ in layer.values()]
             continue
-        if len(pair) != 2:
+        if not layer.keys() >= {"down", "up"}:
             raise InputError(f"{file}: {key} has no partner; every layer needs a down (A) and an up (B) matrix")
-        part, name, shape = place
+        part, name, _ = place
         updates = parts.setdefault(part, {})
         if name in updates:
             raise InputError(f"{file}: two LoRAs for the same layer, {part}.{name}; one of them is {key}")
-        down, up = _fitted(file, key, pair["down"][1], pair["up"][1], shape)
-        updates[name] = Update(down, up, scales(part, name, down.shape[0], alphas.pop(module, None)))
-    unknown += [f"{module}.alpha" for module in alphas]
-    if unknown:
-        raise InputError(
-            f"{file}: {len(unknown)} of its {len(tensors)} keys fit nothing in this model, the first is "
-            f"{min(unknown)}; is it a LoRA for another model?"
+        updates[name] = _update(file, layer, place, scales)
+    _refuse_unknown(file, contents.unknown, unplaced, len(tensors))
+    if contents.embeddings:
+        named = ", ".join(sorted(contents.embeddings))
+        warnings.warn(
+            f"{file}: embeddings for trigger words ({named}) are left out; draftp applies the LoRA alone", stacklevel=2
         )
     lora = Lora(str(path), parts)
     _refuse_no_effect(file, lora)
     return lora
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a .safetensors file, and the text beside them.
+
+    Raises:
+        InputError: it is damaged.
+    """
     try:
         with safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
@@ -133,62 +127,55 @@ def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"{file}: cannot be read, it may be damaged ({error})") from error
 
 
-def _sort(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, float], list[str]]:
-    """By module as the file spells it: (key, tensor) of `down` and `up`; alphas; and keys that are neither."""
-    matrices: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    alphas, unknown = {}, []
-    for key, tensor in tensors.items():
-        if tensor.is_complex():
-            unknown.append(key)
-        elif match := _MATRIX.fullmatch(key):
-            side = {"A": "down", "B": "up"}.get(match[2], match[2])
-            matrices.setdefault(match[1], {})[side] = (key, tensor if tensor.itemsize > 1 else tensor.float())
-        elif (match := _ALPHA.fullmatch(key)) and tensor.numel() == 1:
-            alphas[match[1]] = float(tensor)
-        else:
-            unknown.append(key)
-    return matrices, alphas, unknown
+def _update(file: Path, layer: Mapping[str, NamedTensor], place: Place, scales: _Scales) -> Update:
+    """One layer's tensors in the form of its weight."""
+    part, name, shape = place
+    for key, tensor in layer.values():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{file}: {key} holds values that are not finite (NaN or infinite)")
+    key = layer["down"][0]
+    down, up = _fitted(file, key, _with_middle(file, layer), layer["up"][1], shape)
+    alpha, scalar = (float(layer[what][1]) if what in layer else None for what in ("alpha", "scalar"))
+    scale = scales(part, name, down.shape[0], alpha)
+    vectors = {what: _vector(file, layer[what], up.shape[0]) for what in ("bias", "magnitude") if what in layer}
+    if len(vectors) == 2:
+        raise InputError(f"{file}: {key} has a bias and a DoRA magnitude; neither peft nor draftp applies both")
+    if scales.use_dora(part) and "magnitude" not in vectors:
+        raise InputError(f"{file}: its settings say DoRA, and {part}.{name} has no magnitudes (lora_magnitude_vector)")
+    return Update(down, up, scale if scalar is None else scale * scalar, **vectors)
 
 
-_Place = tuple[str, tuple[int, ...] | None]
+def _with_middle(file: Path, layer: Mapping[str, NamedTensor]) -> Tensor:
+    """A; where a convolution's LoRA is in Tucker form (LyCORIS), with the matrix between the two multiplied into it."""
+    key, down = layer["down"]
+    if "middle" not in layer:
+        return down
+    middle = layer["middle"][1]
+    if middle.ndim != 4 or down.shape[2:] not in ((), (1, 1)) or down.shape[:1] != middle.shape[1:2]:
+        raise InputError(f"{file}: rank mismatch at {key}: lora_mid is {tuple(middle.shape)}, down {tuple(down.shape)}")
+    dtype = torch.promote_types(down.dtype, torch.float32)
+    return torch.einsum("abhw,bi->aihw", middle.to(dtype), down.to(dtype).flatten(1))
 
 
-def _spellings(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Place]:
-    """Every way in which files spell a module's name, to the one in clean form and its weight's shape."""
-    found: dict[str, _Place] = {}
-    originals = original_unet_names(shapes) if part == "unet" else {}
-    for name, shape in shapes.items():
-        clean = name if part == "unet" else with_text_model(name)
-        for spelling in filter(None, (name, clean, originals.get(name))):
-            found[spelling] = found[spelling.replace(".", "_")] = (clean, shape)
-            if spelling.endswith("to_out.0"):
-                found[spelling.removesuffix(".0")] = (clean, shape)
-    return found
-
-
-def _place(
-    module: str, spellings: Mapping[str, Mapping[str, _Place]]
-) -> tuple[str, str, tuple[int, ...] | None] | None:
-    """The network, clean name and weight's shape of a module as a file spells it, or None."""
-    name = module.removeprefix("base_model.model.")
-    prefixes = {**_KOHYA, **_DOTTED}
-    prefix = next((p for p in prefixes if name.startswith(p)), "")
-    part, name = prefixes.get(prefix, "unet"), name.removeprefix(prefix).replace(".processor.", ".")
-    if part not in spellings and part != "unet":
-        return part, name, None  # a text encoder's part, kept so that callers can report it
-    if part != "unet" and "self_attn.to_" in name:
-        stem, _, last = name.rpartition(".")
-        name = f"{stem}.{_OLD_ATTENTION.get(last, last)}"
-    found = spellings.get(part, {}).get(name)
-    return (part, *found) if found else None
+def _vector(file: Path, named: NamedTensor, outputs: int) -> Tensor:
+    """A bias or a DoRA magnitude, one number for each output."""
+    key, tensor = named
+    by_output = [(outputs,), (outputs, 1), (outputs, 1, 1, 1)]
+    if key.endswith(".dora_scale"):
+        if tensor.ndim > 1 and tensor.shape[0] == 1 != outputs:
+            raise InputError(
+                f"{file} is DoRA with a magnitude for each input ({key}), as LyCORIS and OneTrainer write it; draftp "
+                "reads one for each output, as peft has it (in LyCORIS: wd_on_output)"
+            )
+    else:
+        by_output.append((1, outputs, 1, 1))
+    if tuple(tensor.shape) not in by_output:
+        raise InputError(f"{file}: {key} is {tuple(tensor.shape)}; expected one number for each of {outputs} outputs")
+    return tensor.flatten()
 
 
 def _fitted(file: Path, key: str, down: Tensor, up: Tensor, shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
     """Both matrices in the form of the weight: 1 x 1 convolutions and linear layers are the same thing."""
-    if not torch.isfinite(down).all() or not torch.isfinite(up).all():
-        raise InputError(f"{file}: {key} or its partner holds values that are not finite (NaN or infinite)")
     dimensions = down.ndim in (2, 4) and up.ndim in (2, 4) and tuple(up.shape[2:]) in ((), (1, 1))
     if not dimensions or down.shape[0] != up.shape[1] or down.shape[0] == 0:
         raise InputError(
@@ -208,44 +195,115 @@ def _fitted(file: Path, key: str, down: Tensor, up: Tensor, shape: tuple[int, ..
 
 
 class _Scales:
-    """alpha / rank of each module: from the file's own alphas, its metadata or adapter_config.json, else 1."""
+    """alpha / rank of each module: from the file's own alphas, its metadata or adapter_config.json, else 1.
 
-    def __init__(self, file: Path, metadata: Mapping[str, str]) -> None:
+    The settings are peft's, and so is what they mean.
+    """
+
+    def __init__(self, file: Path, metadata: Mapping[str, str], peft: bool) -> None:
         self.file = file
         self.settings: dict[str, Any] = {}
+        config = file.with_name("adapter_config.json")
         try:
             self.settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-            config = file.with_name("adapter_config.json")
-            if config.is_file() and file.name == FILE_NAMES[1]:
-                self.settings |= {f"unet.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
+            if config.is_file() and (peft or file.name == PEFT_FILE):
+                self.settings |= json.loads(config.read_text(encoding="utf-8"))
         except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise InputError(f"{file}: the settings beside its weights cannot be read ({error})") from error
-        if any(self.settings.get(f"{part}.use_dora") for part in LORA_PARTS):
-            raise InputError(f"{file} is DoRA, which draftp does not read; only plain LoRAs can be merged and applied")
+        if peft and not self.settings:
+            warnings.warn(
+                f"{file}: there is no adapter_config.json beside it to say its alpha; its scale is taken as 1",
+                stacklevel=3,
+            )
+        for part in LORA_PARTS:
+            self._refuse_settings(self._of(part))
 
     def __call__(self, part: str, module: str, rank: int, alpha: float | None) -> float:
-        over = rank
-        if alpha is None:
-            default, pattern = (self.settings.get(f"{part}.{name}") for name in ("lora_alpha", "alpha_pattern"))
-            alpha = pattern.get(module, default) if isinstance(pattern, dict) else default
-            over = rank**0.5 if self.settings.get(f"{part}.use_rslora") else rank
+        over = float(rank)
+        if alpha is None and (settings := self._of(part)):
+            alpha = self._alpha(settings, module)
+            over = rank**0.5 if settings.get("use_rslora") else rank
         if alpha is None:
             return 1.0
         if not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST:
             raise InputError(f"{self.file}: the alpha of {part}.{module} is {brief(alpha)}; expected a number")
         return alpha / over
 
+    def use_dora(self, part: str) -> bool:
+        """Whether the settings say that this network's is DoRA."""
+        return bool(self._of(part).get("use_dora"))
 
-def _refuse_other_methods(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key in tensors:
-        for mark, method in _OTHER_METHODS.items():
-            if key.endswith(mark) if mark.startswith(".") else mark in key:
-                raise InputError(f"{file} is {method} (key {key}), which draftp does not read; only plain LoRAs")
+    def _of(self, part: str) -> dict[str, Any]:
+        """One network's settings. Those of a file for one network alone have no prefix, and it is the UNet."""
+        own = {k.removeprefix(f"{part}."): v for k, v in self.settings.items() if k.startswith(f"{part}.")}
+        return own or ({k: v for k, v in self.settings.items() if "." not in k} if part == "unet" else {})
+
+    def _alpha(self, settings: Mapping[str, Any], module: str) -> Any:
+        default, pattern = settings.get("lora_alpha", LoraConfig.lora_alpha), settings.get("alpha_pattern")
+        if not isinstance(pattern, dict):
+            return default
+        try:
+            with warnings.catch_warnings(action="ignore"):  # what Python thinks of the file's regular expressions
+                for name in (module, module.removeprefix("text_model.")):
+                    if (key := get_pattern_key(list(pattern), name)) in pattern:
+                        return pattern[key]
+        except (re.error, OverflowError, RecursionError) as error:
+            raise InputError(f"{self.file}: its alpha_pattern cannot be understood ({error})") from error
+        return default
+
+    def _refuse_settings(self, settings: Mapping[str, Any]) -> None:
+        if (kind := settings.get("peft_type", "LORA")) != "LORA":
+            raise InputError(f"{self.file} is {brief(kind)}, as its settings say; {_APPLIED}")
+        for name, what in _OTHER_SETTINGS.items():
+            if settings.get(name):
+                raise InputError(f"{self.file}: its settings say {what} ({name}), which draftp does not apply")
+        start = settings.get("init_lora_weights")
+        if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
+            raise InputError(
+                f"{self.file} changes the model's own weights too, as it was started from them (init_lora_weights "
+                f"{brief(start)}); save it again with peft's path_initial_model_for_weight_conversion"
+            )
 
 
-def _refuse_other_families(file: Path, matrices: Mapping[str, Any], shapes: Shapes) -> None:
+def _refuse_contents(file: Path, contents: Contents, tensors: Mapping[str, Tensor]) -> None:
+    """What the file holds beside, or instead of, LoRA matrices."""
+    if contents.others:
+        found = "; ".join(f"{what} ({len(keys)} keys, such as {min(keys)})" for what, keys in contents.others.items())
+        holds = "holds, beside a LoRA," if contents.has_matrices() else "is no LoRA, it holds"
+        raise InputError(f"{file} {holds} {found}; {_APPLIED}")
+    if contents.embeddings and not contents.has_matrices():
+        raise InputError(f"{file} is an embedding for a trigger word (textual inversion), not a LoRA")
+    if not contents.has_matrices():
+        raise InputError(f"{file}: not a LoRA, it has no lora_A / lora_down matrices; the first key is {min(tensors)}")
+    if contents.twice:
+        raise InputError(f"{file} holds more than one adapter ({min(contents.twice)}); give one of them")
+
+
+def _refuse_unknown(file: Path, unknown: list[str], unplaced: list[str], count: int) -> None:
+    """Keys that are no part of a LoRA, and layers that the networks don't have."""
+    if biases := [key for key in unknown if key.endswith(".bias")]:
+        raise InputError(
+            f"{file} holds, beside a LoRA, biases that were trained as a whole (peft's bias; {len(biases)} of its "
+            f"{count} keys, such as {min(biases)}); {_APPLIED}"
+        )
+    if unknown:
+        raise InputError(
+            f"{file}: {len(unknown)} of its {count} keys are none of a LoRA's, the first is {min(unknown)}; {_APPLIED}"
+        )
+    for key in sorted(unplaced):
+        if reason := why_unplaced(key):
+            raise InputError(f"{file}: {key} {reason}; draftp cannot apply it")
+    if unplaced:
+        raise InputError(
+            f"{file}: {len(unplaced)} of its {count} keys fit nothing in this model, the first is {min(unplaced)}; "
+            "is it a LoRA for another model?"
+        )
+
+
+def _refuse_other_families(file: Path, contents: Contents, shapes: Shapes) -> None:
+    matrices = contents.layers
     mark = next((m for m in matrices if any(t in m.removeprefix("base_model.model.") for t in _TRANSFORMERS)), None)
-    if mark and not any(word in mark for word in ("down_blocks", "input_blocks", "text_model")):
+    if mark and not any(word in mark for word in ("down_blocks", "input_blocks", "text_model", "resblocks")):
         raise InputError(f"{file} is a LoRA for a transformer such as Flux or SD3 (key {mark}), this model is an SDXL")
     own = {shape[1] for name, shape in shapes.get("unet", {}).items() if name.endswith("attn2.to_k")}
     for module, pair in matrices.items():
@@ -261,5 +319,9 @@ def _refuse_other_families(file: Path, matrices: Mapping[str, Any], shapes: Shap
 
 
 def _refuse_no_effect(file: Path, lora: Lora) -> None:
-    if not any(update.scale and update.up.any() and update.down.any() for _, _, update in lora.updates()):
+    def moves(update: Update) -> bool:
+        adds = bool(update.up.any() and update.down.any()) or (update.bias is not None and bool(update.bias.any()))
+        return update.magnitude is not None or (adds and update.scale != 0)
+
+    if not any(moves(update) for _, _, update in lora.updates()):
         raise InputError(f"{file} would change nothing: in every layer A, B or alpha is zero; was it trained?")
