@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +96,10 @@ def _second_reading(file: Path, config: Path) -> dict[tuple[str, str], Update]:
         return _layers(networks)
     if all(_DIFFUSERS.match(key) for key in tensors):
         _load(networks, str(file), _ADAPTER)
-        return _layers(networks)
+        return _without_inventions(_layers(networks), tensors)
     if "lora_adapter_metadata" in metadata:
         networks["unet"].load_lora_adapter(str(file.parent), weight_name=file.name, prefix=None, adapter_name=_ADAPTER)
-        return _layers(networks)
+        return _without_inventions(_layers(networks), tensors)
     for i, state in enumerate(_by_alpha(tensors)):
         _load(networks, state, f"{_ADAPTER}{i}")
     return _layers(networks)
@@ -159,11 +160,33 @@ def _layers(networks: Mapping[str, nn.Module]) -> dict[tuple[str, str], Update]:
     return found
 
 
+def _without_inventions(
+    found: Mapping[tuple[str, str], Update], tensors: Mapping[str, Tensor]
+) -> dict[tuple[str, str], Update]:
+    """Biases and magnitudes only where the file has them: peft gives each layer of an adapter one if any has."""
+    odd = [key for key in tensors if "lora_B.bias" in key or "lora_magnitude_vector" in key]
+
+    def kept(place: tuple[str, str], what: str, tensor: Tensor | None) -> Tensor | None:
+        return tensor if any(f"{place[1]}.{what}" in key for key in odd) else None
+
+    return {
+        place: replace(
+            update,
+            bias=kept(place, "lora_B.bias", update.bias),
+            magnitude=kept(place, "lora_magnitude_vector", update.magnitude),
+        )
+        for place, update in found.items()
+    }
+
+
 def _hollow(network: nn.Module) -> None:
-    """Give a network on the meta device weights that are one zero each, spread to their shapes: next to no memory."""
+    """Give a network on the meta device weights that are one zero each, spread to their shapes: next to no memory.
+
+    In float32, as transformers casts a LoRA to the dtype of the network.
+    """
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            zero = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+            zero = torch.zeros(()).expand(parameter.shape)
             setattr(module, name, nn.Parameter(zero, requires_grad=False))
         for name, buffer in list(module.named_buffers(recurse=False)):
             module.register_buffer(name, torch.zeros((), dtype=buffer.dtype).expand(buffer.shape), persistent=False)

@@ -1,5 +1,7 @@
 """A LoRA's file is checked against what was meant to the last bit, or to the rounding of the dtype it is written in."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,7 +12,9 @@ from draftcli.errors import DraftpError
 from draftcli.export.base import open_base
 from draftcli.export.verify import check_lora
 from draftcli.export.write import diffusers_tensors, kohya_tensors, write_lora, written_as
-from tests.core.test_lora_reading import ALPHAS, tensors_in
+from tests.core.test_lora_files import ask
+from tests.core.test_lora_reading import ALPHAS, tensors_in, with_adapter
+from tests.export.merging import merge, pipeline, refused
 
 DTYPES = {"its own": None, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -71,3 +75,44 @@ def test_another_alpha_is_noticed(lora, shapes, tmp_path):
             assert key in file.keys()  # noqa: SIM118
         with pytest.raises(DraftpError, match="not as meant"):
             check_lora(path, written_as(lora, torch.float32), shapes)
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor")  # peft's guess when it meets a bias
+@pytest.mark.parametrize("settings", [{"use_dora": True}, {"lora_bias": True, "target_modules": ["to_out.0"]}])
+def test_dora_and_biases_are_merged_into_models_and_not_written_as_loras(tiny_sdxl, settings):
+    pipe = pipeline(tiny_sdxl)
+    with_adapter(pipe.unet, **settings).save_lora_adapter("in")
+    changed = sum(".lora_B." in key for key in load_file("in/pytorch_lora_weights.safetensors"))  # weights and biases
+    out = merge("in", "--base", tiny_sdxl, "--output", "merged").out
+    assert f"{changed} of them changed" in out
+    theirs = pipeline(tiny_sdxl).unet
+    theirs.load_lora_adapter("in", weight_name="pytorch_lora_weights.safetensors", prefix=None)
+    torch.testing.assert_close(ask(pipeline(Path("merged")).unet), ask(theirs), rtol=0, atol=1e-5)
+    refused(
+        "in", "--base", tiny_sdxl, "--format", "lora", "--output", "x", words=["bias or a DoRA magnitude", "--format"]
+    )
+
+
+@pytest.mark.filterwarnings("ignore:Adapter 'default'.*LoRA tensor")
+def test_biases_and_magnitudes_of_some_layers_only(tiny_sdxl):
+    """peft gives every layer one then; those that the file lacks count for nothing."""
+    for settings, what in (
+        ({"lora_bias": True, "target_modules": ["to_out.0"]}, ".bias"),
+        ({"use_dora": True}, "itude"),
+    ):
+        with_adapter(pipeline(tiny_sdxl).unet, **settings).save_lora_adapter("in")
+        tensors = load_file("in/pytorch_lora_weights.safetensors")
+        some = {key: t for key, t in tensors.items() if what not in key or "mid_block" in key}
+        save_file({f"unet.{key}": t for key, t in some.items()}, "in.safetensors")
+        out = merge("in.safetensors", "--base", tiny_sdxl, "--output", "merged", "--verify", "keys", "--overwrite").out
+        layers = sum(".lora_A." in key for key in some)
+        assert f"reading: {layers} of {layers} layers" in out
+
+
+def test_a_bias_for_a_layer_without_one_is_refused_before_anything_is_written(tiny_sdxl):
+    with_adapter(pipeline(tiny_sdxl).unet, target_modules=["to_q"]).save_lora_adapter("in")
+    tensors = load_file("in/pytorch_lora_weights.safetensors")
+    extra = {k.replace("lora_B.weight", "lora_B.bias"): t[:, 0].clone() for k, t in tensors.items() if "lora_B" in k}
+    save_file(tensors | extra, "in.safetensors")
+    refused("in.safetensors", "--base", tiny_sdxl, "--output", "x", words=["have none", "draftp sample --lora"])
+    assert not Path("x").exists()
