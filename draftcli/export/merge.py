@@ -131,7 +131,7 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     with disk_errors(output), _staged(output) as staged:
         result = kind(job)
         report.figures = result.write(staged)
-        report.checks = result.check_keys(staged)
+        report.checks = [*changes.readings, *result.check_keys(staged)]
         if request.verify == "forward" and base is not None:
             close_files()  # mapped pages would count beside those of the loaded networks
             console.print("verifying with diffusers' own loader", highlight=False)
