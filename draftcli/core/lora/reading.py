@@ -227,7 +227,8 @@ class _Scales:
         over = rank
         if alpha is None:
             default, pattern = (self.settings.get(f"{part}.{name}") for name in ("lora_alpha", "alpha_pattern"))
-            alpha = pattern.get(module, default) if isinstance(pattern, dict) else default
+            ending = module.removeprefix("text_model.")  # as merge-lora writes it
+            alpha = pattern.get(module, pattern.get(ending, default)) if isinstance(pattern, dict) else default
             over = rank**0.5 if self.settings.get(f"{part}.use_rslora") else rank
         if alpha is None:
             return 1.0
