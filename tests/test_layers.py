@@ -19,7 +19,8 @@ ALLOWED = {
     "rewards": {"config"},
     "metrics": {"core"},
     "sampling": {"metrics", "core", "config", "prompts", "runs", "__init__"},
-    "training": {"sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
+    # A run hands its LoRA over by the names of other programs too, as merge-lora does.
+    "training": {"export", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {"sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
     "export": {"core", "config", "runs", "__init__"},
