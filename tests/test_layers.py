@@ -22,7 +22,8 @@ ALLOWED = {
     "rewards": {"config"},
     "metrics": {"core"},
     "sampling": {"pictures", "metrics", "core", "config", "prompts", "runs", "__init__"},
-    "training": {"pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
+    # A run hands its LoRA over by the names of other programs too, as merge-lora does.
+    "training": {"export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {"pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
     "export": {"core", "config", "runs", "__init__"},

@@ -23,6 +23,7 @@ from draftcli.core.gradient.mode import make_mode
 from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn
+from draftcli.export.kohya import ignored_by_kohya
 from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import past_the_limit
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
@@ -309,7 +310,10 @@ def resume(cfg: Config, run: Run, prompts: PromptSets, trainer: Trainer, console
 
 
 def _warn_of_idle_settings(cfg: Config, trainer: Trainer) -> None:
-    """Settings that have no effect here; those that never have are said by `config.without_effect`."""
+    """Settings that have no effect here or elsewhere; those that never have are said by `config.without_effect`."""
+    trained = [name.partition(".lora_")[0] for name in trainer.names if ".lora_" in name]
+    if (text := ignored_by_kohya({"unet": dict.fromkeys(trained)})) is not None:
+        warn(f"peft.target_modules has {text}")
     if cfg.sharding.offload and trainer.model.runtime.device.type == "cpu":
         warn("sharding.offload saves nothing on a CPU: the same memory holds the weights twice")
     if trainer.ranks.size == 1 and cfg.sharding.strategy == "fsdp":
