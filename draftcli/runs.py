@@ -27,6 +27,7 @@ import yaml
 
 from draftcli.config import Config, check_config, dump_config
 from draftcli.errors import DraftpError, InputError, brief
+from draftcli.umask import follow_umask
 
 # What may differ between the sessions of one run; anything else would make it another run.
 MAY_CHANGE = (
@@ -271,6 +272,7 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     aside = beside(path)
     try:
         write(aside)
+        follow_umask(aside)
         for made in [aside] if aside.is_file() else [*aside.rglob("*")]:
             if made.is_file():
                 with made.open("rb") as file:

@@ -14,8 +14,9 @@ ALLOWED = {
     "errors": set(),
     "config": set(),
     "prompts": {"config"},
-    "runs": {"config"},
-    "core": {"config", "runs"},
+    "umask": set(),
+    "runs": {"config", "umask"},
+    "core": {"config", "runs", "umask"},
     "rewards": {"config"},
     "metrics": {"core"},
     "sampling": {"metrics", "core", "config", "prompts", "runs", "__init__"},
@@ -35,7 +36,7 @@ ALLOWED = {
         "prompts",
         "__init__",
     },
-    "toy": {"rewards", "core", "__init__"},
+    "toy": {"rewards", "core", "umask", "__init__"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
