@@ -78,6 +78,7 @@ def merge(run):
 def test_a_console_that_lacks_letters_does_not_end_a_command(lora_run, command, made, encoding):
     code, out, err = draftp_in(encoding, *command(lora_run))
     assert code == 0, err
+    assert "\\u" not in out.replace(ESCAPED[encoding], ""), "what is ours is plain letters"
     assert ESCAPED[encoding] in out
     assert Path(ODD, made).is_file()
 
