@@ -30,6 +30,7 @@ from draftcli.changes import Change, change_in_words, differences, refused_chang
 from draftcli.config import Config, check_config, dump_config
 from draftcli.contents import contents_of, read_contents, what_changed
 from draftcli.errors import DraftpError, InputError
+from draftcli.umask import follow_umask
 
 LOCK = ".lock"  # its text says who holds it, which is why this is not filelock's: that one empties the file
 STEP_FOLDER = r"step-([0-9]{1,18})"  # a checkpoint's name
@@ -280,6 +281,7 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     aside = beside(path)
     try:
         write(aside)
+        follow_umask(aside)
         for made in [aside] if aside.is_file() else [*aside.rglob("*")]:
             if made.is_file():
                 with made.open("rb") as file:

@@ -127,15 +127,15 @@ def _print_result(result: EvaluationResult, console: Console) -> None:
     shown = [*(metric for metric in comparison.metrics if metric.group == "reward"), COSINE]
     table = Table(box=None, pad_edge=False)
     for label in ("", *(metric.label for metric in shown)):
-        table.add_column(label, justify="right" if label else "left")
+        table.add_column(label, justify="right" if label else "left", overflow="fold")
     for name, figures in comparison.figures.items():
         table.add_row(name, *(cell(figures[metric], metric.digits) for metric in shown))
     console.print(table)
     trained = ", ".join(comparison.trained) or "none of these"
-    console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval", highlight=False)
+    console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval")
     for warning in comparison.warnings:
-        console.print(f"look out: {warning}", highlight=False)
+        console.print(f"look out: {warning}")
     recommended = comparison.recommendation
-    console.print(f"recommended: {recommended.column or 'nothing'}; {recommended.why}", highlight=False)
+    console.print(f"recommended: {recommended.column or 'nothing'}; {recommended.why}")
     for what, path in result.written.items():
-        console.print(f"{what:<8} {path}", highlight=False, soft_wrap=True)
+        console.print(f"{what:<8} {path}")

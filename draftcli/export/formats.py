@@ -79,8 +79,8 @@ class OutputFormat(ABC):
         needs_base: whether it cannot be written without a model.
         is_lora: whether it is to be applied to a model, rather than a whole one.
         programs: for the card: what it is, and where programs look for it.
-        opening: for the card: Python that opens it as `pipe`, {where} standing for its name. A LoRA's finds the model
-            that it is for in `pipe` already.
+        opening: for the card: Python that opens it as `pipe`, {where} standing for its name as a literal. A LoRA's
+            finds the model that it is for in `pipe` already.
         also_verified: lines on what `verify` proves beside its comparisons.
     """
 
@@ -192,7 +192,7 @@ class DiffusersFolder(ModelFormat):
     ending = "-diffusers"
     writes = "folder"
     programs = "A diffusers folder."
-    opening = 'pipe = {pipeline}.from_pretrained("{where}")'
+    opening = "pipe = {pipeline}.from_pretrained({where})"
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By `part.key`, in our own naming of keys."""
@@ -222,7 +222,7 @@ class SingleFile(ModelFormat):
         "One checkpoint in the original layout: `models/checkpoints` in ComfyUI, "
         "`models/Stable-diffusion` in A1111 and Forge."
     )
-    opening = 'pipe = {pipeline}.from_single_file("{where}")'
+    opening = "pipe = {pipeline}.from_single_file({where})"
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By their keys in the original layout."""
@@ -246,7 +246,7 @@ class LoraFormat(OutputFormat):
 
     needs_base = False
     is_lora = True
-    opening = 'pipe.load_lora_weights("{where}")'
+    opening = "pipe.load_lora_weights({where})"
 
     def __init__(self, job: MergeJob) -> None:
         self.job = job

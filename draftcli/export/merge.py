@@ -117,7 +117,7 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
     report = MergeReport(__version__, output.stem, kind.name, base.name if base else NO_BASE, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)
-    console.print(f"{kind.name} from {report.base} and {listed}", highlight=False, soft_wrap=True)
+    console.print(f"{kind.name} from {report.base} and {listed}")
     job = MergeJob(
         base,
         changes,
@@ -134,7 +134,7 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
         report.checks = [*changes.readings, *result.check_keys(staged)]
         if request.verify == "forward" and base is not None:
             close_files()  # mapped pages would count beside those of the loaded networks
-            console.print("verifying with diffusers' own loader", highlight=False)
+            console.print("verifying with diffusers' own loader")
             report.verification = result.verify(staged)
             report.checks += [*(comparison.line() for comparison in report.verification), *kind.also_verified]
         if staged.is_dir():

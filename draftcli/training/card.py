@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -25,7 +26,7 @@ def _base(cfg: Config) -> str:
     if cfg.model.pretrained in BUILT_IN:
         return f'pipe = {find_family().pipeline}.from_pretrained(model_path("{cfg.model.pretrained}"))'
     loader = "from_single_file" if cfg.model.pretrained.endswith(".safetensors") else "from_pretrained"
-    return f'pipe = {find_family().pipeline}.{loader}("{cfg.model.pretrained}")'
+    return f"pipe = {find_family().pipeline}.{loader}({json.dumps(cfg.model.pretrained, ensure_ascii=False)})"
 
 
 def _steps(cfg: Config) -> str:

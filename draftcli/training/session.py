@@ -213,7 +213,7 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Itera
             if ranks.is_main:
                 stack.enter_context(run.locked())
                 for change in run.open(cfg):
-                    console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
+                    console.print(f"since the last session {change}")
         check_shared(run, ranks)
         yield run, prompts
 
@@ -276,7 +276,7 @@ def _load_model(cfg: Config, ranks: Ranks, console: Console) -> SDXLDRaFTPModel:
     model = SDXLDRaFTPModel(cfg)
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     split = ", weights split over them" if sharding.splits_weights(cfg.sharding) else ""
-    console.print(f"running on {model.runtime.reason}{processes}{split}", highlight=False)
+    console.print(f"running on {model.runtime.reason}{processes}{split}")
     return model
 
 
@@ -296,7 +296,7 @@ def resume(cfg: Config, run: Run, prompts: PromptSets, trainer: Trainer, console
     first = 0
     if state is not None:
         first = state["step"]
-        console.print(f"resuming {run.folder} after step {first}", highlight=False)
+        console.print(f"resuming {run.folder} after step {first}")
         warnings += prompts.changes_since(state["prompts"])
     for text in warnings if ranks.is_main else ():
         warn(text)

@@ -109,7 +109,6 @@ def weight_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-
 def refuse_stacked_dora(loras: Sequence[Lora]) -> None:
     """Refuse what has no one meaning: DoRA on a layer that another LoRA changes too.
 
