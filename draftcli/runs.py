@@ -27,6 +27,7 @@ import yaml
 
 from draftcli.config import Config, check_config, dump_config
 from draftcli.errors import DraftpError, InputError, brief
+from draftcli.lines import text_lines
 
 # What may differ between the sessions of one run; anything else would make it another run.
 MAY_CHANGE = (
@@ -334,7 +335,7 @@ def _lock(handle: int) -> bool:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return text_lines(path, errors="replace") if path.is_file() else []
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -351,7 +352,7 @@ def _step_of(line: str) -> float:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):
