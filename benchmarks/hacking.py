@@ -7,10 +7,11 @@ python benchmarks/hacking.py plot runs/hacking      # runs/hacking/reward-hackin
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
+
+from draftcli.runs import Run
 
 KL = {"without KL": 0, "with the recipe's KL, 12": 12}
 
@@ -34,8 +35,7 @@ def plot(folder: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
     for label, kl in KL.items():
-        lines = (folder / f"kl-{kl}" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
-        validations = [json.loads(line) for line in lines]
+        validations = Run(folder / f"kl-{kl}").validations()
         steps = [v["step"] for v in validations]
         for axis, reward in zip(axes, ("toy", "toy_oracle"), strict=True):
             figures = [v["rewards"][reward] for v in validations]

@@ -6,7 +6,6 @@ KL penalty of every step.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -15,13 +14,11 @@ import matplotlib as mpl
 mpl.use("Agg")
 from matplotlib import pyplot as plt
 
-
-def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+from draftcli.runs import Run
 
 
 def main(run: Path, target: Path) -> None:
-    steps, validations = read(run / "metrics.jsonl"), read(run / "validation.jsonl")
+    steps, validations = Run(run).steps(), Run(run).validations()
     names = list(validations[0]["rewards"])
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, constrained_layout=True)
     at = [v["step"] for v in validations]

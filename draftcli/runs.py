@@ -30,6 +30,7 @@ from draftcli.changes import Change, change_in_words, differences, refused_chang
 from draftcli.config import Config, check_config, dump_config
 from draftcli.contents import contents_of, read_contents, what_changed
 from draftcli.errors import DraftpError, InputError
+from draftcli.lines import text_lines
 from draftcli.umask import follow_umask
 
 LOCK = ".lock"  # its text says who holds it, which is why this is not filelock's: that one empties the file
@@ -345,7 +346,7 @@ def _lock(handle: int) -> bool:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+    return text_lines(path, errors="replace") if path.is_file() else []
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
@@ -362,7 +363,7 @@ def _step_of(line: str) -> float:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError):
         data = None
     if not isinstance(data, dict):

@@ -14,21 +14,24 @@ ALLOWED = {
     "errors": set(),
     "changes": set(),
     "contents": set(),
+    "lines": set(),
     "config": set(),
     "prompts": {"config"},
     "pictures": set(),
     "umask": set(),
-    "runs": {"changes", "config", "contents", "umask"},
+    "runs": {"changes", "config", "contents", "lines", "umask"},
     "core": {"config", "runs", "umask"},
     "rewards": {"config"},
     "metrics": {"core"},
-    "sampling": {"pictures", "metrics", "core", "config", "prompts", "runs", "__init__"},
+    "sampling": {"pictures", "metrics", "core", "config", "prompts", "runs", "lines", "__init__"},
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
     "training": {
         *("export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"),
     },
     "planning": {"training", "core", "rewards", "config"},
-    "evaluation": {"pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"},
+    "evaluation": {
+        *("pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "lines", "__init__"),
+    },
     "export": {"core", "config", "runs", "__init__"},
     "cli": {
         "training",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from draftcli.errors import InputError, brief
+from draftcli.lines import text_lines
 from draftcli.pictures import open_picture
 from draftcli.sampling.files import INDEX
 
@@ -50,7 +51,7 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / INDEX
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # prompts may hold other line breaks
+        lines = text_lines(path)
     except (OSError, UnicodeDecodeError):
         raise InputError(
             f"{folder}: no readable {INDEX} in it; a folder of pictures needs one, with a line such as "

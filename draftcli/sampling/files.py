@@ -22,6 +22,7 @@ import torch
 from draftcli import __version__
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks
+from draftcli.lines import json_line, text_lines
 from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, batches, draw_batch
 from draftcli.sampling.embedded import KEY, parameters, read_key, save
@@ -244,7 +245,7 @@ def _write_index(files: Sequence[File], written: Written, provenance: Provenance
             "evaluations": written.evaluations[file.column.name],
             "hash": file.key,
         }
-    text = "".join(json.dumps(lines[name], ensure_ascii=False) + "\n" for name in sorted(lines))
+    text = "".join(json_line(lines[name]) for name in sorted(lines))
     with disk_errors(written.index):
         write_aside(written.index, lambda aside: aside.write_text(text, encoding="utf-8"))
 
@@ -253,7 +254,7 @@ def read_index(path: Path) -> dict[str, dict[str, Any]]:
     """The lines of an index.jsonl by file name; lines that are none are left out."""
     found: dict[str, dict[str, Any]] = {}
     try:
-        lines = path.read_bytes().split(b"\n")  # prompts may hold other line breaks
+        lines = text_lines(path, errors="surrogateescape")  # a line that is not UTF-8 is left out below
     except OSError:
         return found
     for line in lines:
