@@ -120,8 +120,9 @@ class Run:
             for left in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.removed")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             write_aside(self.config, lambda path: path.write_text(dump_config(cfg), encoding="utf-8"))
-            text = json.dumps({**kept, **found}, indent=1)
-            write_aside(self.contents, lambda path: path.write_text(text, encoding="utf-8"))
+            if not self.contents.is_file() or {**kept, **found} != kept:
+                text = json.dumps({**kept, **found}, indent=1)
+                write_aside(self.contents, lambda path: path.write_text(text, encoding="utf-8"))
             self.samples.mkdir(exist_ok=True)
         return [change_in_words(change) + (", the same files" if change[0] in other else "") for change in changed]
 

@@ -50,5 +50,5 @@ added = {
 # Of diffusers' names it misses all of attention but the projections around it, and says so in its console alone.
 attention = [name for name in lora.modules if ".attn" in name and ".to_" in name]
 missed = 0 if lora.by_kohya else len(attention) + ("text_encoder_2.text_projection" in lora.modules)
-said = (source / "comfyui_version.py").read_text().partition('__version__ = "')[2].partition('"')[0]
+said = (source / "comfyui_version.py").read_text(encoding="utf-8").partition('__version__ = "')[2].partition('"')[0]
 compare(f"ComfyUI {said}", lora, added, expected=len(lora.modules) - missed)

@@ -177,7 +177,7 @@ class SDXLDRaFTPModel:
         return self._reward_model
 
     @reward_model.setter
-    def reward_model(self, reward: RewardFunction) -> None:
+    def reward_model(self, reward: RewardFunction | None) -> None:
         self.networks.place_reward(reward)
         self._reward_model = reward
 

@@ -12,6 +12,7 @@ from draftcli.core.models.loading import load_parts
 from draftcli.core.models.meta import modules_on_meta
 from draftcli.core.models.original_layout import original_layout
 from draftcli.core.models.sdxl import SDXL_CONFIG
+from draftcli.core.schedule import sigma_table
 from tests.core.test_lora_files import ask
 from tests.export.conftest import trained
 from tests.export.merging import equal, merge, pipeline, tuned_unet
@@ -62,7 +63,7 @@ def test_single_file_trained_and_back_to_a_single_file(tmp_path, prediction, zer
     plain = load_file(write_single_file(model, tmp_path / "plain.safetensors"))
     marks = {"v_pred": torch.zeros(0)} if prediction == "v_prediction" else {}
     marks |= {"ztsnr": torch.zeros(0)} if zero_snr else {}
-    extra = {"conditioner.embedders.1.model.logit_scale": torch.tensor(4.6), "denoiser.sigmas": torch.ones(1000)}
+    extra = {"conditioner.embedders.1.model.logit_scale": torch.tensor(4.6), "denoiser.sigmas": sigma_table()}
     tensors = {k: v.half() for k, v in plain.items()} | extra | marks
     base = tmp_path / "civitai.safetensors"
     save_file(tensors, base, {"modelspec.author": "somebody", "modelspec.hash_sha256": "0x0"})

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from draftcli.core.lora.reading import read_lora
 from draftcli.errors import DraftpError
 from draftcli.export.base import open_base
+from draftcli.export.kohya import kohya_tensors
 from draftcli.export.verify import check_lora
-from draftcli.export.write import diffusers_tensors, kohya_tensors, write_lora, written_as
+from draftcli.export.write import diffusers_tensors, write_lora, written_as
 from tests.core.test_lora_files import ask
 from tests.core.test_lora_reading import ALPHAS, tensors_in, with_adapter
 from tests.export.merging import merge, pipeline, refused

@@ -227,11 +227,13 @@ class PlacedNetworks:
         """Move a reward that is a network to the device, or let it wait with the decoder under `sharding.offload`.
 
         Args:
-            reward: a callable; where it consists of several they are in its `rewards`, by name.
+            reward: a callable; where it consists of several they are in its `rewards`, by name. None: there is none.
 
         Raises:
             InputError: it is a class, or cannot be called.
         """
+        if reward is None:
+            return
         if isinstance(reward, type) or not callable(reward):
             raise InputError(
                 f"model.reward_model = {reward!r}: expected what is called as reward(images, prompts); "

@@ -100,8 +100,9 @@ class Sparse:
     def _piece(self, rollout: Rollout, at: Sequence[int]) -> Piece:
         levels = rollout.sampler.levels()
         moves = [level.sigma_next - level.sigma for level in levels]
-        left_out = sum(map(abs, moves)) / sum(abs(moves[i]) for i in at)
-        gamma = 1 + self.rescale * (left_out - 1)
+        walked, chosen = sum(map(abs, moves)), sum(abs(moves[i]) for i in at)
+        # Without data, as memory is planned, all levels are 0.
+        gamma = 1 + self.rescale * (walked / chosen - 1) if chosen else 1.0
         return Piece(
             rollout.batch.prompts,
             rollout.cond,

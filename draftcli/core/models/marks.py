@@ -73,8 +73,12 @@ def _size(tensors: Any, keys: set[str], key: str, dimension: int) -> int | None:
 
 
 def _is_sdxls(shares: Tensor) -> bool:
-    """Whether these shares of the image (N,) are SDXL's, plain or with zero terminal SNR."""
+    """Whether these shares of the image (N,) are SDXL's, plain or with zero terminal SNR, in either order."""
     if shares.shape != (TRAIN_STEPS,):
         return False
     expected = [1 / (1 + sigma_table(zero_snr).double() ** 2) for zero_snr in (False, True)]
-    return any(bool(torch.isclose(shares, own, atol=_TABLE_TOLERANCE, rtol=0).all()) for own in expected)
+    return any(
+        bool(torch.isclose(found, own, atol=_TABLE_TOLERANCE, rtol=0).all())
+        for own in expected
+        for found in (shares, shares.flip(0))
+    )

@@ -1,0 +1,46 @@
+"""A whole run by each gradient mode: trained, stopped and resumed bit for bit, drawn from and exported."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+
+from draftcli.core.gradient.mode import mode_names
+from tests.command import draftp, recipe
+
+OF_THE_QUICK_SUITE = {"sparse", "random_k"}
+NAMES = [
+    name if name in OF_THE_QUICK_SUITE else pytest.param(name, marks=pytest.mark.slow(reason="more of the same"))
+    for name in mode_names()
+]
+
+
+def trained(preset: Path, run: str, *steps: int) -> tuple[dict, list[dict]]:
+    """The weights, and the log without what the clock says, of a run in as many sessions as there are `steps`."""
+    for last in steps:
+        result = draftp("train", "--preset", preset, "--output", run, "--set", f"trainer.max_steps={last}")
+        assert result.code == 0, result.err
+    clock = {"seconds", "images_per_second", "memory_gib"}
+    lines = map(json.loads, filter(None, (Path(run) / "metrics.jsonl").read_text().split("\n")))
+    log = [{key: value for key, value in line.items() if key not in clock} for line in lines]
+    return load_file(Path(run) / "final" / "pytorch_lora_weights.safetensors"), log
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_run_of_every_mode(tiny_sdxl, name):
+    settings = yaml.safe_load(recipe(tiny_sdxl).read_text())
+    settings["draftp"] = {"gradient": name, "kl_coeff": 0.1, "detach_uncond": name == "sparse"}
+    settings["sampling"]["steps"] = 4
+    preset = Path("mode.yaml")
+    preset.write_text(yaml.safe_dump(settings))
+    whole, parts = trained(preset, "whole", 4), trained(preset, "parts", 2, 4)
+    assert parts[1] == whole[1]
+    assert all(parts[0][key].equal(whole[0][key]) for key in whole[0])
+    assert any(tensor.abs().max() > 0 for key, tensor in whole[0].items() if "lora_B" in key), "it learned something"
+    assert "sampler steps" in (Path("whole") / "final" / "README.md").read_text()
+    assert "of them with gradient" in draftp("train", "--preset", preset, "--dry-run").out
+    assert draftp("sample", "whole", "--prompt", "a red circle", "--output", "drawn").code == 0
+    merged = draftp("merge-lora", "whole", "--format", "kohya", "--output", "lora.safetensors", "--verify", "keys")
+    assert merged.code == 0, merged.err
