@@ -49,12 +49,7 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     run = Path("run")
     folders = {".lock", "samples", "tensorboard", "step-000002", "step-000004", "final"}
     files = {"config.yaml", "contents.json", "metrics.jsonl", "validation.jsonl"}
-    assert {p.name for p in run.iterdir()} == folders | {
-        "config.yaml",
-        "contents.json",
-        "metrics.jsonl",
-        "validation.jsonl",
-    }
+    assert {p.name for p in run.iterdir()} == folders | files
     steps = lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     wanted = {"step", "loss", "reward", "kl_penalty", "grad_norm", "lr", "seconds", "images_per_second", "memory_gib"}
