@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 
 import typer
@@ -25,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+_TEXTS = ("--prompt", "--negative-prompt", "--set")  # options whose words are no paths, or hold them inside
+
 app.command("train")(train.train)
 app.command("sample")(sample.sample)
 app.command("anneal")(anneal.anneal)
@@ -41,8 +44,23 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
         raise typer.Exit
 
 
+def _at_home(words: list[str]) -> list[str]:
+    """The command line's words, each ~ that begins a path replaced by the home folder.
+
+    A shell does that where a space stands before it, and neither in --output=~/runs nor within quotes.
+    """
+    expanded = []
+    for before, word in zip(["", *words], words, strict=False):
+        option, equals, path = word.partition("=") if word.startswith("--") else (before, "", word)
+        is_path = re.match(r"~([/\\]|$)", path) and option not in _TEXTS
+        home = os.path.expanduser(path)  # noqa: PTH111, as text may stand before it
+        expanded.append((f"{option}={home}" if equals else home) if is_path else word)
+    return expanded
+
+
 def main() -> None:
     """Entry point: our own errors become one line on stderr and an exit code; `--debug` shows where they come from."""
+    sys.argv[1:] = _at_home(sys.argv[1:])
     debug = "--debug" in sys.argv[1:]
     escape_unencodable()
     try:

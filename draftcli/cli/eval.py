@@ -39,7 +39,7 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help=".txt, .jsonl, .tar, a built-in set or a dataset such as nateraw/parti-prompts.  "
+            help=".txt, .jsonl, .tar, folder of .txt, built-in set or a dataset such as nateraw/parti-prompts.  "
             "[default: the run's validation prompts]",
         ),
     ] = None,

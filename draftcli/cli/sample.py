@@ -33,7 +33,9 @@ Prompts = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", h
 PromptFileOption = Annotated[
     str | None,
     typer.Option(
-        "--prompts", metavar="FILE", help=".txt or .jsonl, or a built-in set.  [default: the run's validation prompts]"
+        "--prompts",
+        metavar="FILE",
+        help="As for train: .txt, .jsonl, ..., or a built-in set.  [default: the run's validation prompts]",
     ),
 ]
 Negative = Annotated[str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to stay away from.")]

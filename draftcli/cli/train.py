@@ -35,7 +35,8 @@ def train(
     prompts: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE", help="Prompts to train on: .txt, .jsonl, .tar, a built-in set, or a dataset's id."
+            metavar="FILE",
+            help="Prompts to train on: .txt, .jsonl, .tar, folder of .txt, built-in set, or a dataset's id.",
         ),
     ] = None,
     reward: Annotated[
@@ -156,17 +157,18 @@ def _yaml(value: object) -> str:
 def _print_plan(cfg: Config, ranks: int, console: Console) -> None:
     from draftcli.planning.memory import memory_lines
     from draftcli.planning.plan import make_plan
-    from draftcli.prompts import read_prompts
     from draftcli.rewards import check_names
+    from draftcli.training.prompt_sets import read_prompt_sets
 
     check_names([*cfg.rewards, *cfg.held_out_rewards])
-    if cfg.data.validation_prompts:
-        read_prompts(cfg.data.validation_prompts, "data.validation_prompts")
+    prompts = read_prompt_sets(cfg)
+    for text in prompts.notes_for(cfg.sampling):
+        warn(text)
     plan = make_plan(cfg)
     total = plan.images * (plan.forward + plan.base + plan.again)
     lines = [
         f"model        {cfg.model.pretrained} (counted from {plan.source})",
-        f"prompts      {len(read_prompts(cfg.data.prompts))} from {cfg.data.prompts}",
+        f"prompts      {len(prompts.training)} from {cfg.data.prompts}",
         f"rewards      {', '.join(cfg.rewards) or 'none'}; held out: {', '.join(cfg.held_out_rewards) or 'none'}",
         f"trainable    {plan.trainable:,} parameters",
         f"frozen       {sum(plan.frozen.values()):,} parameters",

@@ -28,6 +28,7 @@ from draftcli.config.schema import (
     SchedConfig,
     ShardingConfig,
     TrainerConfig,
+    expand_home,
 )
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "check_config",
     "conflicts",
     "dump_config",
+    "expand_home",
     "load_config",
     "parse_reward",
     "preset_names",

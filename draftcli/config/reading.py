@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from draftcli.config.explaining import LONGEST_KEY, explain_error, nearest
 from draftcli.config.rules import Purpose, conflicts
-from draftcli.config.schema import Config, by_name
+from draftcli.config.schema import Config, by_name, expand_home
 from draftcli.errors import InputError, brief
 
 
@@ -105,7 +105,7 @@ def dump_config(config: Config) -> str:
 
 
 def _find(preset: str) -> Path:
-    path = Path(preset)
+    path = Path(expand_home(preset))
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise InputError(f"{preset}: there is no such file")

@@ -5,9 +5,10 @@ Names that a NeMo-Aligner user knows keep their name. What two settings forbid e
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from draftcli.errors import brief
 
@@ -16,6 +17,15 @@ Edge = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]
 Count = Annotated[int, Field(ge=1, le=10**9)]
 CountFromZero = Annotated[int, Field(ge=0, le=10**9)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+def expand_home(text: str) -> str:
+    """`text` with the home folder for a ~ that begins it, as in a shell; the text itself where there is none."""
+    return os.path.expanduser(text)  # noqa: PTH111, as Path makes ./x and a//b of other names something else
+
+
+Place = Annotated[str, AfterValidator(expand_home)]
+"""A path, or whatever else says where something is: a hub id, the name of something built in."""
 
 
 class Section(BaseModel):
@@ -27,11 +37,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which SDXL, where and in which precision."""
 
-    pretrained: Annotated[str, Field(min_length=1)] = "toy"
+    pretrained: Annotated[Place, Field(min_length=1)] = "toy"
     """Diffusers folder, hub id, single .safetensors file, or `toy`."""
-    config: str | None = None
+    config: Place | None = None
     """Folder or hub id with configuration and tokenizers for a single file; default the hub's SDXL base."""
-    vae: str | None = None
+    vae: Place | None = None
     """Another VAE: diffusers folder, hub id or .safetensors."""
     variant: str | None = None
     """Which files of a folder or hub id, such as `fp16`."""
@@ -165,9 +175,9 @@ class RelativeConfig(Section):
 class RewardSource(Section):
     """Where a reward comes from and how it is asked; all that a held-out reward needs."""
 
-    pretrained: str | None = None
+    pretrained: Place | None = None
     """Its weights: hub id, local folder or local file; default the official ones."""
-    backbone: str | None = None
+    backbone: Place | None = None
     """What its weights stand on (the CLIP under an aesthetic head, the tokenizer's folder), where it is elsewhere."""
     relative: RelativeConfig | None = None
     """Only for rewards that compare a picture's embedding with its prompt's: clip, pickscore, hpsv2, hpsv2_1, toy."""
@@ -208,9 +218,10 @@ def by_name(value: Any) -> Any:
 class DataConfig(Section):
     """Prompts."""
 
-    prompts: str | Annotated[list[str], Field(min_length=1)] = "toy-train"
-    """A .txt, .jsonl or .tar file, the name of a built-in set, a dataset's id (owner/name:column), or a list."""
-    validation_prompts: str | list[str] = []
+    prompts: Place | Annotated[list[str], Field(min_length=1)] = "toy-train"
+    """A .txt, .jsonl or .tar file, a folder of .txt files, the name of a built-in set, a dataset's id
+    (owner/name:column), or a list."""
+    validation_prompts: Place | list[str] = []
     """Held-out prompts, likewise; empty: no validation."""
     validation_images: Count = 1
     """Pictures per validation prompt, at seeds trainer.seed, trainer.seed + 1, ..."""
@@ -302,7 +313,7 @@ class ShardingConfig(Section):
     """Kernel of the UNet's attention, one of torch's; auto: the one torch thinks best. math keeps the whole matrix."""
     compile: bool = False
     """torch.compile on the UNet's blocks: minutes in the first step, for fewer and larger kernels afterwards."""
-    prompt_cache: str | None = None
+    prompt_cache: Place | None = None
     """Folder that keeps the prompts' embeddings for later runs; in memory they are kept anyway."""
     channels_last: bool = False
     """Lay out the UNet's and the decoder's convolutions channels last."""

@@ -105,7 +105,9 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         for text in dict.fromkeys(text for source in sources for text in source.warnings) if ranks.is_main else ():
             warn(text)
         judges = load_judges(rewards, features, sources)
-        pictures = _plan(request, sources)
+        pictures, notes = _plan(request, sources)
+        for text in notes if ranks.is_main else ():
+            warn(text)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
         labels = _labels((named or [Path(source.name) for source in sources]) + folders)
@@ -193,12 +195,12 @@ def load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequen
     return Judges(loaded, load_features(features).to(device), device, tuple(settings))
 
 
-def _plan(request: Request, sources: Sequence[DrawingSource]) -> list[Picture]:
-    """What every run draws; nothing where there are only folders."""
+def _plan(request: Request, sources: Sequence[DrawingSource]) -> tuple[list[Picture], Sequence[str]]:
+    """What every run draws, and what people should know of its prompts; nothing where there are only folders."""
     if not sources:
         if request.prompts is not None:
             raise InputError("--prompts: only folders of pictures were named, which have their own prompts")
-        return []
+        return [], ()
     cfg = sources[0].cfg
     source = request.prompts or cfg.data.validation_prompts
     if not source:
@@ -206,7 +208,11 @@ def _plan(request: Request, sources: Sequence[DrawingSource]) -> list[Picture]:
     prompts = read_prompts(source, "--prompts" if request.prompts else "data.validation_prompts")
     once = {prompt.text: prompt for prompt in reversed(prompts)}  # the same prompt twice is one prompt
     seed = cfg.trainer.seed if request.seed is None else request.seed
-    return plan(list(reversed(once.values())), request.images, seed, (cfg.sampling.height, cfg.sampling.width))
+    size = (cfg.sampling.height, cfg.sampling.width)
+    notes = prompts.notes_for(cfg.sampling)
+    if others := len(set(prompts)) - len(once):
+        notes.append(f"{others} prompts differ from another in negative prompt, seed or size alone, and are left out")
+    return plan(list(reversed(once.values())), request.images, seed, size), notes
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from draftcli.config import expand_home
 from draftcli.errors import InputError
 from draftcli.rewards import load_reward
 from draftcli.rewards.clip import CLIPReward
@@ -49,6 +50,7 @@ def load_features(name: str) -> Features:
         InputError: an unknown name, or weights that cannot be loaded.
     """
     kind, _, pretrained = name.partition("=")
+    pretrained = expand_home(pretrained)
     if kind == "dinov2":
         return _dinov2(pretrained or DINOV2)
     reward: Any = load_reward(kind, pretrained or None)  # finds `package.module:object` as well

@@ -1,7 +1,8 @@
-"""Prompts in a file: .txt (one a line), .jsonl, .tar of texts.
+"""Prompts in a file: .txt (one a line), .jsonl, .tar of texts; and in a folder of texts.
 
 A line of .jsonl is an object: prompt, and where wanted negative_prompt, seed and size ([height, width]). Files are
 indexed, not loaded: of a million prompts 18 bytes each stay in memory, and a .tar is read in place, never unpacked.
+The texts of a folder are loaded.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tarfile
+import re
 import weakref
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,17 +21,22 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from draftcli.errors import DraftpError, InputError
-from draftcli.prompts.prompt import SEEDS, Prompt, PromptSequence, rows_by_label
+from draftcli.prompts.captions import LONGEST_PROMPT, Entries, Names, folder_entries, tar_entries
+from draftcli.prompts.notation import Notation, read_switches
+from draftcli.prompts.prompt import SEEDS, Prompt, PromptList, PromptSequence, rows_by_label
 
 _KEYS = ("prompt", "negative_prompt", "seed", "size")
-_LONGEST = 2**20  # bytes of one prompt; more is another kind of file
+PROMPT_FILES = (".txt", ".jsonl", ".tar")
+_PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\3\4": "zip"}
+# From the bytes of an entry to its prompt, and the switches that were left out of it.
+_Parse = Callable[[bytes], tuple[Prompt, list[str]]]
 
 
 class PromptFile(PromptSequence):
     """The prompts of a file, each read when it is asked for; every line was checked once.
 
     Args:
-        path: a .txt, .jsonl or .tar.
+        path: a .txt, .jsonl or .tar, in letters of either case.
         where: what it is called in error messages.
 
     Attributes:
@@ -38,29 +44,38 @@ class PromptFile(PromptSequence):
         lengths: (n,) bytes of each prompt's entry in the file.
 
     Raises:
-        InputError: an invalid line or member, or a damaged .tar.
+        InputError: an invalid line or member, a damaged .tar, or nothing in it.
         OSError: the file cannot be read.
     """
 
     def __init__(self, path: Path, where: str) -> None:
         self.where = where
-        self._from_bytes = _from_json if path.suffix == ".jsonl" else _from_text
+        kind = path.suffix.lower()
+        self._from_bytes: _Parse = _from_json if kind == ".jsonl" else _from_text
+        notation, names = Notation(), Names("members")
         # Unbuffered and kept open: a file that is replaced during the run stays what it was.
         self._file = path.open("rb", buffering=0)
         self._close = weakref.finalize(self, self._file.close)
         starts, lengths, sizes = array("q"), array("q"), array("H")
+        self.negatives = 0
         known: dict[tuple[int, int] | None, int] = {None: 0}
         with path.open("rb") as file:
-            for start, raw, place in INDEXERS[path.suffix](file, where):
-                try:
-                    size = self._from_bytes(raw).size
-                except (ValueError, InputError) as error:
-                    raise InputError(f"{where} {_called(place)}: {error}") from None
+            _check_not_packed(file, where)
+            for start, raw, place in tar_entries(file, where, names) if kind == ".tar" else _lines(path, where):
+                if kind == ".txt" and raw.startswith(b"#"):
+                    notation.comments += 1
+                    continue
+                prompt = _noted(self._from_bytes, raw, f"{where} {_called(place)}", notation)
+                self.negatives += prompt.negative is not None
                 starts.append(start)
                 lengths.append(len(raw))
-                sizes.append(known.setdefault(size, len(known)))
+                sizes.append(known.setdefault(prompt.size, len(known)))
                 if len(known) == 2**16:
                     raise InputError(f"{where}: more than {2**16 - 2} sizes")
+            self.notes = (*names.notes(where), *notation.notes(where))
+            if not starts:
+                instead = f": {names.instead}" if kind == ".tar" else ""
+                raise InputError(f"{where}: there is no prompt in it{instead}")
             file.seek(0)
             self.sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         self._starts, self.lengths, self._sizes = np.array(starts), np.array(lengths), np.array(sizes)
@@ -79,60 +94,73 @@ class PromptFile(PromptSequence):
         if self._changed_at() != self._stamp:
             raise DraftpError(f"{self.where} was changed while it was read; the same command again takes the new file")
         self._file.seek(start)
-        return self._from_bytes(self._file.read(length))
+        return self._from_bytes(self._file.read(length))[0]
 
     def _changed_at(self) -> tuple[int, int]:
         state = os.fstat(self._file.fileno())
         return state.st_size, state.st_mtime_ns
 
 
-# Where the prompts of a file are: (byte offset, bytes, line or member).
-_Entries = Iterator[tuple[int, bytes, int | str]]
+def read_folder(folder: Path, where: str) -> PromptSequence:
+    """The captions in a folder, sorted by name.
+
+    Args:
+        folder: is there.
+        where: what it is called in error messages.
+
+    Raises:
+        InputError: a caption that is none, or none at all.
+        OSError: a file cannot be read.
+    """
+    notation, names = Notation(), Names("files")
+    prompts = [
+        _noted(_from_text, raw, f"{where} file {name!r}", notation)
+        for raw, name in folder_entries(folder, where, names)
+    ]
+    if not prompts:
+        raise InputError(f"{where}: there is no prompt in this folder: {names.instead}; name a .jsonl or .tar itself")
+    return PromptList(prompts, (*names.notes(where), *notation.notes(where)))
+
+
+def _noted(parse: _Parse, raw: bytes, called: str, notation: Notation) -> Prompt:
+    try:
+        prompt, left_out = parse(raw)
+    except (ValueError, InputError) as error:
+        raise InputError(f"{called}: {error}") from None
+    notation.add(prompt, left_out)
+    return prompt
 
 
 def _called(place: int | str) -> str:
     return f"line {place}" if isinstance(place, int) else f"member {place[:80]!r}"
 
 
-def _lines(file: BinaryIO, where: str) -> _Entries:
-    """Lines that are not blank, without the white space around them; a byte order mark does not count."""
+def _check_not_packed(file: BinaryIO, where: str) -> None:
+    start = file.read(8)
+    for mark, program in _PACKED.items():
+        if start.startswith(mark):
+            raise InputError(
+                f"{where}: not an uncompressed tar file of texts or a text, but packed by {program}; unpack it first"
+            )
+
+
+def _lines(path: Path, where: str) -> Entries:
+    """Lines that are not blank, without the white space around them; a byte order mark does not count.
+
+    They end at line feeds and carriage returns, and at no other line break that Unicode knows.
+    """
     offset, number = 0, 0
-    while line := file.readline(_LONGEST + 1):
-        number += 1
-        if len(line) > _LONGEST:
-            raise InputError(f"{where} line {number}: longer than {_LONGEST} bytes, which is no prompt")
-        body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-        start = offset + len(line) - len(body.lstrip())
-        offset += len(line)
-        body = body.strip()
-        if body:
-            yield start, body, number
-
-
-def _members(file: BinaryIO, where: str) -> _Entries:
-    """Every .txt in an uncompressed tar, one prompt each. Names are looked at and nothing is written anywhere."""
-    before = -1
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members.clear()  # else every header is kept
-                if member.offset_data <= before:  # a crafted header can lead backwards, and around for ever
-                    raise tarfile.ReadError("its headers lead backwards")
-                before = member.offset_data
-                if not member.isreg() or member.issparse() or not member.name.endswith(".txt"):
-                    continue
-                if member.size > _LONGEST:
-                    raise tarfile.ReadError(f"{_called(member.name)} is longer than {_LONGEST} bytes")
-                file.seek(member.offset_data)
-                raw = file.read(member.size)
-                if len(raw) < member.size:
-                    raise tarfile.ReadError(f"it ends within {_called(member.name)}")
-                yield member.offset_data, raw, member.name
-    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:
-        raise InputError(f"{where}: not an uncompressed tar file of texts, or a damaged one ({error})") from None
-
-
-INDEXERS: dict[str, Callable[[BinaryIO, str], _Entries]] = {".txt": _lines, ".jsonl": _lines, ".tar": _members}
+    with path.open(encoding="latin-1", newline="") as text:  # a letter a byte, and ends as they are
+        while line := text.readline(LONGEST_PROMPT + 1).encode("latin-1"):
+            number += 1
+            if len(line) > LONGEST_PROMPT:
+                raise InputError(f"{where} line {number}: longer than {LONGEST_PROMPT} bytes, which is no prompt")
+            body = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            start = offset + len(line) - len(body.lstrip())
+            offset += len(line)
+            body = body.strip()
+            if body:
+                yield start, body, number
 
 
 def _decoded(raw: bytes) -> str:
@@ -142,11 +170,15 @@ def _decoded(raw: bytes) -> str:
         raise ValueError("not UTF-8 text; save it as UTF-8") from None
 
 
-def _from_text(raw: bytes) -> Prompt:
-    return Prompt(_decoded(raw).replace("\n", " ").strip())
+def _from_text(raw: bytes) -> tuple[Prompt, list[str]]:
+    text = _decoded(raw)
+    if "\0" in text:
+        raise ValueError("not text, as it holds zero bytes; if it is UTF-16, save it as UTF-8")
+    item, left_out = read_switches(re.sub(r"\r\n|[\r\n]", " ", text).strip())
+    return _from_item(item), left_out
 
 
-def _from_json(raw: bytes) -> Prompt:
+def _from_json(raw: bytes) -> tuple[Prompt, list[str]]:
     text = _decoded(raw)
     try:
         item = json.loads(text)
@@ -157,6 +189,10 @@ def _from_json(raw: bytes) -> Prompt:
     unknown = sorted(item.keys() - set(_KEYS))
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
+    return _from_item(item), []
+
+
+def _from_item(item: Mapping[str, Any]) -> Prompt:
     negative, seed, size = item.get("negative_prompt"), item.get("seed"), item.get("size")
     if negative is not None and not isinstance(negative, str):
         raise ValueError("negative_prompt must be text")

@@ -12,6 +12,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from draftcli.config import SamplingConfig
 from draftcli.errors import InputError, brief
 
 SEEDS = 2**32  # torch's CPU generator reads no more of a seed
@@ -53,7 +54,12 @@ class PromptSequence(Sequence[Prompt]):
     """n prompts, wherever they are kept.
 
     What follows is worked out from the prompts, once; a file knows most of it from its index.
+
+    Attributes:
+        notes: what people should know of them, a line each: what was not read, or not as another program reads it.
     """
+
+    notes: Sequence[str] = ()
 
     @abstractmethod
     def _read(self, index: int) -> Prompt:
@@ -82,6 +88,18 @@ class PromptSequence(Sequence[Prompt]):
         return digest.hexdigest()
 
     @cached_property
+    def negatives(self) -> int:
+        """How many have a negative prompt of their own."""
+        return sum(prompt.negative is not None for prompt in self)
+
+    def notes_for(self, sampling: SamplingConfig) -> list[str]:
+        """The notes, and what has no effect where pictures are drawn as `sampling` says."""
+        guided = any(map(sampling.is_guided, range(sampling.steps)))
+        count = f"{self.negatives} of {len(self)} prompts"
+        idle = f"negative prompts of their own, which {count} have, do nothing without guidance"
+        return [*self.notes, *([idle] if self.negatives and not guided else [])]
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """(n,) bytes, at least as many as each text has."""
         return np.array([len(prompt.text.encode()) for prompt in self], dtype=int)
@@ -95,10 +113,11 @@ class PromptSequence(Sequence[Prompt]):
 
 
 class PromptList(PromptSequence):
-    """Prompts in memory."""
+    """Prompts in memory, and their notes."""
 
-    def __init__(self, prompts: Iterable[Prompt] = ()) -> None:
+    def __init__(self, prompts: Iterable[Prompt] = (), notes: Sequence[str] = ()) -> None:
         self._prompts = list(prompts)
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self._prompts)

@@ -1,19 +1,26 @@
-"""Reading prompts by what a setting names: a file, a built-in set, a Hugging Face dataset or a plain list."""
+"""Reading prompts by what a setting names: a file, a folder, a built-in set, a Hugging Face dataset or a plain list."""
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from draftcli.config import presets_folder
+from draftcli.config import expand_home, presets_folder
 from draftcli.errors import InputError
-from draftcli.prompts.files import INDEXERS, PromptFile
+from draftcli.prompts.files import PROMPT_FILES, PromptFile, read_folder
+from draftcli.prompts.notation import Notation
 from draftcli.prompts.prompt import Prompt, PromptList, PromptSequence
 
+_DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?(@[\w.:%\[\]-]+)?")
+_PACKED_FILES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
+# Endings of files that a dataset's id does not have, though a full stop may stand in one.
+_OTHER_FILES = {".csv", ".tsv", ".parquet", ".json", ".arrow", ".xlsx", ".yaml", ".yml", ".toml", ".md", ".text"}
 _COLUMNS = ("prompt", "Prompt", "text", "caption")  # of a dataset, the first that is there
 
 
@@ -23,39 +30,64 @@ def built_in_sets() -> dict[str, Path]:
 
 
 def read_prompts(source: str | Sequence[str], setting: str = "data.prompts") -> PromptSequence:
-    """Read prompts from a file, a built-in set, a dataset of the Hugging Face hub or a list.
+    """Read prompts from a file, a folder of captions, a built-in set, a dataset of the Hugging Face hub or a list.
 
     Args:
-        source: path, name of a built-in set, dataset id (`owner/name`, `owner/name:column`, either with
-            `@split` behind it, `train` otherwise: `owner/name:caption@test[:500]`), or the texts themselves.
+        source: path (a ~ is the home folder), name of a built-in set, dataset id (`owner/name`,
+            `owner/name:column`, either with `@split` behind it, `train` otherwise:
+            `owner/name:caption@test[:500]`), or the texts themselves.
         setting: what the source is called in error messages.
 
     Raises:
         InputError: no such file, set or dataset, not UTF-8, an invalid line, or nothing in it.
     """
     if not isinstance(source, str):
-        return PromptList(Prompt(text) for text in source)
-    path = built_in_sets().get(source, Path(source))
+        given = [Prompt(text) for text in source]
+        return PromptList(given, _notes(given, setting))
+    path = built_in_sets().get(source, Path(expand_home(source)))
     where = f"{setting} {source}"
-    if path.suffix in INDEXERS:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise InputError(f"{where}: not a file")
+    is_folder = os.path.isdir(path)  # noqa: PTH112, as Path.is_dir raises for what cannot be a name
+    if is_folder or path.suffix.lower() in PROMPT_FILES:
         try:
-            prompts: PromptSequence = PromptFile(path, where)
+            if not is_folder and path.exists() and not path.is_file():  # a pipe would be waited for
+                raise InputError(f"{where}: not a file")
+            prompts = read_folder(path, where) if is_folder else PromptFile(path, where)
         except OSError as error:
-            raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+            raise InputError(f"{where}: cannot be read ({error.strerror}){_named(error, path)}") from None
         except ValueError:
             raise InputError(f"{setting} {source!r}: no file can have such a name") from None
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?(@[\w.:%\[\]-]+)?", source) and not path.is_file():
+    elif _DATASET.fullmatch(source) and path.suffix.lower() not in _PACKED_FILES | _OTHER_FILES and not path.is_file():
         prompts = _dataset(source, where)
     else:
         raise InputError(
-            f"{setting} {source!r}: expected a .txt, .jsonl or .tar file, a dataset's id (owner/name), or one of the "
-            f"sets {', '.join(built_in_sets())}"
+            f"{setting} {source!r}: {_why_not(source, path)}expected a .txt, .jsonl or .tar file, a folder of "
+            f".txt files, a dataset's id (owner/name), or one of the sets {', '.join(built_in_sets())}"
         )
     if not prompts:
         raise InputError(f"{where}: there is no prompt in it")
     return prompts
+
+
+def _named(error: OSError, path: Path) -> str:
+    """Which file within a folder."""
+    return f": {error.filename}" if error.filename not in (None, str(path)) else ""
+
+
+def _why_not(source: str, path: Path) -> str:
+    """What is known of a source that cannot be read."""
+    if path.suffix.lower() in _PACKED_FILES:
+        return f"a {path.suffix} is packed, unpack it first; "
+    if path.suffix.lower() in _OTHER_FILES:
+        return f"a {path.suffix} is not read; "
+    looks_like_a_path = source.startswith((".", "~")) or source.endswith("/") or re.search(r"^/|\\|/.*/", source)
+    return "there is no such file or folder; " if looks_like_a_path and not os.path.lexists(path) else ""
+
+
+def _notes(prompts: Iterable[Prompt], where: str) -> tuple[str, ...]:
+    notation = Notation()
+    for prompt in prompts:
+        notation.add(prompt)
+    return tuple(notation.notes(where))
 
 
 def _dataset(source: str, where: str) -> PromptSequence:
@@ -78,15 +110,16 @@ def _dataset(source: str, where: str) -> PromptSequence:
     found = next((c for c in ([column] if column else _COLUMNS) if c in texts), None)
     if found is None:
         raise InputError(f"{where}: name its column of prompts, as owner/name:column; texts are: {', '.join(texts)}")
-    return _Column(rows, found)
+    return _Column(rows, found, where)
 
 
 class _Column(PromptSequence):
     """One text column of a Hugging Face dataset, memory-mapped: only the rows that are asked for are loaded."""
 
-    def __init__(self, rows: Any, name: str) -> None:
-        self._rows, self._name = rows, name
+    def __init__(self, rows: Any, name: str, where: str) -> None:
+        self._rows, self._name, self.negatives = rows, name, 0
         self.by_size = [np.arange(len(rows))] if len(rows) else []  # a text has no size
+        self.notes = _notes(islice(self, 1000), where)  # of what there may be millions of
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -16,7 +16,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
 from draftcli.errors import InputError, Interrupted, warn
 from draftcli.pictures import open_picture
-from draftcli.prompts import Prompt, read_prompts
+from draftcli.prompts import PromptList, PromptSequence, read_prompts
 from draftcli.runs import disk_errors
 from draftcli.sampling.draw import Column, plan
 from draftcli.sampling.embedded import FORMATS, read_key
@@ -98,6 +98,7 @@ def run(job: Job, console: Console) -> DrawingResult:
     if job.stochastic and not any(column.stochastic for column in columns):
         warnings.append("--stochastic has no effect on base and tuned, which ask one network anyway")
     prompts = _prompts(job)
+    warnings += prompts.notes_for(job.source.cfg.sampling)
     folder = job.output or job.source.folder / job.name
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
@@ -132,12 +133,12 @@ def run(job: Job, console: Console) -> DrawingResult:
     return result
 
 
-def _prompts(job: Job) -> Sequence[Prompt]:
-    given: list[Prompt] = [Prompt(text) for text in job.prompts]
+def _prompts(job: Job) -> PromptSequence:
+    given = [read_prompts(job.prompts, "--prompt")]
     if job.prompt_file is not None:
-        given += read_prompts(job.prompt_file, "--prompts")
-    if given:
-        return given
+        given.append(read_prompts(job.prompt_file, "--prompts"))
+    if any(given):
+        return PromptList((p for some in given for p in some), [note for some in given for note in some.notes])
     validation = job.source.cfg.data.validation_prompts
     if not job.source.from_run or not validation:
         what = f"{job.source.name} has no validation prompts" if job.source.from_run else "no prompt was given"

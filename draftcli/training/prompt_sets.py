@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from draftcli.config import Config
+from draftcli.config import Config, SamplingConfig
 from draftcli.prompts import PromptList, PromptSequence, read_prompts
 
 
@@ -18,6 +18,10 @@ class PromptSets:
     source: str | list[str]
     training: PromptSequence
     validation: PromptSequence
+
+    def notes_for(self, sampling: SamplingConfig) -> list[str]:
+        """What people should know of them where pictures are drawn as `sampling` says, a line each."""
+        return list(dict.fromkeys(self.training.notes_for(sampling) + self.validation.notes_for(sampling)))
 
     @cached_property
     def facts(self) -> dict[str, Any]:

@@ -207,6 +207,8 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Itera
             check_names([*cfg.rewards, *cfg.held_out_rewards])
             if ranks.is_main:
                 check_trackers(cfg.logging)
+                for text in prompts.notes_for(cfg.sampling):
+                    warn(text)
         run = Run(folder)
         check_alike(cfg, prompts, ranks)
         with ranks.all_or_none():
