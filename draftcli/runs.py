@@ -2,6 +2,7 @@
 
 runs/NAME/
     config.yaml          everything the run was started with, resolved
+    contents.json        hashes of the files that the settings name
     metrics.jsonl        one line a step
     validation.jsonl     one line a validation
     tensorboard/         the same figures, where logging.trackers has it
@@ -25,15 +26,11 @@ from typing import Any, NotRequired, TypedDict
 
 import yaml
 
+from draftcli.changes import Change, change_in_words, differences, refused_changes
 from draftcli.config import Config, check_config, dump_config
-from draftcli.errors import DraftpError, InputError, brief
+from draftcli.contents import contents_of, read_contents, what_changed
+from draftcli.errors import DraftpError, InputError
 
-# What may differ between the sessions of one run; anything else would make it another run.
-MAY_CHANGE = (
-    *("trainer.max_steps", "trainer.val_check_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
-    *("trainer.micro_batch_size", "model.offload_text_encoders", "ema.device"),  # memory alone, as all of sharding
-)
-MAY_CHANGE_SECTIONS = ("logging", "sharding")
 LOCK = ".lock"  # its text says who holds it, which is why this is not filelock's: that one empties the file
 FINAL_STEP = "step.txt"  # in final/: the step that it is of, as a run can be taken further and killed again
 
@@ -66,6 +63,7 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = folder / "config.yaml"
+        self.contents = folder / "contents.json"
         self.metrics = folder / "metrics.jsonl"
         self.validation = folder / "validation.jsonl"
         self.samples = folder / "samples"
@@ -87,21 +85,23 @@ class Run:
         What a killed process left half done is removed.
 
         Returns:
-            the settings that differ from those of the session before, and may.
+            the settings that differ from those of the session before, and may: a path may where its files are the same.
 
         Raises:
-            InputError: the run was started with other settings.
+            InputError: the run was started with other settings, or with other files under the same names.
             DraftpError: it cannot be written.
         """
-        changed: list[tuple[str, Any, Any]] = []
-        refused: list[tuple[str, Any, Any]] = []
+        settings = yaml.safe_load(dump_config(cfg))
+        kept, found = read_contents(self.contents), contents_of(settings)
+        other = {key: what_changed(kept[key], files) for key, files in found.items() if key in kept}
+        changed: list[Change] = []
+        refused: list[str] = []
         if self.config.is_file():
-            changed = _differences(_resolved(_load(self.config)), yaml.safe_load(dump_config(cfg)))
-            refused = [c for c in changed if not _may_change(c[0])]
+            changed = differences(_resolved(_load(self.config)), settings)
+            refused = refused_changes(changed, other)
             if refused and self.checkpoints():  # before the first checkpoint there is nothing to keep
-                listed = "; ".join(f"{key} was {brief(old)}, is {brief(new)}" for key, old, new in refused[:3])
                 raise InputError(
-                    f"{self.folder} was started with other settings ({listed}); "
+                    f"{self.folder} was started with other settings ({'; '.join(refused[:3])}); "
                     "keep them to resume, or take another --output"
                 )
         with disk_errors(self.folder):
@@ -111,8 +111,10 @@ class Run:
             for left in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.removed")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             write_aside(self.config, lambda path: path.write_text(dump_config(cfg), encoding="utf-8"))
+            text = json.dumps({**kept, **found}, indent=1)
+            write_aside(self.contents, lambda path: path.write_text(text, encoding="utf-8"))
             self.samples.mkdir(exist_ok=True)
-        return [f"{key} was {brief(old)}, is {brief(new)}" for key, old, new in changed]
+        return [change_in_words(change) + (", the same files" if change[0] in other else "") for change in changed]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -365,14 +367,3 @@ def _resolved(data: dict[str, Any]) -> dict[str, Any]:
         return yaml.safe_load(dump_config(check_config(data)))
     except InputError:
         return data
-
-
-def _differences(old: Any, new: Any, key: str = "") -> list[tuple[str, Any, Any]]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*old, *(name for name in new if name not in old)]
-        return [d for n in names for d in _differences(old.get(n), new.get(n), f"{key}.{n}" if key else str(n))]
-    return [] if old == new else [(key, old, new)]
-
-
-def _may_change(key: str) -> bool:
-    return key in MAY_CHANGE or key.partition(".")[0] in MAY_CHANGE_SECTIONS

@@ -37,12 +37,13 @@ def list_rewards(
         typer.echo(f"{'':<16}{'; '.join(facts)}")
     for name, package in plug_ins().items():
         typer.echo(f"{name:<16}plug-in of {package}")
-    typer.echo("Your own: package.module:object. More: docs/rewards.md; `draftp rewards check NAME` looks at one.")
+    typer.echo("Your own: package.module:object or file.py:object. `draftp rewards check NAME` looks at one.")
+    typer.echo("More: docs/rewards.md")
 
 
 @app.command("check")
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A reward's name, or package.module:object.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A name, package.module:object or file.py:object.")],
     pretrained: Annotated[
         str | None, typer.Option(metavar="ID|PATH", help="Its weights: hub id, local folder or file.")
     ] = None,
@@ -57,7 +58,8 @@ def check(
     """Load a reward, score noise and a flat picture, and say whether it can be trained on.
 
     Looks at range, determinism, gradient (missing, zero, not finite, wrong), whether pictures of a batch influence
-    one another, and memory. Exit code 0: usable, for training or as the reward itself says for evaluation only; 1: not.
+    one another, and memory. Exit code 0: usable, for training or as the reward itself says for evaluation only; 1: not;
+    2: it gives no scores at all.
 
     **Examples**
 
@@ -78,10 +80,11 @@ def check(
     console = open_console(False, debug)
     from torch import nn
 
+    from draftcli.config import RewardSource
     from draftcli.rewards.check import check_reward
-    from draftcli.rewards.registry import load_reward
+    from draftcli.rewards.registry import load_from
 
-    reward = load_reward(name, pretrained, backbone)
+    reward = load_from(name, RewardSource(pretrained=pretrained, backbone=backbone))
     if isinstance(reward, nn.Module):
         reward.to(device)
     verdict = check_reward(reward, (int(match[1]), int(match[2])))

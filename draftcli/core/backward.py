@@ -23,7 +23,7 @@ from torch import Tensor
 
 from draftcli.config import Config
 from draftcli.core.denoise import Predict, denoise, euler_step
-from draftcli.core.networks import Networks, RewardFunction
+from draftcli.core.networks import Networks, RewardFunction, scored
 from draftcli.core.penalty import Penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.core.schedule import Level
@@ -136,7 +136,7 @@ def reward_slope(
         with nets.phase(Phase.DECODE):
             image = nets.decode(latents)
         with nets.phase(Phase.REWARD):
-            r = reward(image, some).sum() / len(prompts)
+            r = scored(reward, image, some).sum() / len(prompts)
         with nets.phase(Phase.JUDGING):
             work.scale(share * r).backward()
         # A reward that does not look at the picture, at least not here, has no gradient.

@@ -14,9 +14,28 @@ from torch import Tensor
 from draftcli.core.batch import Batch
 from draftcli.core.denoise import Predict
 from draftcli.core.phase import Phase
+from draftcli.errors import InputError
 
 # reward(images (B, 3, H, W) float in [0, 1], B prompts) -> (B,) scores, higher is better
 RewardFunction = Callable[[Tensor, list[str]], Tensor]
+
+
+def scored(reward: RewardFunction, images: Tensor, prompts: list[str]) -> Tensor:
+    """(B,) scores of B images.
+
+    Raises:
+        InputError: the reward returned something else.
+    """
+    scores = reward(images, prompts)
+    if not isinstance(scores, Tensor) or scores.shape != (len(prompts),):
+        what = (
+            f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
+        )
+        raise InputError(
+            f"model.reward_model returned {what} for {len(prompts)} pictures, not one score each, a tensor of shape "
+            f"({len(prompts)},); draftcli.get_reward_model(reward) takes more forms of scores"
+        )
+    return scores
 
 
 class Condition(Protocol):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from draftcli.core.backward import KeptGraph, Piece
 from draftcli.core.batch import Batch
-from draftcli.core.networks import Networks, RewardFunction
+from draftcli.core.networks import Networks, RewardFunction, scored
 from draftcli.core.penalty import Penalty, objective
 from draftcli.errors import InputError
 
@@ -50,7 +50,7 @@ def images_and_loss(
     captions = [prompt for piece in pieces for prompt in piece.prompts]
 
     def loss_func(images: Tensor) -> tuple[Tensor, Metrics]:
-        r = reward(images, captions).mean()
+        r = scored(reward, images, captions).mean()
         penalties = [
             penalty(forward.eps, forward.eps_base, piece.levels) * (len(piece) / len(captions))
             for forward, piece in zip(forwards, pieces, strict=True)

@@ -15,6 +15,7 @@ from draftcli.evaluation.figures import SIGN_METRICS, Figure, Figures, Metric, c
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Gallery, Item
 from draftcli.metrics.hacking import RewardMean, Standing, find_hacking
+from draftcli.metrics.statistics import has_interval
 
 FEW_PROMPTS = 10  # below it intervals are rough
 LARGE_DRIFT = 0.25  # relative change of a sign that is worth a warning
@@ -119,7 +120,14 @@ def compare(
         figures=figures,
         fronts=fronts,
         recommendation=recommend(figures, base, judge, fronts[judge], prefer),
-        warnings=warnings(figures, base, rewards, trained, len(prompts)),
+        warnings=[
+            *(
+                f"{name}: identical pictures, those of {base}: there is no difference."
+                for name, seen in measured.items()
+                if name != base and seen.sees_the_same(measured[base])
+            ),
+            *warnings(figures, base, rewards, trained, len(prompts)),
+        ],
     )
 
 
@@ -155,10 +163,11 @@ def recommend(
 
     best = min(candidates, key=distance)
     figure, share = figures[best].reward(judge), _ratio(figures[best].diversity, figures[base].diversity)
-    text = (
-        f"{judge} {figure.difference:+.3g} against {base} (95 % {figure.difference_low:+.3g} to "
-        f"{figure.difference_high:+.3g}), {100 * share if share is not None else float('nan'):.0f} % of its diversity"
-    )
+    low, high = figure.difference_low, figure.difference_high
+    known = f"95 % {low:+.3g} to {high:+.3g}" if has_interval(low, high) else "no interval"
+    text = f"{judge} {figure.difference:+.3g} against {base} ({known})"
+    if share is not None:
+        text += f", {100 * share:.0f} % of its diversity"
     if figure.direction != 1:
         text += f"; that {judge} rises at all is not certain"
     return Recommendation(best, text)
@@ -169,7 +178,12 @@ def warnings(
 ) -> list[str]:
     """What a reader must not overlook, in whole sentences; only what the intervals are sure of."""
     lines = []
-    if prompts < FEW_PROMPTS:
+    if prompts == 1:
+        lines.append(
+            "Only 1 prompt: there are no intervals, so no difference is certain. "
+            f"Take at least {FEW_PROMPTS}, better 50."
+        )
+    elif prompts < FEW_PROMPTS:
         lines.append(f"Only {prompts} prompts: every interval is rough. Take at least {FEW_PROMPTS}, better 50.")
     for name, figure in figures.items():
         if name == base:

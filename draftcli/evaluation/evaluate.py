@@ -21,12 +21,13 @@ from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.features import load_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
-from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries
+from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries, read_picture
 from draftcli.evaluation.report import About
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
 from draftcli.rewards import check_names
 from draftcli.rewards.catalogue import features_for
+from draftcli.rewards.first_call import ask_once
 from draftcli.rewards.registry import load_from
 from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, plan
@@ -109,6 +110,8 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
         labels = _labels((named or [Path(source.name) for source in sources]) + folders)
         elsewhere = [folder_gallery(f, items, label) for f, label in zip(folders, labels[len(sources) :], strict=True)]
+        size = pictures[0].size if pictures else read_picture(elsewhere[0].files[0]).shape[1:]
+        ask_once(judges.rewards, [item.prompt for item in items[:2]], (size[0], size[1]), judges.device)
         galleries: list[Gallery] = []
         for label, source in zip(labels, sources, strict=False):
             galleries += _draw(request, source, label, pictures, output / "pictures", not galleries, ranks, console)

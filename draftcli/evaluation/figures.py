@@ -22,7 +22,7 @@ from draftcli.metrics.diversity import (
     vendi_score,
 )
 from draftcli.metrics.signs import near_duplicates
-from draftcli.metrics.statistics import estimate, paired, win_rate
+from draftcli.metrics.statistics import direction, estimate, paired, win_rate
 from draftcli.metrics.thumbnails import pairwise_distance
 
 ENOUGH = 10 * NEIGHBOURS  # pictures that neighbourhoods and the kernel distance need
@@ -149,9 +149,7 @@ class Figure:
     @property
     def direction(self) -> int:
         """1 or -1 where the interval of the difference to the base is above or below 0; else 0."""
-        if self.difference_low is None or self.difference_high is None:
-            return 0
-        return int(self.difference_low > 0) - int(self.difference_high < 0)
+        return direction(self.difference_low, self.difference_high)
 
     def to_json(self) -> dict[str, Any]:
         """The figure in metrics.json: "value" and what applies."""

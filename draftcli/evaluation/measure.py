@@ -7,7 +7,6 @@ so several processes that share the chunks get what one process gets, bit for bi
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,12 +17,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from draftcli.errors import DraftpError, InputError
+from draftcli.errors import DraftpError
 from draftcli.evaluation.features import Features
 from draftcli.evaluation.pictures import Gallery, Item, read_picture
 from draftcli.metrics.signs import SIGNS
 from draftcli.metrics.thumbnails import thumbnail
 from draftcli.rewards import Reward
+from draftcli.rewards.wrappers import innermost, source_file
 from draftcli.runs import disk_errors
 
 CHUNK = 8
@@ -51,11 +51,11 @@ class Judges:
         """Changes where a judge's code, weights or settings do."""
         digest = hashlib.sha256("\n".join((CHUNK_VERSION, *self.settings)).encode())
         for name, judge in [*self.rewards.items(), (self.features.name, self.features.network)]:
-            source = inspect.getsourcefile(type(judge))
-            digest.update(f"{name} {type(judge).__qualname__}".encode())
+            source, inner = source_file(judge), innermost(judge)
+            digest.update(f"{name} {getattr(inner, '__qualname__', type(inner).__qualname__)}".encode())
             digest.update(Path(source).read_bytes() if source else b"")
-            if isinstance(judge, nn.Module):
-                for key, tensor in judge.state_dict().items():
+            if isinstance(inner, nn.Module):
+                for key, tensor in inner.state_dict().items():
                     digest.update(f"{key} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
         return digest.hexdigest()
 
@@ -75,6 +75,13 @@ class Measured:
     signs: dict[str, np.ndarray]
     features: np.ndarray
     thumbnails: np.ndarray
+
+    def sees_the_same(self, other: Measured) -> bool:
+        """Whether both were measured on the same pictures, as far as measuring goes: everything is equal."""
+        mine, theirs = (
+            [*m.scores.values(), *m.signs.values(), m.features, m.thumbnails] for m in (self, other)
+        )  # fmt: skip
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in zip(mine, theirs, strict=True))
 
 
 def measure(
@@ -96,7 +103,7 @@ def measure(
         advance: called with how many pictures were just done.
 
     Raises:
-        InputError: a file is no picture; a reward gave not one score a picture.
+        InputError: a file is no picture; a reward gave no scores.
         DraftpError: the cache cannot be written.
     """
     rank, processes = share
@@ -166,10 +173,7 @@ def _look(pictures: Sequence[np.ndarray], items: Sequence[Item], judges: Judges)
         prompts = [item.prompt for item in items[batch]]
         with torch.no_grad():
             for name, reward in judges.rewards.items():
-                scores = reward(images, prompts)
-                if scores.shape != (len(prompts),):
-                    raise InputError(f"reward {name} returned shape {tuple(scores.shape)} for {len(prompts)} pictures")
-                found.setdefault(f"score/{name}", []).append(scores.double().cpu().numpy())
+                found.setdefault(f"score/{name}", []).append(reward(images, prompts).cpu().double().numpy())
             found.setdefault("features", []).append(judges.features(images).double().cpu().numpy())
         for name, sign in SIGNS.items():
             found.setdefault(f"sign/{name}", []).append(sign(pixels.astype(float)))

@@ -130,7 +130,7 @@ def reward_points(comparison: ColumnComparison, reward: str) -> list[Point]:
     points = []
     for name, figures in comparison.figures.items():
         x, y = _with_interval(figures.diversity), _with_interval(figures.reward(reward))
-        if x is None or y is None:
+        if x is None or y is None or not math.isfinite(x[0] + y[0]):
             continue
         points.append(
             Point(

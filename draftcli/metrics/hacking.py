@@ -5,7 +5,7 @@ of the 95 % interval of its difference to the base, while a trained reward is hi
 
 In a training the earlier values are those of the validations before. In an evaluation the only earlier value is the
 base's: the fall is then the difference itself, and it exceeds half the interval's width where the interval lies below 0
-(exactly so where the difference is in its middle).
+(exactly so where the difference is in its middle). Without an interval there is no verdict.
 
 A trained reward can fall too: while another trained one rises, or while it rises on the prompts of the training itself.
 """
@@ -16,6 +16,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from draftcli.metrics.statistics import has_interval
 
 NAN = math.nan
 
@@ -36,8 +38,8 @@ class RewardMean:
 
     @property
     def margin(self) -> float:
-        """Half the width of the interval: what a fall must exceed."""
-        return (self.high - self.low) / 2
+        """Half the width of the interval: what a fall must exceed; NaN, which nothing exceeds, where there is none."""
+        return (self.high - self.low) / 2 if has_interval(self.low, self.high) else NAN
 
 
 @dataclass(frozen=True)

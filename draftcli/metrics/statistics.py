@@ -7,6 +7,7 @@ percentile method, through scipy) draws groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import numpy as np
 from scipy.stats import bootstrap
 
 RESAMPLES = 10_000
+NO_WIDTH = 1e-9  # of an interval, relative to its bounds: what rounding leaves where all values are equal
 Values = Sequence[float] | np.ndarray
 
 
@@ -50,6 +52,24 @@ def estimate(values: Values, groups: Sequence[int] | np.ndarray | None = None) -
         return Estimate(nan, nan, nan, nan, 0)
     means = _group_means(values[valid], None if groups is None else np.asarray(groups)[valid])
     return Estimate(float(means.mean()), float(np.median(values[valid])), *_interval(means), int(valid.sum()))
+
+
+def has_interval(low: float | None, high: float | None) -> bool:
+    """Whether two bounds are an interval, from which something follows.
+
+    False where they are missing or NaN (fewer than two prompts, or no scores), and where they are one number: all
+    values were equal, and how far they might have been apart is not known.
+    """
+    if low is None or high is None or not math.isfinite(low + high):
+        return False
+    return high - low > NO_WIDTH * max(abs(low), abs(high))
+
+
+def direction(low: float | None, high: float | None) -> int:
+    """1 or -1 where the interval of a difference lies above or below 0; 0 where it does neither, or there is none."""
+    if low is None or high is None or not has_interval(low, high):
+        return 0
+    return int(low > 0) - int(high < 0)
 
 
 def paired(base: Values, tuned: Values, groups: Sequence[int] | np.ndarray | None = None) -> dict[str, float]:

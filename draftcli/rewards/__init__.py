@@ -1,8 +1,9 @@
 """Reward models behind one protocol; built-in ones come in by the same door as plug-ins.
 
-A reward is found by built-in name, by an entry point of the group `draftp.rewards`, or by `package.module:object`.
-What is found is a factory: called with the settings it knows (`pretrained` and `backbone`, where the user gave them),
-it returns the reward. `core` knows nothing of this package: to it a reward is a plain callable.
+A reward is found by built-in name, by an entry point of the group `draftp.rewards`, by `package.module:object`, or by
+`file.py:object`. What is found is the reward itself, or a class or factory: called with the settings it knows
+(`pretrained` and `backbone`, where the user gave them), it returns the reward. `core` knows nothing of this package: to
+it a reward is a plain callable.
 
 The public names below are imported when they are first used: `draftp rewards list` needs no torch.
 """

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from draftcli.config import RewardConfig
 from draftcli.errors import InputError
 from draftcli.rewards.protocol import Reward
+from draftcli.rewards.wrappers import as_reward
 
 MEMORY = 0.99  # a step's scores count by this power of the steps since: about the last hundred count
 FLAT = 1e-6  # scores that span less than this share of their mean are all alike, but for rounding
@@ -77,7 +78,7 @@ class WeightedSum:
 
     def __init__(self, rewards: Mapping[str, Reward], settings: Mapping[str, RewardConfig] | None = None) -> None:
         self.name = "+".join(rewards)
-        self.rewards = dict(rewards)
+        self.rewards = {name: as_reward(reward, name) for name, reward in rewards.items()}
         self.settings = dict(settings or {})
         self._scores: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._spread = {name: Spread() for name, s in self.settings.items() if s.normalise != "none"}
@@ -86,17 +87,13 @@ class WeightedSum:
         """(B,) the weighted sum; see `Reward`. Scores are kept for `pop_scores` only where gradients are recorded.
 
         Raises:
-            InputError: a reward returned another shape, or a score without gradient where one is needed.
+            InputError: a reward returned no scores, or scores without gradient where one is needed.
         """
         training = torch.is_grad_enabled()
         total = torch.zeros(len(prompts), device=images.device, dtype=images.dtype)
         for name, reward in self.rewards.items():
             seen = images.view_as(images)  # one for each reward, so that its gradient can be cleaned alone
             score = reward(seen, prompts)
-            if score.shape != (len(prompts),):
-                shape = tuple(score.shape)
-                raise InputError(f"reward {name} returned shape {shape} for {len(prompts)} pictures: one score each")
-            score = score.to(images.device)  # a reward of one's own may compute elsewhere
             silent = _silent(score, images)
             if training and images.requires_grad and not score.requires_grad and not silent.all():
                 raise InputError(

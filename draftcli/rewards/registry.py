@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import sys
-from collections.abc import Iterable
-from importlib import import_module
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
@@ -16,11 +13,12 @@ from draftcli.errors import InputError
 from draftcli.rewards.catalogue import known_rewards
 from draftcli.rewards.mixture import WeightedSum
 from draftcli.rewards.protocol import Reward
-from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
+from draftcli.rewards.references import find_object, make_reward
+from draftcli.rewards.wrappers import InMicroBatches, PromptRelative, as_reward
 
 
-def load_reward(name: str, pretrained: str | None = None, backbone: str | None = None) -> Reward:
-    """The reward called `name`, or the object at `package.module:object`.
+def load_reward(name: str, pretrained: str | None = None, backbone: str | None = None) -> Any:
+    """The reward called `name` as it is, with what it has beside the call; `load_from` gives it as it is asked.
 
     Args:
         name: see the package's docstring.
@@ -28,22 +26,10 @@ def load_reward(name: str, pretrained: str | None = None, backbone: str | None =
         backbone: hub id or local folder of what its weights stand on; None: its own.
 
     Raises:
-        InputError: nothing has that name, it cannot be imported, or its weights cannot be loaded.
+        InputError: nothing has that name, it cannot be imported, it is no reward, or its weights cannot be loaded.
     """
     given = {"pretrained": pretrained, "backbone": backbone}
-    given = {key: value for key, value in given.items() if value is not None}
-    factory = _factory(name)
-    try:
-        reward: Any = factory(**given)
-    except InputError:
-        raise
-    except Exception as error:  # a plug-in's own troubles, in one line
-        raise InputError(f"reward {name}: cannot be made ({type(error).__name__}: {error})") from error
-    if not callable(reward):
-        raise InputError(f"reward {name}: its factory returned a {type(reward).__name__}, which cannot be called")
-    if isinstance(reward, nn.Module):
-        reward.requires_grad_(False).eval()
-    return cast("Reward", reward)
+    return make_reward(name, _find(name), {key: value for key, value in given.items() if value is not None})
 
 
 def blank_reward(name: str) -> nn.Module | None:
@@ -52,7 +38,7 @@ def blank_reward(name: str) -> nn.Module | None:
     Raises:
         InputError: nothing has that name, it cannot be imported, or its `blank` fails.
     """
-    blank = getattr(_factory(name), "blank", None)
+    blank = getattr(_find(name), "blank", None)
     if blank is None:
         return None
     try:
@@ -67,20 +53,27 @@ def load_from(name: str, source: RewardSource) -> Reward:
     Raises:
         InputError: as `load_reward`; also where a relative reward is asked of one that does not compare embeddings.
     """
-    reward = load_reward(name, source.pretrained, source.backbone)
-    if source.relative is not None:
-        reward = PromptRelative(reward, **source.relative.model_dump())
+    found = load_reward(name, source.pretrained, source.backbone)
+    relative = source.relative
+    reward = as_reward(found, name) if relative is None else PromptRelative(found, **relative.model_dump())
     return reward if source.micro_batch_size is None else InMicroBatches(reward, source.micro_batch_size)
 
 
-def get_reward_model(cfg: Config | str) -> Reward:
-    """The reward of a configuration, as the commands use it, or one reward by name.
+def get_reward_model(cfg: Config | str | Callable[..., Any]) -> Reward:
+    """The reward of a configuration, as the commands use it; or one reward: by name, or an object of one's own.
+
+    Args:
+        cfg: settings, a name, or what a name may lead to: a function (images, prompts), an object that is called so, a
+            class or a factory.
 
     Raises:
         InputError: as `load_reward`; also where a configuration has no reward, or one that cannot be trained on.
     """
     if isinstance(cfg, str):
-        return load_reward(cfg)
+        return load_from(cfg, RewardSource())
+    if not isinstance(cfg, Config):
+        name = getattr(cfg, "name", getattr(cfg, "__name__", type(cfg).__name__))
+        return as_reward(make_reward(name, cfg, {}), name)
     if not cfg.rewards:
         raise InputError("rewards is empty: training needs at least one, such as --reward toy")
     check_names([*cfg.rewards, *cfg.held_out_rewards])
@@ -117,19 +110,11 @@ def _reference(name: str) -> str:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f", did you mean {close[0]}?" if close else ""
         raise InputError(
-            f"unknown reward {name!r}{hint}; there are: {', '.join(sorted(known))}, or package.module:object"
+            f"unknown reward {name!r}{hint}; there are: {', '.join(sorted(known))}, or package.module:object, or "
+            "file.py:object"
         )
     return known[name]
 
 
-def _factory(name: str) -> Any:
-    module, _, attribute = _reference(name).partition(":")
-    if ":" in name and (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # a console script does not look in the folder it is started from
-    try:
-        found = import_module(module)
-    except Exception as error:  # whatever a user's own module raises while it is imported
-        raise InputError(f"reward {name}: cannot import {module!r} ({type(error).__name__}: {error})") from error
-    if not hasattr(found, attribute):
-        raise InputError(f"reward {name}: {module} has no {attribute!r}")
-    return getattr(found, attribute)
+def _find(name: str) -> Any:
+    return find_object(name, _reference(name))

@@ -1,15 +1,105 @@
-"""Rewards around a reward: relative to control words in the prompt, and in micro-batches."""
+"""Rewards around a reward: one of anybody's as `Reward` wants it, relative to control words, and in micro-batches."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from draftcli.errors import InputError
 from draftcli.rewards.protocol import Reward
+
+
+class AnyReward(nn.Module):
+    """A reward of anybody's as `Reward` wants it: with a name, and one float score a picture where the pictures are.
+
+    What is as good is taken: scores (B, 1), of another device, of 16 bits, whole numbers or bools, and a list of B
+    scores; a NumPy array or a list of numbers likewise, without a gradient.
+
+    Args:
+        reward: called as reward(images, prompts); frozen where it is a network.
+        name: what it is asked for by.
+    """
+
+    def __init__(self, reward: Any, name: str) -> None:
+        super().__init__()
+        self.reward = reward
+        self.name = name
+        self.differentiable = bool(getattr(reward, "differentiable", True))
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) scores; see `Reward`.
+
+        Raises:
+            InputError: the reward returned something else.
+        """
+        returned = self.reward(images, prompts)
+        scores = _as_tensor(returned)
+        count = len(prompts)
+        if scores is not None and scores.shape == (count, 1):
+            scores = scores[:, 0]
+        if scores is None or scores.shape != (count,) or scores.is_complex():
+            raise InputError(
+                f"reward {self.name} returned {_what(returned)} for {count} pictures; wanted is one score each: a "
+                f"float tensor of shape ({count},)"
+            )
+        exact = scores.dtype in (torch.float32, torch.float64)
+        return (scores if exact else scores.float()).to(images.device)
+
+
+def as_reward(reward: Any, name: str) -> Reward:
+    """A reward that is called `name` as `Reward` wants it; one that is so already as it is."""
+    return reward if isinstance(reward, AnyReward | PromptRelative | InMicroBatches) else AnyReward(reward, name)
+
+
+def innermost(reward: Any) -> Any:
+    """What is inside all wrappers."""
+    while isinstance(reward, AnyReward | PromptRelative | InMicroBatches):
+        reward = reward.reward
+    return reward
+
+
+def source_file(reward: Any) -> str | None:
+    """Where the code of a reward is, without its wrappers; None where no file has it."""
+    inner = innermost(reward)
+    try:
+        return inspect.getsourcefile(inner if inspect.isroutine(inner) else type(inner))
+    except TypeError:  # of what is built in, or made by functools.partial
+        return None
+
+
+def _as_tensor(returned: Any) -> Tensor | None:
+    """Scores of any shape and dtype; None where there is no way to read them."""
+    if isinstance(returned, Tensor):
+        return returned
+    try:
+        if isinstance(returned, np.ndarray) and returned.dtype.kind in "fiub":
+            return torch.from_numpy(np.array(returned, np.float32))
+        if isinstance(returned, list) and returned and all(isinstance(score, Tensor) for score in returned):
+            return torch.stack(returned)
+        if isinstance(returned, list) and all(
+            isinstance(score, int | float | np.number | np.bool) for score in returned
+        ):
+            return torch.tensor([float(score) for score in returned])
+    except (TypeError, RuntimeError, OverflowError):  # tensors of several shapes, whole numbers beyond all floats
+        pass
+    return None
+
+
+def _what(returned: Any) -> str:
+    """Type, shape and dtype of what came."""
+    if isinstance(returned, Tensor | np.ndarray):
+        kind = "a tensor" if isinstance(returned, Tensor) else "a NumPy array"
+        return f"{kind} of shape {tuple(returned.shape)}, {str(returned.dtype).removeprefix('torch.')}"
+    if isinstance(returned, list | tuple | dict):
+        values = returned.values() if isinstance(returned, dict) else returned
+        kinds = ", ".join(dict.fromkeys(type(value).__name__ for value in values))
+        return f"a {type(returned).__name__} of {len(returned)}" + (f" ({kinds})" if kinds else "")
+    return "None" if returned is None else f"a {type(returned).__name__}"
 
 
 class PromptRelative(nn.Module):

@@ -11,6 +11,7 @@ from draftcli.config import Config
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.models.family import find_family
 from draftcli.core.models.loading import BUILT_IN
+from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 
 LOADING = {
@@ -82,9 +83,10 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
             "|---|---|---|---|---|---|",
         ]
         for name, f in validation["rewards"].items():
+            interval = f"{f['low']:+.4f} to {f['high']:+.4f}" if has_interval(f["low"], f["high"]) else "none"
             lines.append(
                 f"| {name} | {f['base']:.4f} | {f['tuned']:.4f} | {f['difference']:+.4f} | "
-                f"{f['low']:+.4f} to {f['high']:+.4f} | {'yes' if name in cfg.rewards else 'no'} |"
+                f"{interval} | {'yes' if name in cfg.rewards else 'no'} |"
             )
         f = validation["diversity"]
         lines += [

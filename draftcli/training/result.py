@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
+from draftcli.metrics.statistics import has_interval
 from draftcli.runs import Run, ValidationLine
 
 
@@ -82,5 +82,5 @@ def validation_in_words(line: ValidationLine) -> str:
 
 def _change(name: str, figures: dict[str, float]) -> str:
     interval = f", 95 % {figures['low']:+.3f} to {figures['high']:+.3f}"
-    known = "" if math.isnan(figures["low"]) else interval  # one group of pictures has no interval
+    known = interval if has_interval(figures["low"], figures["high"]) else ""
     return f"{name} {figures['base']:.3f} -> {figures['tuned']:.3f} ({figures['difference']:+.3f}{known})"

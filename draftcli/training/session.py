@@ -18,6 +18,7 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine import sharding
 from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks
+from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
@@ -25,6 +26,7 @@ from draftcli.errors import InputError, warn
 from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import past_the_limit
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
+from draftcli.rewards.first_call import ask_once
 from draftcli.runs import Run, ValidationLine
 from draftcli.training.checkpoint import load_newest, save_checkpoint
 from draftcli.training.final import write_final
@@ -228,6 +230,7 @@ def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, conso
         rewards = get_reward_model(cfg)  # before the large model, so that mistakes show early
         assert isinstance(rewards, WeightedSum)
         held_out = load_held_out(cfg)
+        _ask_once(cfg, rewards, held_out, prompts)
         model = _load_model(cfg, ranks, console)
         model.reward_model = rewards
         validation = None
@@ -257,6 +260,15 @@ def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, conso
         stop = stack.enter_context(stop_on_signal(ranks))
         log = RunLog(run, trackers)
         yield Session(cfg, run, ranks, prompts, trainer, validation, log, live, stop, first)
+
+
+def _ask_once(cfg: Config, rewards: WeightedSum, held_out: WeightedSum, prompts: PromptSets) -> None:
+    """See that every reward gives scores, and those that are trained on a gradient."""
+    runtime = choose_runtime(cfg.model.device, cfg.model.precision)
+    asked = [prompt.text for prompt in prompts.training[:2]]
+    size = cfg.sampling.height, cfg.sampling.width
+    for judges, training in ((rewards, True), (held_out, False)):
+        ask_once(judges.to(runtime.device).rewards, asked, size, runtime.device, runtime.latent_dtype, training)
 
 
 def _load_model(cfg: Config, ranks: Ranks, console: Console) -> SDXLDRaFTPModel:

@@ -9,6 +9,7 @@ import pytest
 from draftcli.evaluation.compare import compare, pareto_front, recommend, warnings
 from draftcli.evaluation.figures import COSINE, VENDI, Figure, Figures
 from draftcli.evaluation.measure import Measured
+from draftcli.evaluation.report import cell
 from tests.evaluation.example import EACH, PROMPTS, example_comparison, make_example
 
 
@@ -54,7 +55,9 @@ def test_all_that_drifts_in_a_column_is_one_line(result):
     for sign, factor in (("saturation", 2), ("contrast", 0.5)):
         value = result.figures["base"].by_key[sign].value
         change = (factor - 1) * value
-        changed[sign] = Figure(factor * value, difference=change, difference_low=change, difference_high=change)
+        changed[sign] = Figure(
+            factor * value, difference=change, difference_low=change - 0.01, difference_high=change + 0.01
+        )
     figures = {**result.figures, "tuned": Figures(changed)}
     said = [line for line in warnings(figures, "base", ["toy"], ["toy"], 50) if line.startswith("tuned: as a multiple")]
     assert len(said) == 1
@@ -100,6 +103,39 @@ def test_a_reward_that_says_nothing_is_said(example):
     got = compare(galleries, items, silent, ["toy"], "toy")
     assert got.figures["tuned"].reward("mute").why == "nothing to say about these prompts"
     assert got.fronts["mute"] == []
+
+
+@pytest.mark.parametrize("prompts", [1, 2, len(PROMPTS)])
+def test_a_copy_of_the_base_is_said_to_be_one_and_nothing_differs(example, prompts):
+    galleries, items, measured = example
+    base = galleries[0]
+    seen = _first(measured[base.name], prompts * EACH)
+    columns = [replace(g, files=base.files[: prompts * EACH]) for g in galleries[:2]]
+    got = compare(columns, items[: prompts * EACH], {g.name: seen for g in columns}, ["toy"], "toy_oracle")
+    assert got.warnings[0] == "tuned: identical pictures, those of base: there is no difference."
+    assert all("tuned" not in warning for warning in got.warnings[1:])
+    assert not any(figure.direction for figure in got.figures["tuned"].by_key.values())
+    assert not any("*" in cell(got.figures["tuned"][metric], metric.digits) for metric in got.metrics)
+    assert got.recommendation.column is None
+    assert "nan" not in " ".join([*got.warnings, got.recommendation.why])
+
+
+@pytest.mark.parametrize("shift", [1.0, -1.0, 1e-9])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_differences_that_are_all_equal_or_of_one_prompt_are_not_certain(example, shift, prompts):
+    galleries, items, measured = example
+    count = prompts * EACH
+    base = _first(measured["base"], count)
+    moved = replace(base, scores={name: scores + shift for name, scores in base.scores.items()})
+    columns = [replace(g, files=g.files[:count]) for g in galleries[:2]]
+    got = compare(columns, items[:count], {"base": base, "tuned": moved}, ["toy"], "toy")
+    assert got.figures["tuned"].reward("toy").difference == pytest.approx(shift)
+    assert not any("*" in cell(got.figures["tuned"][metric], metric.digits) for metric in got.metrics)
+    assert not any("hacking" in warning for warning in got.warnings)
+    assert "nan" not in got.recommendation.why
+    if got.recommendation.column is not None:
+        assert "(no interval)" in got.recommendation.why
+        assert "not certain" in got.recommendation.why
 
 
 def test_distances_see_what_was_lost(result):

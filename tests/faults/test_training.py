@@ -20,9 +20,10 @@ import torch
 from safetensors.torch import load_file
 
 import draftcli
+from draftcli.changes import MAY_CHANGE, MAY_CHANGE_SECTIONS
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
-from draftcli.runs import MAY_CHANGE, MAY_CHANGE_SECTIONS, Run
+from draftcli.runs import Run
 from draftcli.training import checkpoint, session, stop
 from draftcli.training.step import Trainer
 from draftcli.training.validation import Validation
@@ -292,7 +293,7 @@ def test_a_second_process_is_refused_and_the_first_may_die(tiny_sdxl, monkeypatc
 
         def call(self, images, prompts):
             calls.append(1)
-            if len(calls) == 3:
+            if len(calls) == 4:  # the first is before the training, about grey pictures
                 os.kill(os.getpid(), signal.SIGSTOP)
             return plain(self, images, prompts)
 
@@ -317,9 +318,9 @@ def signal_at(monkeypatch, call: int, number: int) -> None:
     calls, plain = [], Red.__call__
 
     def signalling(self, images, prompts):
-        calls.append(1)
-        if len(calls) == call:
+        if len(calls) == call:  # number 0 is before the training, about grey pictures
             os.kill(os.getpid(), number)
+        calls.append(1)
         return plain(self, images, prompts)
 
     monkeypatch.setattr(Red, "__call__", signalling)
@@ -357,15 +358,15 @@ def test_a_scheduler_has_its_checkpoint_within_30_seconds(tiny_sdxl, monkeypatch
 
     def slow(self, images, prompts):
         calls.append(time.monotonic())
-        if len(calls) == 62:
+        if len(calls) == 63:  # the first is before the training, about grey pictures
             os.kill(os.getpid(), signal.SIGTERM)
-        if len(calls) >= 62:
+        if len(calls) >= 63:
             time.sleep(1)
         return plain(self, images, prompts)
 
     monkeypatch.setattr(Red, "__call__", slow)
     result = train(preset, "run", code=130)
-    assert time.monotonic() - calls[61] < 30
+    assert time.monotonic() - calls[62] < 30
     assert "stopped after step 1, saved" in result.out
     assert Path("run/step-000001").is_dir()
 

@@ -28,6 +28,8 @@ HISTORY = [at(0, 0.5, 1.0), at(1, 1.0, 1.2), at(2, 0.99, 1.3)]
         (at(3, held_out=math.nan, trained=1.5), False),
         (at(3, held_out=0.7, trained=math.nan), False),
         (at(3, held_out=0.7, trained=1.5, width=math.nan), False),  # one prompt has no interval
+        (at(3, held_out=0.7, trained=1.5, width=0.0), False),  # nor have differences that are all equal
+        (at(3, held_out=math.nextafter(1, 0), trained=1.5, width=0.0), False),  # least of all by rounding
     ],
 )
 def test_a_held_out_reward_falls_while_a_trained_one_rises(now: Standing, is_hacking: bool) -> None:
@@ -50,7 +52,11 @@ def test_a_first_validation_has_nothing_to_fall_from() -> None:
 
 def test_without_a_held_out_reward_the_reward_of_the_training_steps_is_what_rises() -> None:
     lines = [
-        {"step": step, "rewards": {"trained": {"tuned": mean, "low": mean, "high": mean}}, "training_reward": training}
+        {
+            "step": step,
+            "rewards": {"trained": {"tuned": mean, "low": mean - 0.1, "high": mean + 0.1}},
+            "training_reward": training,
+        }
         for step, mean, training in ((1, 1.0, 1.0), (2, 0.5, 2.0))
     ]
     warning = training_warning(lines, ["trained"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from draftcli.metrics.statistics import estimate, paired, win_rate
+from draftcli.metrics.statistics import direction, estimate, paired, win_rate
 
 
 def test_mean_and_median_leave_out_nan():
@@ -43,3 +43,15 @@ def test_paired_by_prompt():
 def test_ties_are_half_a_win():
     assert win_rate([0, 0, 0, 0], [1, 0, -1, 2]).mean == 0.625
     assert win_rate([0, np.nan], [1, 1]).n == 1
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.1, 0.2, 1), (-0.2, -0.1, -1), (-0.1, 0.2, 0), (0.0, 0.2, 0), (np.nan, np.nan, 0), (0.1, np.nan, 0),
+        (np.nan, -0.1, 0), (None, None, 0), (0.1, 0.1, 0), (-0.3, -0.3, 0), (0.0, 0.0, 0), (0.1, 0.1 + 1e-16, 0),
+        (1.0, np.inf, 0),
+    ],
+)  # fmt: skip
+def test_without_an_interval_nothing_differs(low, high, expected):
+    assert direction(low, high) == expected

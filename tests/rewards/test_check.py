@@ -66,11 +66,6 @@ class Restless(Mean):
         return super().__call__(images, prompts) + 0.1 * torch.rand(len(prompts))
 
 
-class Whole(Mean):
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return images.mean()
-
-
 class Infinite(Mean):
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return super().__call__(images, prompts) / 0
@@ -97,7 +92,7 @@ class Network(nn.Module):
     [
         (Blocked(), "gradient", "blocked"), (Zero(), "gradient", "zero"), (Nan(), "gradient", "not finite"),
         (Wrong(), "slope", "finite differences"), (Centred(), "batch", "alone and among others"),
-        (Restless(), "determinism", "twice"), (Whole(), "range", "one score each"), (Infinite(), "range", "inf"),
+        (Restless(), "determinism", "twice"), (Infinite(), "range", "inf"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_found_and_named(reward: Reward, what: str, words: str) -> None:

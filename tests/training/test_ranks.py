@@ -67,13 +67,16 @@ def fail():
 
 
 def in_call(here: bool, number: int | None, act) -> None:
-    """In this process, `act` in the reward's call `number`, counted from 1; None: in every one."""
+    """In this process, `act` in the reward's call `number`, counted from 1; None: in every one.
+
+    The call before the training, about grey pictures, is number 0.
+    """
     calls, plain = [], Red.__call__
 
     def call(self, images, prompts):
-        calls.append(1)
         if here and number in (None, len(calls)):
             act()
+        calls.append(1)
         return plain(self, images, prompts)
 
     Red.__call__ = call
@@ -269,7 +272,7 @@ import os, signal
 from tests.example_rewards import Red
 
 class Once(Red):
-    calls = 0
+    calls = -1  # the first is before the training, about grey pictures
     def __call__(self, images, prompts):
         Once.calls += 1
         if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and Once.calls == 3:

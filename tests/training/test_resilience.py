@@ -56,13 +56,13 @@ def test_killed_inside_saving_equals_undisturbed(tiny_sdxl, where):
 
 
 def at_call(monkeypatch, wanted: Callable[[int], bool], spoil: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let the reward `red` return `spoil(score)` at the calls that are `wanted`, counted from 1."""
+    """Let the reward `red` return `spoil(score)` at the calls that are `wanted`, from 1; 0 is about grey pictures."""
     calls, plain = [], Red.__call__
 
     def call(self, images, prompts):
-        calls.append(1)
         score = plain(self, images, prompts)
-        return spoil(score) if wanted(len(calls)) else score
+        calls.append(1)
+        return spoil(score) if wanted(len(calls) - 1) else score
 
     monkeypatch.setattr(Red, "__call__", call)
 

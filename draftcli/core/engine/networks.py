@@ -228,7 +228,15 @@ class PlacedNetworks:
 
         Args:
             reward: a callable; where it consists of several they are in its `rewards`, by name.
+
+        Raises:
+            InputError: it is a class, or cannot be called.
         """
+        if isinstance(reward, type) or not callable(reward):
+            raise InputError(
+                f"model.reward_model = {reward!r}: expected what is called as reward(images, prompts); "
+                "draftcli.get_reward_model takes names, classes and factories too"
+            )
         if self.cfg.sharding.offload:
             judges = getattr(reward, "rewards", {"": reward}).values()
             self.residency.add(JUDGES, (judge for judge in judges if isinstance(judge, nn.Module)))
