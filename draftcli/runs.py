@@ -46,7 +46,8 @@ class ValidationLine(TypedDict):
     rewards: dict[str, dict[str, float]]
     """Figures by reward, trained and held-out ones."""
     diversity: dict[str, float]
-    """Figures of the mean distance of two pictures."""
+    """Figures of the mean distance of two pictures in pixels; also kept, kept_low and kept_high, as a share of the
+    base's."""
     score: NotRequired[float]
     """How good the network is, by one number: what the best checkpoint is chosen by."""
     training_reward: NotRequired[float | None]

@@ -18,7 +18,7 @@ from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.errors import InputError, warn
 from draftcli.evaluation.compare import ColumnComparison, compare
-from draftcli.evaluation.features import load_features
+from draftcli.evaluation.features import choose_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
 from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries, read_picture
@@ -26,7 +26,6 @@ from draftcli.evaluation.report import About
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
 from draftcli.rewards import check_names
-from draftcli.rewards.catalogue import features_for
 from draftcli.rewards.first_call import ask_once
 from draftcli.rewards.registry import load_from
 from draftcli.runs import disk_errors, write_aside
@@ -52,7 +51,7 @@ class Request:
         images: pictures per prompt.
         seed: of a prompt's first picture; None: the first run's.
         rewards: judges beside those of the runs, all held out.
-        features: of diversity; None: those of a reward made for the first run's model, else `clip`.
+        features: of diversity; None: see `choose_features`.
         judge: reward of the Pareto front; None: the first held-out one.
         prefer: 1 wants the reward alone, 0 diversity alone.
         overrides: KEY=VALUE over the first run's settings.
@@ -77,9 +76,10 @@ class Request:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The comparison, and the files that were written, by what they are."""
+    """The comparison, the features of its diversity, and the files that were written, by what they are."""
 
     comparison: ColumnComparison
+    features: str
     written: dict[str, Path]
 
 
@@ -98,13 +98,12 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
     sources, folders = _find(request)
     rewards, trained = _rewards(request, sources)
     judge = request.judge or next((r for r in rewards if r not in trained), next(iter(rewards)))
-    features = request.features or features_for(sources[0].cfg.model.pretrained if sources else "")
     output = request.output or (sources[0].folder if sources else Path()) / "eval"
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
         for text in dict.fromkeys(text for source in sources for text in source.warnings) if ranks.is_main else ():
             warn(text)
-        judges = load_judges(rewards, features, sources)
+        judges = load_judges(rewards, request.features, sources)
         pictures = _plan(request, sources)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
@@ -119,10 +118,11 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         measured = _measure(galleries, items, judges, output / "measured", ranks, console)
         if not ranks.is_main:
             return None
-        comparison = compare(galleries, items, measured, trained, judge, request.prefer)
+        comparison = compare(galleries, items, measured, trained, judge, request.prefer, judges.features.caution)
         settings = _settings(request, sources, items, judges, trained)
-        about = About(f"{labels[0]}: what the tuning bought and what it cost", settings)
-        return EvaluationResult(comparison, write_outputs(output, comparison, about, items, measured))
+        about = About(_title(labels[0], judges), settings)
+        written = write_outputs(output, comparison, about, items, measured)
+        return EvaluationResult(comparison, judges.features.name, written)
 
 
 def parse_scales(texts: Sequence[str]) -> list[float]:
@@ -176,8 +176,10 @@ def _rewards(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[s
     return rewards, trained
 
 
-def load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[DrawingSource]) -> Judges:
-    """Every reward with its settings, and the features, on the device of the first run.
+def load_judges(rewards: dict[str, RewardSource], features: str | None, sources: Sequence[DrawingSource]) -> Judges:
+    """Every reward with its settings, and the features (None: the default), on the device of the first run.
+
+    Where there are only folders, any reward may have been trained on.
 
     Raises:
         InputError: one is unknown, or its weights cannot be loaded.
@@ -190,7 +192,17 @@ def load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequen
     settings = [
         f"{name} {setting.model_dump(include=set(RewardSource.model_fields))}" for name, setting in rewards.items()
     ]
-    return Judges(loaded, load_features(features).to(device), device, tuple(settings))
+    model = sources[0].cfg.model.pretrained if sources else ""
+    trained = {name for source in sources for name in source.cfg.rewards} if sources else set(rewards)
+    chosen = choose_features(features, model, loaded, sorted(trained))
+    return Judges(loaded, chosen.to(device), device, tuple(settings))
+
+
+def _title(label: str, judges: Judges) -> str:
+    """The report's headline, which says so where diversity is measured in what was trained on."""
+    title = f"{label}: what the tuning bought and what it cost"
+    shared = " and ".join(judges.features.trained_on)
+    return f"{title} (diversity in features of {shared}, which was or may have been trained on)" if shared else title
 
 
 def _plan(request: Request, sources: Sequence[DrawingSource]) -> list[Picture]:

@@ -35,7 +35,7 @@ from draftcli.training.log import RunLog
 from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
 from draftcli.training.prompt_sets import PromptSets, read_prompt_sets
-from draftcli.training.result import validation_in_words
+from draftcli.training.result import diversity_warning, validation_in_words
 from draftcli.training.step import Trainer, why_skipped
 from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
 from draftcli.training.trackers import Trackers, check_trackers
@@ -119,8 +119,9 @@ class Session:
                 self.log.validation(result, sheet)
                 self.live.print(validation_in_words(result))
                 self.live.validated(time.monotonic() - began)
-                if (warning := training_warning(self.run.validations(), list(weights))) is not None:
-                    self._warn(warning)
+                for warning in (training_warning(self.run.validations(), list(weights)), diversity_warning(result)):
+                    if warning is not None:
+                        self._warn(warning)
         return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
 
     def save(self, step: int) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from draftcli.config import ModelConfig
 from draftcli.core.guidance import Prediction
+from draftcli.core.models.built_in import BUILT_IN
 from draftcli.core.models.family import Family, Parts, find_family
 from draftcli.core.models.fields import FIELDS, check_fields
 from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
@@ -25,13 +26,10 @@ from draftcli.core.models.weight_files import ensure_loaded, weight_files
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
 
-# Models that ship with the package, by name: each is a diffusers folder like any other.
-BUILT_IN = {"toy": Path(__file__).parents[2] / "toy" / "weights" / "model"}
-
 
 def model_path(pretrained: str) -> str:
     """The folder of a built-in model, else `pretrained` itself."""
-    return str(BUILT_IN.get(pretrained, pretrained))
+    return str(BUILT_IN[pretrained].folder) if pretrained in BUILT_IN else pretrained
 
 
 def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: bool = False) -> Parts:
