@@ -16,6 +16,7 @@ from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
+from draftcli.core.models.built_in import unread_prompts
 from draftcli.errors import InputError, warn
 from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.features import choose_features
@@ -105,6 +106,7 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
             warn(text)
         judges = load_judges(rewards, request.features, sources)
         pictures = _plan(request, sources)
+        _warn_of_unread_prompts(sources, pictures, ranks)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
         labels = _labels((named or [Path(source.name) for source in sources]) + folders)
@@ -219,6 +221,13 @@ def _plan(request: Request, sources: Sequence[DrawingSource]) -> list[Picture]:
     once = {prompt.text: prompt for prompt in reversed(prompts)}  # the same prompt twice is one prompt
     seed = cfg.trainer.seed if request.seed is None else request.seed
     return plan(list(reversed(once.values())), request.images, seed, (cfg.sampling.height, cfg.sampling.width))
+
+
+def _warn_of_unread_prompts(sources: Sequence[DrawingSource], pictures: Sequence[Picture], ranks: Ranks) -> None:
+    texts = list(dict.fromkeys(picture.prompt.text for picture in pictures))
+    for name in dict.fromkeys(source.cfg.model.pretrained for source in sources) if ranks.is_main else ():
+        if (text := unread_prompts(name, texts)) is not None:
+            warn(text)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

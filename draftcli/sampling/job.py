@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
+from draftcli.core.models.built_in import unread_prompts
 from draftcli.errors import InputError, Interrupted
 from draftcli.pictures import open_picture
 from draftcli.prompts import Prompt, read_prompts
@@ -98,6 +99,8 @@ def run(job: Job, console: Console) -> DrawingResult:
     if job.stochastic and not any(column.stochastic for column in columns):
         warnings.append("--stochastic has no effect on base and tuned, which ask one network anyway")
     prompts = _prompts(job)
+    unread = unread_prompts(job.source.cfg.model.pretrained, (prompt.text for prompt in prompts))
+    warnings += [] if unread is None else [unread]
     folder = job.output or job.source.folder / job.name
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main

@@ -20,6 +20,7 @@ from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.gradient.mode import make_mode
+from draftcli.core.models.built_in import unread_prompts
 from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn
@@ -207,6 +208,7 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Itera
             check_names([*cfg.rewards, *cfg.held_out_rewards])
             if ranks.is_main:
                 check_trackers(cfg.logging)
+                _warn_of_unread_prompts(cfg, prompts)
         run = Run(folder)
         check_alike(cfg, prompts, ranks)
         with ranks.all_or_none():
@@ -320,6 +322,12 @@ def _warn_of_idle_settings(cfg: Config, trainer: Trainer) -> None:
             f"optim.name adamw8bit has no effect: no trained tensor has {SMALLEST:,} elements or more, and moments of "
             "smaller ones stay in float32"
         )
+
+
+def _warn_of_unread_prompts(cfg: Config, prompts: PromptSets) -> None:
+    for setting, some in (("data.prompts", prompts.training), ("data.validation_prompts", prompts.validation)):
+        if (text := unread_prompts(cfg.model.pretrained, (prompt.text for prompt in some))) is not None:
+            warn(f"{setting}: {text}")
 
 
 def _warn_of_long_prompts(prompts: PromptSets, model: SDXLDRaFTPModel) -> None:
