@@ -28,7 +28,7 @@ from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import past_the_limit
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
 from draftcli.rewards.first_call import ask_once
-from draftcli.runs import Run, ValidationLine
+from draftcli.runs import Opening, Run, ValidationLine
 from draftcli.training.checkpoint import load_newest, save_checkpoint
 from draftcli.training.final import write_final
 from draftcli.training.live import LiveView
@@ -189,9 +189,26 @@ class Session:
             warn(text)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose settings, prompts and folder are in order, before anything is loaded.
+
+    Attributes:
+        run: its folder.
+        prompts: to train on and to validate with.
+        opening: what the folder is to be opened with; for the main process alone.
+    """
+
+    run: Run
+    prompts: PromptSets
+    opening: Opening | None
+
+
 @contextmanager
-def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Iterator[tuple[Run, PromptSets]]:
+def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Iterator[Prepared]:
     """Check what can be checked before anything large is loaded, and lock the run's folder (collective).
+
+    Nothing is written to it yet: where loading fails, nothing is left behind.
 
     Raises:
         InputError: settings, prompts or folder are wrong, or another process is writing there.
@@ -209,25 +226,26 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Itera
             if ranks.is_main:
                 check_trackers(cfg.logging)
                 _warn_of_unread_prompts(cfg, prompts)
-        run = Run(folder)
+        run, opening = Run(folder), None
         check_alike(cfg, prompts, ranks)
         with ranks.all_or_none():
             if ranks.is_main:
                 stack.enter_context(run.locked())
-                for change in run.open(cfg):
-                    console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
+                opening = run.check(cfg)
         check_shared(run, ranks)
-        yield run, prompts
+        yield Prepared(run, prompts, opening)
 
 
 @contextmanager
-def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, console: Console) -> Iterator[Session]:
-    """Load everything, resume from the newest checkpoint, and open the log, the view and the signals (collective).
+def open_session(cfg: Config, prepared: Prepared, ranks: Ranks, console: Console) -> Iterator[Session]:
+    """Load everything, resume from the newest checkpoint, make the run's files, and open the log, the view and the
+    signals (collective).
 
     Raises:
         InputError: the model or a reward cannot be loaded, or the run is past trainer.max_steps.
         DraftpError: all checkpoints are damaged, or the disk refuses.
     """
+    run, prompts = prepared.run, prepared.prompts
     ranks.heartbeat("loading the networks")
     with ranks.all_or_none():
         rewards = get_reward_model(cfg)  # before the large model, so that mistakes show early
@@ -251,6 +269,8 @@ def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, conso
         if ranks.is_main:
             _warn_of_idle_settings(cfg, trainer)
         first = resume(cfg, run, prompts, trainer, console)
+        for change in run.begin(prepared.opening) if prepared.opening else ():
+            console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
         trackers = Trackers(run, cfg.logging, first)
         past = [line["reward"] for line in run.steps() if isinstance(line.get("reward"), float)]
         every = cfg.trainer.val_check_interval if validation else 0

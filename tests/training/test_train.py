@@ -47,8 +47,13 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     )
     result = train(preset, "run", "--set", "trainer.val_check_interval=2")
     run = Path("run")
-    folders = {".lock", "samples", "tensorboard", "step-000002", "step-000004", "final"}
-    assert {p.name for p in run.iterdir()} == folders | {"config.yaml", "metrics.jsonl", "validation.jsonl"}
+    folders = {".lock", "contents.json", "samples", "tensorboard", "step-000002", "step-000004", "final"}
+    assert {p.name for p in run.iterdir()} == folders | {
+        "config.yaml",
+        "contents.json",
+        "metrics.jsonl",
+        "validation.jsonl",
+    }
     steps = lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
     wanted = {"step", "loss", "reward", "kl_penalty", "grad_norm", "lr", "seconds", "images_per_second", "memory_gib"}
