@@ -52,6 +52,7 @@ CORE_LAYERS = {
         "denoise",
         "guidance",
         "annealing",
+        "weighings",
         "networks",
         "penalty",
         "backward",

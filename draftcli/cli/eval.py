@@ -87,11 +87,7 @@ def evaluate(
 
     `draftp eval pictures/base pictures/theirs --reward pickscore`
     """
-    from draftcli.cli.console import open_console
-
-    console = open_console(quiet, debug)
-    from draftcli.evaluation.evaluate import DEFAULT_WEIGHTS, Request, parse_scales
-    from draftcli.evaluation.evaluate import evaluate as run_evaluation
+    from draftcli.evaluation.request import DEFAULT_WEIGHTS, Request, check_request, parse_scales
 
     request = Request(
         names=names or (),
@@ -108,6 +104,11 @@ def evaluate(
         batch_size=batch_size,
         output=output,
     )
+    check_request(request)
+    from draftcli.cli.console import open_console
+    from draftcli.evaluation.evaluate import evaluate as run_evaluation
+
+    console = open_console(quiet, debug)
     result = run_evaluation(request, console)
     if result is not None:  # None in all processes but the main one
         _print_result(result, console)

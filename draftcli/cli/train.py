@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -87,6 +88,11 @@ def train(
         values["rewards"] = dict(map(parse_reward, reward))
     recipe = preset or DEFAULT_PRESET
     cfg = load_config(recipe, override or [], values)
+    folder = output or Path("runs") / Path(recipe).stem
+    if "RANK" not in os.environ:  # of several processes, open_run lets one speak for all
+        from draftcli.training.starting import check_start
+
+        check_start(cfg, folder)
     from draftcli.training.launch import this_process
 
     process = this_process(processes)
@@ -105,7 +111,6 @@ def train(
         return
     from draftcli.training.loop import train as run_training
 
-    folder = output or Path("runs") / Path(recipe).stem
     if preset is None:
         console.print(f"preset {recipe}, as no --preset was given", highlight=False)
     console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps", highlight=False)

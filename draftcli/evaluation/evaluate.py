@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
-from draftcli.core.models.built_in import unread_prompts
+from draftcli.core.models.places import unread_prompts
 from draftcli.errors import InputError, warn
 from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.features import choose_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
-from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries, read_picture
+from draftcli.evaluation.pictures import Gallery, Item, folder_gallery, items_of, read_entries, read_picture
 from draftcli.evaluation.report import About
+from draftcli.evaluation.request import Request, check_request, find_compared, find_judges
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
-from draftcli.rewards import check_names
 from draftcli.rewards.first_call import ask_once
 from draftcli.rewards.registry import load_from
 from draftcli.runs import disk_errors, write_aside
@@ -35,44 +34,7 @@ from draftcli.sampling.files import write_pictures
 from draftcli.sampling.job import progress_bar
 from draftcli.sampling.load import load_source
 from draftcli.sampling.loras import NamedLora, named_loras
-from draftcli.sampling.source import DrawingSource, find_source
-
-DEFAULT_WEIGHTS = ("linear",)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be compared, and by which judges.
-
-    Attributes:
-        names: runs, checkpoints of runs and folders of pictures; empty: the newest run. The first is the base's.
-        weights: annealing weights, a column each for every run; base and tuned are always there.
-        scales: scales of the LoRA, a column each for every run.
-        prompts: a file, built-in set or dataset; None: the first run's validation prompts.
-        images: pictures per prompt.
-        seed: of a prompt's first picture; None: the first run's.
-        rewards: judges beside those of the runs, all held out.
-        features: of diversity; None: see `choose_features`.
-        judge: reward of the Pareto front; None: the first held-out one.
-        prefer: 1 wants the reward alone, 0 diversity alone.
-        overrides: KEY=VALUE over the first run's settings.
-        batch_size: pictures drawn together; None: by their size.
-        output: folder; None: eval/ in the first run's.
-    """
-
-    names: Sequence[str] = ()
-    weights: Sequence[str] = DEFAULT_WEIGHTS
-    scales: Sequence[float] = ()
-    prompts: str | None = None
-    images: int = 4
-    seed: int | None = None
-    rewards: Sequence[str] = ()
-    features: str | None = None
-    judge: str | None = None
-    prefer: float = 0.5
-    overrides: Sequence[str] = ()
-    batch_size: int | None = None
-    output: Path | None = None
+from draftcli.sampling.source import DrawingSource
 
 
 @dataclass(frozen=True)
@@ -94,10 +56,9 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         InputError: what was asked for does not exist or cannot be combined.
         DraftpError: the disk refuses.
     """
-    for kind in request.weights:
-        Column.of(kind)  # a wrong one is refused before anything is loaded
-    sources, folders = _find(request)
-    rewards, trained = _rewards(request, sources)
+    check_request(request)  # what is wrong is refused before anything is loaded
+    sources, folders = find_compared(request)
+    rewards, trained = find_judges(request, sources)
     judge = request.judge or next((r for r in rewards if r not in trained), next(iter(rewards)))
     output = request.output or (sources[0].folder if sources else Path()) / "eval"
     with open_ranks() as ranks:
@@ -125,57 +86,6 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         about = About(_title(labels[0], judges), settings)
         written = write_outputs(output, comparison, about, items, measured)
         return EvaluationResult(comparison, judges.features.name, written)
-
-
-def parse_scales(texts: Sequence[str]) -> list[float]:
-    """Scales of a LoRA, as on the command line.
-
-    Raises:
-        InputError: one is not a number.
-    """
-    try:
-        scales = [float(text) for text in texts]
-        if all(map(math.isfinite, scales)):
-            return scales
-    except ValueError:
-        pass
-    raise InputError(f"--lora-scale {','.join(texts)}: expected numbers, such as --lora-scale 0.5,0.75")
-
-
-def _find(request: Request) -> tuple[list[DrawingSource], list[Path]]:
-    """The runs, all with the first one's sampling, and the folders of pictures."""
-    folders = [Path(name) for name in request.names if (Path(name) / INDEX).is_file()]
-    names: list[str | None] = [name for name in request.names if Path(name) not in folders]
-    if not names and not folders:
-        names = [None]
-    if not names and request.scales:
-        raise InputError("--lora-scale: only folders of pictures were named, so nothing can be drawn; name a run too")
-    if not names and len(folders) == 1:
-        raise InputError(f"{folders[0]} alone is nothing to compare; name a second folder or a run")
-    sources: list[DrawingSource] = []
-    for name in names:
-        sampling = {"sampling": sources[0].cfg.sampling.model_dump()} if sources else {}
-        source = find_source(name, None, (), () if sources else request.overrides, sampling)
-        if request.scales and not source.loras:
-            raise InputError(f"--lora-scale: {source.name} was trained in full and has no LoRA to scale")
-        sources.append(source)
-    return sources, folders
-
-
-def _rewards(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[str, RewardSource], list[str]]:
-    """Every judge with its settings, and the names of those that were trained on."""
-    rewards: dict[str, RewardSource] = {}
-    for source in sources:
-        rewards |= source.cfg.rewards
-    trained = list(rewards)
-    for held_out in (*(source.cfg.held_out_rewards for source in sources), dict.fromkeys(request.rewards)):
-        rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
-    if not rewards:
-        raise InputError("nobody judges: folders of pictures know no reward, so name one, such as --reward pickscore")
-    check_names(list(rewards))
-    if request.judge is not None and request.judge not in rewards:
-        raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")
-    return rewards, trained
 
 
 def load_judges(rewards: dict[str, RewardSource], features: str | None, sources: Sequence[DrawingSource]) -> Judges:

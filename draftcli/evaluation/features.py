@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from draftcli.core.models.built_in import BUILT_IN
+from draftcli.core.models.places import BUILT_IN
 from draftcli.errors import InputError
 from draftcli.rewards import Reward, load_reward
 from draftcli.rewards.catalogue import same_network

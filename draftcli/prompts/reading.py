@@ -35,27 +35,40 @@ def read_prompts(source: str | Sequence[str], setting: str = "data.prompts") -> 
     """
     if not isinstance(source, str):
         return PromptList(Prompt(text) for text in source)
+    path, where = find_prompts(source, setting), f"{setting} {source}"
+    try:
+        prompts: PromptSequence = PromptFile(path, where) if path is not None else _dataset(source, where)
+    except OSError as error:
+        raise InputError(f"{where}: cannot be read ({error.strerror})") from None
+    if not prompts:
+        raise InputError(f"{where}: there is no prompt in it")
+    return prompts
+
+
+def find_prompts(source: str, setting: str = "data.prompts") -> Path | None:
+    """The file of prompts that `source` names; None for a dataset of the hub. It is not opened.
+
+    Raises:
+        InputError: there is no such file, or it is neither file, set nor dataset.
+    """
     path = built_in_sets().get(source, Path(source))
     where = f"{setting} {source}"
     if path.suffix in INDEXERS:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise InputError(f"{where}: not a file")
         try:
-            prompts: PromptSequence = PromptFile(path, where)
+            path.stat()
         except OSError as error:
             raise InputError(f"{where}: cannot be read ({error.strerror})") from None
         except ValueError:
             raise InputError(f"{setting} {source!r}: no file can have such a name") from None
-    elif re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?(@[\w.:%\[\]-]+)?", source) and not path.is_file():
-        prompts = _dataset(source, where)
-    else:
-        raise InputError(
-            f"{setting} {source!r}: expected a .txt, .jsonl or .tar file, a dataset's id (owner/name), or one of the "
-            f"sets {', '.join(built_in_sets())}"
-        )
-    if not prompts:
-        raise InputError(f"{where}: there is no prompt in it")
-    return prompts
+        if not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{where}: not a file")
+        return path
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?(@[\w.:%\[\]-]+)?", source) and not path.is_file():
+        return None
+    raise InputError(
+        f"{setting} {source!r}: expected a .txt, .jsonl or .tar file, a dataset's id (owner/name), or one of the "
+        f"sets {', '.join(built_in_sets())}"
+    )
 
 
 def _dataset(source: str, where: str) -> PromptSequence:

@@ -6,8 +6,12 @@ in float32.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+
+from draftcli.errors import InputError
 
 GROUP = "draftp.rewards"
 
@@ -101,6 +105,31 @@ def same_network(name: str, other: str) -> bool:
     """Whether two rewards are one, or stand on one network: what moves the score of one moves the features of both."""
     stand_on = [BUILT_IN_REWARDS[reward].stands_on for reward in (name, other) if reward in BUILT_IN_REWARDS]
     return name == other or (len(stand_on) == 2 and stand_on[0] == stand_on[1] != "")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise InputError where a reward's name leads nowhere, without loading any weights."""
+    for name in names:
+        reward_reference(name)
+
+
+def reward_reference(name: str) -> str:
+    """Where the reward called `name` is: `package.module:object` or `file.py:object`.
+
+    Raises:
+        InputError: nothing has that name.
+    """
+    if ":" in name:
+        return name
+    known = known_rewards()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise InputError(
+            f"unknown reward {name!r}{hint}; there are: {', '.join(sorted(known))}, or package.module:object, or "
+            "file.py:object"
+        )
+    return known[name]
 
 
 def plug_ins() -> dict[str, str]:

@@ -9,8 +9,8 @@ import yaml
 from draftcli import __version__
 from draftcli.config import Config
 from draftcli.core.gradient.mode import make_mode
-from draftcli.core.models.built_in import BUILT_IN
 from draftcli.core.models.family import find_family
+from draftcli.core.models.places import BUILT_IN
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 from draftcli.training.result import diversity_kept

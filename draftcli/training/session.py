@@ -20,7 +20,7 @@ from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.gradient.mode import make_mode
-from draftcli.core.models.built_in import unread_prompts
+from draftcli.core.models.places import unread_prompts
 from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from draftcli.core.models.built_in import BUILT_IN, unread_prompts
+from draftcli.core.models.places import BUILT_IN, unread_prompts
 from tests.command import draftp
 
 SHORT = [

@@ -1,4 +1,7 @@
-"""Models that ship with the package: where they are, and what their files don't say. Nothing here needs torch."""
+"""Where models are, and those that ship with the package, with what their files don't say.
+
+Nothing here needs torch, so that a wrong path costs no import of it.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from draftcli.config import ModelConfig
+from draftcli.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,36 @@ BUILT_IN = {
         elsewhere="sdxl-lora",
     )
 }
+
+
+def model_path(pretrained: str) -> str:
+    """The folder of a built-in model, else `pretrained` itself."""
+    return str(BUILT_IN[pretrained].folder) if pretrained in BUILT_IN else pretrained
+
+
+def is_single_file(source: str) -> bool:
+    """Whether a model is one file rather than a folder or a hub id."""
+    return source.endswith((".safetensors", ".ckpt"))
+
+
+def checked_file(path: str, setting: str) -> str:
+    """`path`, where a .safetensors is there; `setting` is what the user calls it.
+
+    Raises:
+        InputError: there is none, or it is pickled.
+    """
+    if path.endswith(".ckpt"):
+        raise InputError(f"{setting} {path}: .ckpt files can run code when opened; convert it to .safetensors")
+    if not Path(path).is_file():
+        raise InputError(f"{setting} {path}: there is no such file")
+    return path
+
+
+def check_model_files(cfg: ModelConfig) -> None:
+    """Raise InputError where a setting names a single file that is not there, or one that is pickled."""
+    for setting, source in (("model.pretrained", cfg.pretrained), ("model.vae", cfg.vae)):
+        if source and is_single_file(source):
+            checked_file(source, setting)
 
 
 def unread_prompts(pretrained: str, texts: Iterable[str]) -> str | None:
