@@ -106,9 +106,10 @@ def evaluate(
     )
     check_request(request)
     from draftcli.cli.console import open_console
-    from draftcli.evaluation.evaluate import evaluate as run_evaluation
 
     console = open_console(quiet, debug)
+    from draftcli.evaluation.evaluate import evaluate as run_evaluation
+
     result = run_evaluation(request, console)
     if result is not None:  # None in all processes but the main one
         _print_result(result, console)
