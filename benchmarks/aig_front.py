@@ -36,8 +36,7 @@ def train(folder: Path, steps: int) -> None:
 
 
 def evaluate(folder: Path, prompts: int, images: int, features: str) -> None:
-    from rich.console import Console
-
+    from draftcli.cli.console import literal_console
     from draftcli.evaluation.evaluate import Request
     from draftcli.evaluation.evaluate import evaluate as run_evaluation
     from draftcli.evaluation.plot import scatter
@@ -59,7 +58,7 @@ def evaluate(folder: Path, prompts: int, images: int, features: str) -> None:
         features=features,
         output=folder / "eval",
     )
-    result = run_evaluation(request, Console())
+    result = run_evaluation(request, literal_console())
     assert result is not None  # one process, so this is the main one
     for reward in result.comparison.rewards:
         path = folder / f"aig-front-{reward}.svg"

@@ -92,7 +92,7 @@ def main() -> None:
                 seconds, megabytes = cost(options, settings)
                 line = {"key": key, "value": value, "again": again, "seconds": seconds, "megabytes": megabytes}
                 figures.append(line)
-                console.print(f"{line} ({time.perf_counter() - began:.0f} s)", highlight=False)
+                console.print(f"{line} ({time.perf_counter() - began:.0f} s)")
     options.picture.with_suffix(".json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     draw(figures, [*sweeps], options.picture)
 

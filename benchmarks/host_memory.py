@@ -49,7 +49,7 @@ def write_model(folder: Path) -> None:
 
 def resident() -> dict[str, float]:
     """Bytes of this process in memory: its own, and those of files."""
-    lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
+    lines = (line.split() for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     found = {words[0]: float(words[1]) * 1024 for words in lines if words[0] in ("RssAnon:", "RssFile:")}
     return {"own": found["RssAnon:"], "mapped": found["RssFile:"]}
 
@@ -110,7 +110,7 @@ def one_process(rank: int, processes: int, folder: Path, case: str, port: int) -
                 pass
             model.configure_sharded_model()
         found = {"loaded": loaded, "peak": watch.peak}
-        (folder / f"{rank}.json").write_text(json.dumps(found))
+        (folder / f"{rank}.json").write_text(json.dumps(found), encoding="utf-8")
         with ranks.all_or_none():
             pass
 
@@ -127,7 +127,9 @@ def main() -> None:
         write_model(folder)
         for i, case in enumerate(CASES):
             start_processes(one_process, (options.processes, folder, case, 29600 + i), options.processes)
-            found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(options.processes)]
+            found = [
+                json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(options.processes)
+            ]
             first, others = found[:1], found[1:]
             columns = [(some, point, "own") for some in (first, others) for point in ("loaded", "peak")]
             columns.append((found, "peak", "mapped"))

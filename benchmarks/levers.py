@@ -143,7 +143,7 @@ def main() -> None:
         row = [lever, both, f"{plain.best:.2f}", f"{pulled.best:.2f}", f"{pulled.first:.1f}", *peaks]
         row += [f"{abs(pulled.loss - plain.loss):.0e}", f"{difference:.0e}"]
         table.add_row(*row)
-        console.print(" | ".join(row), highlight=False, soft_wrap=True)
+        console.print(" | ".join(row))
     console.print(table)
 
 

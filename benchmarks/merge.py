@@ -60,7 +60,7 @@ def watch(command: list[str]) -> int:
     """Run a command; the most kB it held at once besides pages of files, sampled ten times a second (Linux)."""
     most, process = 0, subprocess.Popen(command)
     while process.poll() is None:
-        found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())
+        found = re.search(r"RssAnon:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text(encoding="utf-8"))
         most = max(most, int(found[1]) if found else 0)
         time.sleep(0.1)
     if process.returncode:
@@ -81,7 +81,9 @@ def write_model(folder: Path) -> None:
         write_safetensors(folder / part / f"{WEIGHT_NAMES[part]}.safetensors", entries, {"format": "pt"})
     shutil.copyfile(SDXL_CONFIG / "model_index.json", folder / "model_index.json")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": "EulerDiscreteScheduler"}))
+    (folder / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "EulerDiscreteScheduler"}), encoding="utf-8"
+    )
     assert {path.name for path in folder.iterdir() if path.is_dir()} == {*PARTS, "scheduler"}
 
 

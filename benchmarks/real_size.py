@@ -8,7 +8,7 @@ with `sample` and `anneal`; and exports every format with `--verify forward`. Ea
 largest resident memory are written to FOLDER/results.json, beside what was seen; a stage that is done is not done
 again, so an interrupted run goes on where it was. `python benchmarks/real_size.py table FOLDER` prints the results.
 
-It needs 24 GiB of memory, about 30 GB of disk and about an hour on 2 cores.
+It needs 24 GiB of memory, 25 GB of disk and about an hour on 2 cores.
 """
 
 from __future__ import annotations

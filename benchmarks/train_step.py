@@ -214,7 +214,7 @@ def report(found: dict[str, dict[str, Any]], images: int, evaluations: float, ra
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"UNet evaluations an image, forward: {evaluations:g}", highlight=False)
+    console.print(f"UNet evaluations an image, forward: {evaluations:g}")
 
 
 def main(arguments: list[str] | None = None) -> float:
@@ -271,12 +271,14 @@ def main(arguments: list[str] | None = None) -> float:
         f"{difference:.1e} of their norm",
         highlight=False,
     )
-    console.print(folding_error(model), highlight=False)
+    console.print(folding_error(model))
     prefix = found["plain"]["phases"]["prefix"] / found["ours"]["phases"]["prefix"]
     ratio = found["plain"]["seconds"] / found["ours"]["seconds"]
     if options.json:
-        options.json.write_text(json.dumps({**found, "ratio": ratio, "prefix_ratio": prefix}, indent=1))
-    console.print(f"prefix ratio: {prefix:.2f}\nratio: {ratio:.2f}", highlight=False)
+        options.json.write_text(
+            json.dumps({**found, "ratio": ratio, "prefix_ratio": prefix}, indent=1), encoding="utf-8"
+        )
+    console.print(f"prefix ratio: {prefix:.2f}\nratio: {ratio:.2f}")
     return ratio
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 from meter import quiet_console
-from rich.console import Console
 
+from draftcli.cli.console import literal_console
 from draftcli.config import Config, load_config
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.prompts import read_prompts
@@ -48,7 +48,7 @@ def tune(cfg: Config) -> tuple[SDXLDRaFTPModel, float]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        train(cfg, run, Console(quiet=True))
+        train(cfg, run, literal_console(quiet=True))
         seconds = time.perf_counter() - began
         model = SDXLDRaFTPModel(cfg)
         load_weights(model, run / "final")
@@ -68,7 +68,7 @@ def main() -> None:
         if not columns:
             columns["base"] = measure(model, "base", options.images)
         columns[f"K = {k}"] = {**measure(model, "tuned", options.images), "seconds": seconds}
-        console.print(f"K = {k} is done", highlight=False)
+        console.print(f"K = {k} is done")
     print(f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
     for row in columns[f"K = {options.truncation_steps[0]}"]:
         cells = [f"{column[row]:.3f}" if row in column else "" for column in columns.values()]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcli.errors import DraftpError
+from draftcli.umask import follow_umask
 
 
 def beside(path: Path) -> Path:
@@ -26,6 +27,7 @@ def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
     aside = beside(path)
     try:
         write(aside)
+        follow_umask(aside)
         for made in [aside] if aside.is_file() else [*aside.rglob("*")]:
             if made.is_file():
                 with made.open("rb") as file:

@@ -8,7 +8,7 @@ runs/NAME/
     tensorboard/         the same figures, where logging.trackers has it
     samples/             base beside tuned, same seeds
     step-000200/         a checkpoint
-    final/               the LoRA as diffusers loads it, or the trained UNet
+    final/               the LoRA as diffusers loads it and as ComfyUI does, or the trained UNet
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from draftcli.disk import beside, disk_errors, lock_file, write_aside
 from draftcli.errors import InputError
 
 LOCK = ".lock"  # its text says who holds it, which is why this is not filelock's: that one empties the file
+STEP_FOLDER = r"step-([0-9]{1,18})"  # a checkpoint's name
 FINAL_STEP = "step.txt"  # in final/: the step that it is of, as a run can be taken further and killed again
 
 
@@ -90,13 +91,19 @@ class Run:
         self.final = folder / "final"
         self.base = self.samples / "base.safetensors"
 
+    @property
+    def kohya_file(self) -> Path:
+        """The LoRA by kohya's names: what it is called is what people see in their program's list."""
+        name = self.folder.resolve().name.encode()[:200].decode(errors="ignore")  # names end at 255 bytes
+        return self.final / f"{name}-kohya.safetensors"
+
     def step_folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is."""
         return self.folder / f"step-{step:06d}"
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, the newest first. Checkpoints in the making, and on their way out, have another name."""
-        named = ((re.fullmatch(r"step-([0-9]{1,18})", path.name), path) for path in self.folder.glob("step-*"))
+        named = ((re.fullmatch(STEP_FOLDER, path.name), path) for path in self.folder.glob("step-*"))
         return [path for _, path in sorted(((int(name[1]), path) for name, path in named if name), reverse=True)]
 
     def open(self, cfg: Config) -> list[str]:

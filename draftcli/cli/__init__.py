@@ -13,7 +13,8 @@ import typer
 
 from draftcli import __version__
 from draftcli.cli import anneal, doctor, eval, merge_lora, rewards, sample, train
-from draftcli.errors import DraftpError
+from draftcli.cli.console import escape_unencodable, literal_console
+from draftcli.errors import DraftpError, InputError
 
 app = typer.Typer(
     name="draftp",
@@ -36,14 +37,16 @@ app.add_typer(rewards.app, name="rewards")
 @app.callback(invoke_without_command=True)
 def _root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
     if version:
-        typer.echo(f"draftp {__version__}")
+        literal_console().print(f"draftp {__version__}")
         raise typer.Exit
 
 
 def main() -> None:
     """Entry point: our own errors become one line on stderr and an exit code; `--debug` shows where they come from."""
     debug = "--debug" in sys.argv[1:]
+    escape_unencodable()
     try:
+        _check_letters(sys.argv[1:])
         app()
     except BrokenPipeError:
         # `draftp ... | head`: nobody reads any more, so there is nobody to tell.
@@ -55,6 +58,16 @@ def main() -> None:
             raise
         print(f"draftp: {explained[0]}", file=sys.stderr)
         sys.exit(explained[1])
+
+
+def _check_letters(arguments: list[str]) -> None:
+    for text in arguments:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # bytes of another encoding, which safetensors opens no file by
+            raise InputError(
+                f"{text!a}: a name or text that is not UTF-8; rename the file, or set a locale of UTF-8"
+            ) from error
 
 
 def explain(error: BaseException) -> tuple[str, int] | None:

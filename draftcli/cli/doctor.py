@@ -34,27 +34,28 @@ def doctor(
 
     `draftp doctor --preset sdxl-lora --set model.vae_precision=fp16`
     """
-    from draftcli.cli.console import open_console
+    from draftcli.cli.console import busy, open_console
     from draftcli.config import load_config
 
     cfg = load_config(preset, override or [])
     console = open_console(False, debug)
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     from draftcli.planning.doctor import examine
 
-    with console.status("looking"):
+    with busy(console, "looking"):
         findings = list(examine(cfg, output))
     colours = {"ok": "green", "warning": "yellow", "failed": "red"}
     table = Table(box=None, show_header=False, pad_edge=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for finding in findings:
         if not quiet or finding.state != "ok":
-            state = f"[{colours[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.what, state, escape(finding.words))
+            table.add_row(finding.what, Text(finding.state, style=colours[finding.state]), finding.words)
     if table.row_count:
         console.print(table)
     failed = sum(finding.state == "failed" for finding in findings)
-    console.print(f"not healthy: {failed} failed" if failed else "healthy", highlight=False)
+    console.print(f"not healthy: {failed} failed" if failed else "healthy")
     if failed:
         raise typer.Exit(1)

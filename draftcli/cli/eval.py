@@ -128,18 +128,18 @@ def _print_result(result: EvaluationResult, console: Console) -> None:
     shown = [metric for metric in comparison.metrics if metric.group == "reward"]
     table = Table(box=None, pad_edge=False)
     for label in ("", *(metric.label for metric in shown), "diversity"):
-        table.add_column(label, justify="left" if label in ("", "diversity") else "right")
+        table.add_column(label, justify="left" if label in ("", "diversity") else "right", overflow="fold")
     for name, figures in comparison.figures.items():
         kept = figures.diversity.diversity_kept
         diversity = "100 %" if name == comparison.base else "-" if kept is None else kept.words
         table.add_row(name, *(cell(figures[metric], metric.digits) for metric in shown), diversity)
     console.print(table)
-    console.print(f"diversity in percent of {comparison.base}'s: 1 - cosine on {result.features}", highlight=False)
+    console.print(f"diversity in percent of {comparison.base}'s: 1 - cosine on {result.features}")
     trained = ", ".join(comparison.trained) or "none of these"
-    console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval", highlight=False)
+    console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval")
     for warning in comparison.warnings:
-        console.print(f"look out: {warning}", highlight=False)
+        console.print(f"look out: {warning}")
     recommended = comparison.recommendation
-    console.print(f"recommended: {recommended.column or 'nothing'}; {recommended.why}", highlight=False)
+    console.print(f"recommended: {recommended.column or 'nothing'}; {recommended.why}")
     for what, path in result.written.items():
-        console.print(f"{what:<8} {path}", highlight=False, soft_wrap=True)
+        console.print(f"{what:<8} {path}")

@@ -89,8 +89,8 @@ def merge_lora(
         console,
     )
     for line in result.lines:
-        console.print(line, highlight=False, soft_wrap=True)
-    console.print(f"report   {result.report}", highlight=False, soft_wrap=True)
-    console.print(f"written  {result.artefact}", highlight=False, soft_wrap=True)
+        console.print(line)
+    console.print(f"report   {result.report}")
+    console.print(f"written  {result.artefact}")
     if result.url:
-        console.print(f"uploaded {result.url}", highlight=False, soft_wrap=True)
+        console.print(f"uploaded {result.url}")

@@ -22,23 +22,25 @@ def list_rewards(
 
     `draftp rewards list --quiet`
     """
+    from draftcli.cli.console import literal_console
     from draftcli.rewards.catalogue import BUILT_IN_REWARDS, known_rewards, plug_ins
 
+    out = literal_console()
     if quiet:
-        typer.echo("\n".join(known_rewards()))
+        out.print("\n".join(known_rewards()))
         return
     for name, entry in BUILT_IN_REWARDS.items():
-        typer.echo(f"{name:<16}{entry.measures}")
+        out.print(f"{name:<16}{entry.measures}")
         facts = [f"sees {entry.sees}"]
         if entry.weights:
             facts.append(f"weights {entry.weights} ({entry.licence or 'licence not stated'})")
         if entry.parameters:
             facts.append(f"{entry.memory} in memory")
-        typer.echo(f"{'':<16}{'; '.join(facts)}")
+        out.print(f"{'':<16}{'; '.join(facts)}")
     for name, package in plug_ins().items():
-        typer.echo(f"{name:<16}plug-in of {package}")
-    typer.echo("Your own: package.module:object or file.py:object. `draftp rewards check NAME` looks at one.")
-    typer.echo("More: docs/rewards.md")
+        out.print(f"{name:<16}plug-in of {package}")
+    out.print("Your own: package.module:object or file.py:object. `draftp rewards check NAME` looks at one.")
+    out.print("More: docs/rewards.md")
 
 
 @app.command("check")
@@ -93,8 +95,8 @@ def check(
     if not quiet:
         for finding in verdict.findings:
             mark = {True: "ok", False: "BAD", None: ""}[finding.good]
-            console.print(f"{finding.what:<12} {mark:<4} {finding.words}", highlight=False, soft_wrap=True)
-    console.print(f"{name}: {verdict.words}", highlight=False, soft_wrap=True)
+            console.print(f"{finding.what:<12} {mark:<4} {finding.words}")
+    console.print(f"{name}: {verdict.words}")
     differentiable = getattr(reward, "differentiable", True)
     if not (verdict.trains or (verdict.judges and not differentiable)):
         raise typer.Exit(1)

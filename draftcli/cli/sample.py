@@ -194,9 +194,9 @@ def sample(options: DrawingOptions) -> None:
 def print_result(result: DrawingResult, console: Console) -> None:
     """What each column costs, what was done, and where it is."""
     for name, count in result.evaluations.items():
-        console.print(f"{name}: {count} UNet evaluations a picture", highlight=False, markup=False)
+        console.print(f"{name}: {count} UNet evaluations a picture")
     there = result.total - result.drawn
     drawn = f"{result.total} picture{'' if result.total == 1 else 's'}"
-    console.print(f"{drawn}{f', {there} of them there already' if there else ''}", highlight=False, markup=False)
+    console.print(f"{drawn}{f', {there} of them there already' if there else ''}")
     for what, path in result.written.items():
-        console.print(f"{what:<8} {path}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{what:<8} {path}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftcli.cli.console import open_console
+from draftcli.cli.console import busy, literal_console, open_console, quoted
 from draftcli.errors import warn
 
 if TYPE_CHECKING:
@@ -106,14 +106,15 @@ def train(
         with process.one_speaker():
             cfg = _fitted(cfg, fit, given, process.size, console)
     if dry_run:
-        typer.echo(dump_config(cfg))
-        _print_plan(cfg, process.size)
+        out = literal_console()
+        out.print(dump_config(cfg))
+        _print_plan(cfg, process.size, out)
         return
     from draftcli.training.loop import train as run_training
 
     if preset is None:
-        console.print(f"preset {recipe}, as no --preset was given", highlight=False)
-    console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps", highlight=False)
+        console.print(f"preset {recipe}, as no --preset was given")
+    console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps")
     _print_result(run_training(cfg, folder, console), folder, console)
 
 
@@ -136,14 +137,12 @@ def _warn(cfg: Config, processes: int, started: int) -> None:
 
 
 def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, console: Console) -> Config:
-    from rich.console import Console
-
     from draftcli.planning.fit import fit, parse_size
     from draftcli.planning.memory import GB, MemoryPlan, memory_plan
     from draftcli.planning.plan import configuration_folder
 
     bytes_there, folder, tried = parse_size(size), configuration_folder(cfg), 0
-    with Console(stderr=True, quiet=console.quiet).status("working out what fits") as status:
+    with busy(literal_console(stderr=True, quiet=console.quiet), "working out what fits") as status:
 
         def plan(some: Config) -> MemoryPlan:
             nonlocal tried
@@ -153,9 +152,10 @@ def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, console: 
 
         found = fit(cfg, bytes_there, plan, given, ranks)
     if not console.quiet:
-        typer.echo(f"fit {size}: needs {found.plan.needed / GB:.1f} GB")
+        out = literal_console()
+        out.print(f"fit {size}: needs {found.plan.needed / GB:.1f} GB")
         for choice in found.choices:
-            typer.echo(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.cost}")
+            out.print(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.cost}")
     return found.cfg
 
 
@@ -163,7 +163,7 @@ def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _print_plan(cfg: Config, ranks: int) -> None:
+def _print_plan(cfg: Config, ranks: int, console: Console) -> None:
     from draftcli.planning.memory import memory_lines
     from draftcli.planning.plan import make_plan
     from draftcli.prompts import read_prompts
@@ -190,25 +190,25 @@ def _print_plan(cfg: Config, ranks: int) -> None:
         ),
         f"the run      {cfg.trainer.max_steps} steps, {cfg.trainer.max_steps * plan.images:,} images",
     ]
-    typer.echo("\n".join(lines))
+    console.print("\n".join(lines))
     if sys.stderr.isatty():
-        typer.echo("memory is worked out now, on tensors without data: for SDXL some seconds", err=True)
-    typer.echo("\n".join(memory_lines(cfg, plan.folder, ranks)))
+        print("memory is worked out now, on tensors without data: for SDXL some seconds", file=sys.stderr)
+    console.print("\n".join(memory_lines(cfg, plan.folder, ranks)))
 
 
 def _print_result(result: TrainingResult, folder: Path, console: Console) -> None:
     from draftcli.training.live import duration
 
     if result.already_done:
-        console.print(f"{folder} is finished ({result.step} steps); raise trainer.max_steps to go on", highlight=False)
+        console.print(f"{folder} is finished ({result.step} steps); raise trainer.max_steps to go on")
     elif result.finished:
         skipped = f", {result.skipped} skipped" if result.skipped else ""
-        console.print(f"finished {result.step} steps{skipped} in {duration(result.seconds)}", highlight=False)
+        console.print(f"finished {result.step} steps{skipped} in {duration(result.seconds)}")
     for what, paths in result.written.items():
-        console.print(f"{what:<11} {' '.join(map(str, paths))}", highlight=False, soft_wrap=True)
+        console.print(f"{what:<11} {' '.join(map(str, paths))}")
     if result.interrupted:
         saved = f"stopped after step {result.step}, saved" if result.step else "stopped before the first step"
-        console.print(f"{saved}; the same command again goes on", highlight=False)
+        console.print(f"{saved}; the same command again goes on")
         raise typer.Exit(130)
     for label, command in zip(["next", *[""] * len(NEXT)], NEXT, strict=False):
-        console.print(f"{label:<11} {command.format(folder)}", highlight=False, soft_wrap=True)
+        console.print(f"{label:<11} {command.format(quoted(folder))}")

@@ -161,7 +161,7 @@ def _draw(
 ) -> list[Gallery]:
     """The columns of one run; the base is the first run's."""
     model = load_source(source)
-    console.print(f"{source.name} on {model.runtime.reason}", highlight=False)
+    console.print(f"{source.name} on {model.runtime.reason}")
     kinds = [*(["base"] if is_first else []), "tuned", *request.weights]
     columns = [*map(Column.of, kinds), *map(Column.scaled, request.scales)]
     columns = list({column.name: column for column in columns}.values())

@@ -222,10 +222,10 @@ def number(value: float, digits: int) -> str:
 
 
 def cell(figure: Figure, digits: int) -> str:
-    """A figure in few letters, for a terminal: with a star where it differs from the base beyond its interval."""
+    """A figure in few letters of ASCII, for any terminal; a star where it differs from the base beyond its interval."""
     if figure.value is None:
         return "-"
-    return number(figure.value, digits) + ("*" if figure.direction else " ")
+    return number(figure.value, digits).replace("−", "-") + ("*" if figure.direction else " ")
 
 
 def _page_data(

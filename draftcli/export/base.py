@@ -62,7 +62,7 @@ class Base:
     extra: dict[str, StoredTensor] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        """Shapes of the weights that a LoRA can change, by part and module: as core.lora.files.read_lora wants them."""
+        """Shapes of the weights that a LoRA can change, by part and module: what `read_lora` asks for."""
         return _layers({part: {key: t.shape for key, t in tensors.items()} for part, tensors in self.tensors.items()})
 
 

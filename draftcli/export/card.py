@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import huggingface_hub
@@ -62,14 +63,14 @@ def opening(kind: str, where: str, base: str) -> str:
     lines = [
         f"from diffusers import {pipeline}",
         "",
-        OUTPUT_FORMATS[kind].opening.format(where=where, pipeline=pipeline),
+        OUTPUT_FORMATS[kind].opening.format(where=json.dumps(where, ensure_ascii=False), pipeline=pipeline),
     ]
     if OUTPUT_FORMATS[kind].is_lora and base in BUILT_IN:
         lines.insert(1, "from draftcli.core.models.loading import model_path")
         lines.insert(3, f'pipe = {pipeline}.from_pretrained(model_path("{base}"))')
     elif OUTPUT_FORMATS[kind].is_lora:
         loader = "from_single_file" if base.endswith(".safetensors") else "from_pretrained"
-        lines.insert(2, f'pipe = {pipeline}.{loader}("{base}")')
+        lines.insert(2, f"pipe = {pipeline}.{loader}({json.dumps(base, ensure_ascii=False)})")
     return "\n".join(lines)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from draftcli.core.lora.files import Lora, Update
+from draftcli.errors import InputError
 from draftcli.export.base import Base
 from draftcli.export.inputs import Changes
 
@@ -37,7 +38,17 @@ class Loss:
 
 
 def combine(loras: Sequence[Lora]) -> Lora:
-    """One LoRA with exactly the sum of their effects: matrices side by side, ranks added up."""
+    """One LoRA with exactly the sum of their effects: matrices side by side, ranks added up.
+
+    Raises:
+        InputError: one of them has biases or DoRA magnitudes, which matrices cannot hold.
+    """
+    for lora in loras:
+        if odd := next((f"{part}.{module}" for part, module, u in lora.updates() if not u.is_plain), None):
+            raise InputError(
+                f"{lora.name} is more than the matrices of a LoRA: {odd} has a bias or a DoRA magnitude, which draftp "
+                "does not write into LoRA files; merge it into a model with --format diffusers or single-file"
+            )
     if len(loras) == 1:
         return loras[0]
     gathered: dict[str, dict[str, list[Update]]] = {}

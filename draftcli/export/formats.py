@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -20,22 +20,23 @@ from torch import Tensor
 
 from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.lora.files import Lora, Shapes
+from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.meta import PARTS
 from draftcli.core.models.weight_files import clean_key
-from draftcli.errors import DraftpError, InputError
+from draftcli.errors import DraftpError, InputError, warn
 from draftcli.export import verify
 from draftcli.export.base import Base, ModelLocation
 from draftcli.export.compress import Loss, combine, compress, extract
 from draftcli.export.inputs import Changes
+from draftcli.export.kohya import ignored_by_kohya, kohya_hashes, kohya_metadata, kohya_tensors
+from draftcli.export.lineage import Lineage, modelspec
 from draftcli.export.report import MergeFigures
 from draftcli.export.tensors import PlannedTensor, Wrote
 from draftcli.export.write import (
     DTYPE_NAMES,
     Merger,
+    diffusers_metadata,
     diffusers_tensors,
-    kohya_metadata,
-    kohya_tensors,
-    modelspec,
     write_folder,
     write_lora,
     write_single_file,
@@ -51,8 +52,7 @@ class MergeJob:
         base: the model; None: there is none, only its shapes.
         changes: what is done to it.
         shapes: of the weights that a LoRA can change, by part and module.
-        title: of the result.
-        names: of the inputs.
+        lineage: what is known of where the result comes from.
         dtype: to write in; None: as the tensors are.
         rank: for LoRAs: at most this much in each layer; None: as it is.
         shard_size: for folders: largest size of a file of weights, in bytes.
@@ -62,8 +62,7 @@ class MergeJob:
     base: Base | None
     changes: Changes
     shapes: Shapes
-    title: str
-    names: tuple[str, ...]
+    lineage: Lineage
     dtype: torch.dtype | None
     rank: int | None
     shard_size: int
@@ -80,8 +79,8 @@ class OutputFormat(ABC):
         needs_base: whether it cannot be written without a model.
         is_lora: whether it is to be applied to a model, rather than a whole one.
         programs: for the card: what it is, and where programs look for it.
-        opening: for the card: Python that opens it as `pipe`, {where} standing for its name. A LoRA's finds the model
-            that it is for in `pipe` already.
+        opening: for the card: Python that opens it as `pipe`, {where} standing for its name as a literal. A LoRA's
+            finds the model that it is for in `pipe` already.
         also_verified: lines on what `verify` proves beside its comparisons.
     """
 
@@ -193,7 +192,7 @@ class DiffusersFolder(ModelFormat):
     ending = "-diffusers"
     writes = "folder"
     programs = "A diffusers folder."
-    opening = 'pipe = {pipeline}.from_pretrained("{where}")'
+    opening = "pipe = {pipeline}.from_pretrained({where})"
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By `part.key`, in our own naming of keys."""
@@ -223,7 +222,7 @@ class SingleFile(ModelFormat):
         "One checkpoint in the original layout: `models/checkpoints` in ComfyUI, "
         "`models/Stable-diffusion` in A1111 and Forge."
     )
-    opening = 'pipe = {pipeline}.from_single_file("{where}")'
+    opening = "pipe = {pipeline}.from_single_file({where})"
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By their keys in the original layout."""
@@ -235,7 +234,7 @@ class SingleFile(ModelFormat):
 
     def stream(self, target: Path, wrote: Wrote) -> None:
         """With modelspec metadata."""
-        write_single_file(self.merger, target, self.job.title, ", ".join([self.base.name, *self.job.names]), wrote)
+        write_single_file(self.merger, target, self.job.lineage, wrote)
 
     def location(self, target: Path) -> ModelLocation:
         """The file, with the base's configuration."""
@@ -247,7 +246,7 @@ class LoraFormat(OutputFormat):
 
     needs_base = False
     is_lora = True
-    opening = 'pipe.load_lora_weights("{where}")'
+    opening = "pipe.load_lora_weights({where})"
 
     def __init__(self, job: MergeJob) -> None:
         self.job = job
@@ -261,13 +260,17 @@ class LoraFormat(OutputFormat):
     def metadata(self) -> dict[str, str]:
         """Text beside the tensors."""
 
+    def hashes(self, entries: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> dict[str, str]:
+        """More of it, made of the tensors as they will stand in the file and of `metadata`."""
+        return {}
+
     def file(self, target: Path) -> Path:
         """The LoRA's own file: `target`, or the one in it."""
         return target if target.suffix == ".safetensors" else target / LORA_FILE
 
     def write(self, target: Path) -> MergeFigures:
         """One file, made in memory: it is small."""
-        write_lora(self.tensors(), self.file(target), self.job.dtype, self.metadata())
+        write_lora(self.tensors(), self.file(target), self.job.dtype, self.metadata(), self.hashes)
         return MergeFigures(compression=self.loss)
 
     def check_keys(self, target: Path) -> list[str]:
@@ -294,15 +297,18 @@ class DiffusersLora(LoraFormat):
     name = "lora"
     ending = "-lora"
     writes = "either"
-    programs = "A LoRA by diffusers' names."
+    programs = (
+        "A LoRA by diffusers' names, for diffusers: ComfyUI applies only a part of it, without an error, Forge refuses "
+        "it, and A1111 ignores it; for them take `--format kohya`."
+    )
 
     def tensors(self) -> Mapping[str, Tensor]:
         """unet.….lora_A.weight and lora_B.weight; the scale is in B."""
         return diffusers_tensors(self.lora)
 
     def metadata(self) -> dict[str, str]:
-        """None but safetensors' own: diffusers then takes 1 as the scale."""
-        return {"format": "pt"}
+        """peft's settings, as diffusers stores them."""
+        return diffusers_metadata(self.lora)
 
 
 class KohyaLora(LoraFormat):
@@ -319,14 +325,42 @@ class KohyaLora(LoraFormat):
 
     def metadata(self) -> dict[str, str]:
         """kohya's own, and modelspec's."""
-        prediction = self.job.base.prediction if self.job.base else "epsilon"
-        names = ", ".join(self.job.names)
-        return kohya_metadata(self.lora) | modelspec(self.job.title, names, prediction, lora=True)
+        return kohya_metadata(self.lora, self.job.lineage) | modelspec(self.job.lineage, lora=True)
+
+    def hashes(self, entries: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> dict[str, str]:
+        """Those that programs know a LoRA by."""
+        return kohya_hashes(entries, metadata)
+
+    def write(self, target: Path) -> MergeFigures:
+        """As every LoRA, with a warning of what some programs will not apply."""
+        if (text := ignored_by_kohya(self.lora.parts)) is not None:
+            warn(text)
+        return super().write(target)
 
 
 OUTPUT_FORMATS: dict[str, type[OutputFormat]] = {
     kind.name: kind for kind in (DiffusersFolder, SingleFile, DiffusersLora, KohyaLora)
 }
+
+
+def write_as_kohya(source: Path, target: Path, shapes: Shapes, lineage: Lineage) -> None:
+    """Write a LoRA once more, by kohya's names, and check it as merge-lora checks its own.
+
+    Args:
+        source: its file.
+        target: the new one.
+        shapes: of the weights of the networks that it is for.
+        lineage: for the metadata.
+
+    Raises:
+        InputError: it cannot be read, changes nothing, or changes a module that kohya's naming has no name for.
+        DraftpError: what was written is not what was meant.
+    """
+    changes = Changes([read_lora(source, shapes)])
+    job = MergeJob(None, changes, shapes, lineage, None, None, 0, lambda _: nullcontext(lambda _: None))
+    lora = KohyaLora(job)
+    lora.write(target)
+    lora.check_keys(target)
 
 
 def _one_lora(job: MergeJob) -> tuple[Lora, Loss | None]:

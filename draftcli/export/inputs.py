@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from draftcli.config import Config, load_config
-from draftcli.core.lora.files import Lora, Shapes, read_lora
+from draftcli.core.lora.files import Lora, Shapes, refuse_stacked_dora
+from draftcli.core.lora.reading import read_lora
+from draftcli.core.models.family import find_family
 from draftcli.errors import InputError
 from draftcli.export.arguments import parse_input
 from draftcli.export.base import Base
+from draftcli.export.second_reading import compare_reading
 from draftcli.export.tensors import StoredTensor, stored_tensors
 from draftcli.runs import Run, find_run, unet_files, unfinished_note
 
@@ -51,26 +54,34 @@ class Changes:
         loras: their scales are in their updates.
         full: a UNet trained in full, by key.
         full_scale: how far the base's UNet goes towards it; 1 is all the way.
+        readings: lines on how the LoRAs' files were read, for people.
     """
 
     loras: list[Lora] = field(default_factory=list)
     full: dict[str, StoredTensor] = field(default_factory=dict)
     full_scale: float = 1.0
+    readings: list[str] = field(default_factory=list)
 
     def touched(self) -> set[tuple[str, str]]:
         """(part, key) of each tensor that changes."""
-        keys = {(part, f"{module}.weight") for lora in self.loras for part, module, _ in lora.updates()}
-        return keys | {("unet", key) for key in self.full}
+        updates = [found for lora in self.loras for found in lora.updates()]
+        keys = {(part, f"{module}.weight") for part, module, _ in updates}
+        biases = {(part, f"{module}.bias") for part, module, update in updates if update.bias is not None}
+        return keys | biases | {("unet", key) for key in self.full}
 
     def apply(self, part: str, key: str, tensor: Tensor) -> Tensor:
         """The changed tensor in float64."""
         result = tensor.double()
         if part == "unet" and key in self.full:
             result = torch.lerp(result, self.full[key].load().double(), self.full_scale)
+        before = result
+        module, _, kind = key.rpartition(".")
         for lora in self.loras:
-            update = lora.parts.get(part, {}).get(key.removesuffix(".weight"))
-            if update is not None and key.endswith(".weight"):
-                result = result + update.delta()
+            update = lora.parts.get(part, {}).get(module)
+            if update is not None and kind == "weight":
+                result = result + update.change(before)
+            elif update is not None and kind == "bias" and update.bias is not None:
+                result = result + update.scale * update.bias.double()
         return result
 
 
@@ -124,18 +135,29 @@ def read_changes(inputs: Sequence[MergeInput], base: Base | None, shapes: Shapes
 
     Raises:
         InputError: one does not fit the base, or a scale of 0 leaves nothing of it.
+        DraftpError: one is read in another way than by diffusers and peft.
     """
     changes = Changes()
     for source in inputs:
         if scale * source.scale == 0:
             raise InputError(f"{source.text}: with the scale 0 it would change nothing; leave it out")
         if not source.in_full:
-            changes.loras.append(read_lora(source.path, shapes).scaled(scale * source.scale))
+            lora = read_lora(source.path, shapes)
+            config = base.location.config if base is not None else find_family().config_folder
+            changes.readings.append(compare_reading(source.path, lora, config))
+            changes.loras.append(lora.scaled(scale * source.scale))
             continue
         if changes.full:
             raise InputError("only one of the inputs can be a run that trained the whole UNet")
         assert base is not None
         changes.full, changes.full_scale = _full_unet(source.path, base), scale * source.scale
+    refuse_stacked_dora(changes.loras)
+    if base is not None and (missing := {t for t in changes.touched() if t[1] not in base.tensors[t[0]]}):
+        part, key = min(missing)
+        raise InputError(
+            f"{len(missing)} biases of the LoRA belong to layers that have none in {base.name}, the first is "
+            f"{part}.{key}; it can be drawn with (draftp sample --lora), but not merged"
+        )
     return changes
 
 

@@ -21,6 +21,7 @@ from draftcli.export.base import Base, family_shapes, open_base
 from draftcli.export.card import merge_card, push_to_hub
 from draftcli.export.formats import OUTPUT_FORMATS, MergeJob, OutputFormat
 from draftcli.export.inputs import MergeInput, base_of, find_inputs, read_changes
+from draftcli.export.lineage import lineage_of_merge
 from draftcli.export.report import NO_BASE, REPORT, MergeReport, ReportedInput
 from draftcli.export.tensors import Wrote, close_files
 from draftcli.runs import disk_errors
@@ -116,13 +117,12 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
     report = MergeReport(__version__, output.stem, kind.name, base.name if base else NO_BASE, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)
-    console.print(f"{kind.name} from {report.base} and {listed}", highlight=False, soft_wrap=True)
+    console.print(f"{kind.name} from {report.base} and {listed}")
     job = MergeJob(
         base,
         changes,
         shapes,
-        title=report.title,
-        names=tuple(i.name for i in merged),
+        lineage_of_merge(report.title, inputs, base),
         dtype=DTYPES[request.dtype] if request.dtype else None,
         rank=request.rank,
         shard_size=request.shard_size,
@@ -131,10 +131,10 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     with disk_errors(output), _staged(output) as staged:
         result = kind(job)
         report.figures = result.write(staged)
-        report.checks = result.check_keys(staged)
+        report.checks = [*changes.readings, *result.check_keys(staged)]
         if request.verify == "forward" and base is not None:
             close_files()  # mapped pages would count beside those of the loaded networks
-            console.print("verifying with diffusers' own loader", highlight=False)
+            console.print("verifying with diffusers' own loader")
             report.verification = result.verify(staged)
             report.checks += [*(comparison.line() for comparison in report.verification), *kind.also_verified]
         if staged.is_dir():
@@ -159,7 +159,17 @@ def _base(request: MergeRequest, kind: type[OutputFormat], inputs: Sequence[Merg
         return None, family_shapes()
     pretrained, config, variant = found
     base = open_base(pretrained, request.config or config, request.variant or variant)
+    if not request.base:
+        _predicts_as_trained(base, inputs)
     return base, base.shapes()
+
+
+def _predicts_as_trained(base: Base, inputs: Sequence[MergeInput]) -> None:
+    """A run may have been told what its model predicts, against the model's own files; the result predicts the same."""
+    for model in (i.cfg.model for i in inputs if i.cfg):
+        base.prediction = model.prediction_type or base.prediction
+        if model.zero_terminal_snr is not None:
+            base.zero_terminal_snr = model.zero_terminal_snr
 
 
 def _output(asked: Path | None, kind: type[OutputFormat], inputs: Sequence[MergeInput]) -> Path:

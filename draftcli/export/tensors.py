@@ -118,6 +118,17 @@ def write_safetensors(
         metadata: text beside the tensors.
         wrote: called with the bytes of each tensor, for progress.
     """
+    with path.open("wb") as file:
+        file.write(header_bytes(entries, metadata))
+        for entry in entries:
+            file.write(tensor_bytes(entry))
+            wrote(entry.size)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def header_bytes(entries: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> bytes:
+    """All of a file that comes before the tensors: the header and its length."""
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for entry in entries:
@@ -130,17 +141,19 @@ def write_safetensors(
         offset = span[1]
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little"))
-        file.write(text)
-        for entry in entries:
-            tensor = entry.make().contiguous()
-            assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.key
-            if tensor.numel():
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            wrote(entry.size)
-        file.flush()
-        os.fsync(file.fileno())
+    return len(text).to_bytes(8, "little") + text
+
+
+def tensor_bytes(entry: PlannedTensor) -> memoryview:
+    """Make a tensor; its bytes as they stand in a file."""
+    tensor = entry.make().contiguous()
+    assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), entry.key
+    return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def times(tensor: Tensor, factor: float) -> Tensor:
+    """`factor` times the tensor, rounded once, in the tensor's dtype."""
+    return tensor if factor == 1 else (factor * tensor.double()).to(tensor.dtype)
 
 
 @cache

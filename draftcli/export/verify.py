@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, attach_loras, read_lora
+from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, Update, attach_loras
+from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.core.models.weight_files import clean_key, weight_files
@@ -90,7 +91,10 @@ def tensors_of_folder(folder: Path) -> Tensors:
 
 
 def check_lora(file: Path, lora: Lora, shapes: Shapes) -> str:
-    """The file, read back, has the layers of `lora` with the same updates (within 1 % of the largest value of each).
+    """The file, read back, has the layers of `lora` with the same matrices and scales: nothing is multiplied out.
+
+    A is the same to the last bit, and so is B where the scale is the same. A file that has another part of the scale in
+    its alphas has the same B times scale but for the rounding of B's dtype.
 
     Args:
         file: the result.
@@ -112,10 +116,22 @@ def check_lora(file: Path, lora: Lora, shapes: Shapes) -> str:
     if wanted.keys() != read.keys():
         raise DraftpError(f"{file}: {len(wanted.keys() ^ read.keys())} layers are not as meant")
     for place, update in wanted.items():
-        delta = update.delta()
-        if not torch.allclose(read[place].delta(), delta, rtol=0, atol=1e-2 * float(delta.abs().max())):
+        if not _same_update(update, read[place]):
             raise DraftpError(f"{file}: {'.'.join(place)} is not as meant")
     return f"{len(read)} layers, all fit the model"
+
+
+def _same_update(meant: Update, found: Update) -> bool:
+    if any(getattr(meant, side).dtype != getattr(found, side).dtype for side in ("down", "up")):
+        return False
+    if meant.up.shape != found.up.shape or not torch.equal(meant.down, found.down):
+        return False
+    if meant.scale == found.scale:
+        return torch.equal(meant.up, found.up)
+    one, two = (update.scale * update.up.double() for update in (meant, found))
+    kind = torch.finfo(found.up.dtype)
+    smallest = kind.smallest_normal * kind.eps * (abs(meant.scale) + abs(found.scale))
+    return bool(((one - two).abs() <= kind.eps * one.abs() + smallest).all())
 
 
 def compare_model(base: ModelLocation, changes: Changes, result: ModelLocation, dtype: torch.dtype) -> list[Comparison]:

@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from peft import LoraConfig
 from torch import Tensor
 
-from draftcli import __version__
+from draftcli.core.lora.adapters import ADAPTER_METADATA, stored_settings
 from draftcli.core.lora.files import Lora, Update
 from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import PARTS
 from draftcli.core.models.original_layout import V_MARKER, ZERO_SNR_MARKER, Original, original_shape, to_original
-from draftcli.core.models.original_names import original_unet_names
 from draftcli.core.models.weight_files import WEIGHT_NAMES
 from draftcli.core.precision import DTYPES
 from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import Base
 from draftcli.export.inputs import Changes
-from draftcli.export.tensors import PlannedTensor, StoredTensor, Wrote, file_metadata, write_safetensors
+from draftcli.export.lineage import Lineage, modelspec
+from draftcli.export.tensors import PlannedTensor, StoredTensor, Wrote, file_metadata, times, write_safetensors
 
-KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -122,12 +123,12 @@ def cast(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return result
 
 
-def write_single_file(merger: Merger, file: Path, title: str, merged_from: str, wrote: Wrote) -> None:
+def write_single_file(merger: Merger, file: Path, lineage: Lineage, wrote: Wrote) -> None:
     """Write the whole model as one checkpoint in the original layout, with modelspec metadata."""
     base = merger.base
     metadata = file_metadata(base.location.path) if base.location.single_file else {}
     metadata = {key: value for key, value in metadata.items() if "hash" not in key}
-    metadata |= modelspec(title, merged_from, base.prediction)
+    metadata |= modelspec(replace(lineage, merged_from=(base.name, *lineage.merged_from)))
     write_safetensors(file, merger.original_entries(), metadata, wrote)
 
 
@@ -158,83 +159,62 @@ def diffusers_tensors(lora: Lora) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for part, module, update in lora.updates():
         tensors[f"{part}.{module}.lora_A.weight"] = update.down
-        tensors[f"{part}.{module}.lora_B.weight"] = _times(update.up, update.scale)
+        tensors[f"{part}.{module}.lora_B.weight"] = times(update.up, update.scale)
     return tensors
 
 
-def kohya_tensors(lora: Lora, unet_modules: Iterable[str]) -> dict[str, Tensor]:
-    """A LoRA by kohya's names, which need those of all modules of the UNet.
+def diffusers_metadata(lora: Lora) -> dict[str, str]:
+    """The settings that go with `diffusers_tensors`, as diffusers stores them: the scale is 1 everywhere.
 
-    Scales are multiplied into B so that all layers have one alpha: diffusers 0.42 loses the alphas of attention layers
-    where they differ.
+    Without them diffusers up to 0.36 takes the first layer's rank for the alpha of all, which is wrong where ranks
+    differ. Modules of text encoders are named by their endings: transformers 5 leaves `text_model.` out.
     """
-    alpha = largest_rank(lora)
-    names = original_unet_names(unet_modules)
-    tensors: dict[str, Tensor] = {}
-    for part, module, update in lora.updates():
-        stem = KOHYA_PREFIX[part] + (names[module] if part == "unet" else module).replace(".", "_")
-        tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
-        tensors[f"{stem}.lora_down.weight"] = update.down
-        tensors[f"{stem}.lora_up.weight"] = _times(update.up, update.scale * update.rank / alpha)
-    return tensors
+    settings: dict[str, object] = {}
+    for part, updates in lora.parts.items():
+        ranks = {module.removeprefix("text_model."): update.rank for module, update in updates.items()}
+        usual = Counter(ranks.values()).most_common(1)[0][0]
+        others = {module: rank for module, rank in sorted(ranks.items()) if rank != usual}
+        config = LoraConfig(
+            r=usual, lora_alpha=usual, rank_pattern=others, alpha_pattern=dict(others), target_modules=sorted(ranks)
+        )
+        settings |= {f"{part}.{key}": value for key, value in stored_settings(config).items()}
+    return {"format": "pt", ADAPTER_METADATA: json.dumps(settings, indent=2, sort_keys=True)}
 
 
 def write_lora(
-    tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    dtype: torch.dtype | None,
+    metadata: Mapping[str, str],
+    hashes: Callable[[Sequence[PlannedTensor], Mapping[str, str]], dict[str, str]] = lambda *_: {},
 ) -> None:
-    """Write the tensors of a LoRA, sorted by name, in `dtype` (None: in their own); alphas stay as they are."""
+    """Write the tensors of a LoRA, sorted by name.
+
+    Args:
+        tensors: by name.
+        file: to be written.
+        dtype: to write them in, but for alphas; None: as they are.
+        metadata: text beside them.
+        hashes: more of it, made from the tensors as they will be written and `metadata`.
+    """
 
     def entry(key: str, tensor: Tensor) -> PlannedTensor:
         wanted = dtype if dtype and not key.endswith(".alpha") else tensor.dtype
         return PlannedTensor(key, wanted, tuple(tensor.shape), lambda: cast(tensor, wanted, key))
 
     file.parent.mkdir(exist_ok=True)
-    write_safetensors(file, [entry(key, tensors[key]) for key in sorted(tensors)], metadata)
+    entries = [entry(key, tensors[key]) for key in sorted(tensors)]
+    write_safetensors(file, entries, {**metadata, **hashes(entries, metadata)})
 
 
 def written_as(lora: Lora, dtype: torch.dtype | None) -> Lora:
     """What a reader must find in the file: scales multiplied into B, and everything in `dtype`."""
 
     def written(update: Update) -> Update:
-        up = _times(update.up, update.scale)
+        up = times(update.up, update.scale)
         return Update(update.down.to(dtype or update.down.dtype), up.to(dtype or up.dtype), 1.0)
 
     return Lora(lora.name, {p: {m: written(u) for m, u in updates.items()} for p, updates in lora.parts.items()})
-
-
-def _times(tensor: Tensor, factor: float) -> Tensor:
-    return tensor if factor == 1 else (factor * tensor.double()).to(tensor.dtype)
-
-
-def largest_rank(lora: Lora) -> int:
-    """Of all its layers."""
-    return max(update.rank for _, _, update in lora.updates())
-
-
-def modelspec(title: str, merged_from: str, prediction: str, *, lora: bool = False) -> dict[str, str]:
-    """The metadata by which programs recognise what a file is (https://github.com/Stability-AI/ModelSpec)."""
-    return {
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": find_family().architecture + ("/lora" if lora else ""),
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.title": title,
-        "modelspec.resolution": "1024x1024",
-        "modelspec.prediction_type": "v" if prediction == "v_prediction" else "epsilon",
-        "modelspec.merged_from": merged_from,
-        "modelspec.description": f"made by draftp {__version__}",
-    }
-
-
-def kohya_metadata(lora: Lora) -> dict[str, str]:
-    """The part of kohya's own metadata that programs read."""
-    ranks = {update.rank for _, _, update in lora.updates()}
-    return {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": str(float(largest_rank(lora))),
-        "ss_base_model_version": find_family().kohya_version,
-        "ss_v2": "False",
-    }
 
 
 def _write_shards(folder: Path, stem: str, entries: Sequence[PlannedTensor], shard_size: int, wrote: Wrote) -> None:

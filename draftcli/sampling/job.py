@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
 from draftcli.core.models.places import unread_prompts
-from draftcli.errors import Interrupted
+from draftcli.errors import Interrupted, warn
 from draftcli.pictures import open_picture
 from draftcli.prompts import Prompt, read_prompts
 from draftcli.runs import disk_errors
@@ -100,9 +100,9 @@ def run(job: Job, console: Console) -> DrawingResult:
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
         for line in warnings if ranks.is_main else ():
-            Console(stderr=True).print(f"warning: {line}", highlight=False, markup=False, soft_wrap=True)
+            warn(line)
         model, loras = load_source(job.source), named_loras(job.source.loras)
-        console.print(f"{job.source.name} on {model.runtime.reason}", highlight=False, markup=False)
+        console.print(f"{job.source.name} on {model.runtime.reason}")
         pictures = plan(prompts, job.images, _seed(job), _size(job, model))
         share = -(-len(pictures) * len(columns) // ranks.size)
         try:
@@ -160,8 +160,9 @@ def _size(job: Job, model: SDXLDRaFTPModel) -> tuple[int, int]:
 @contextmanager
 def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
     """A bar with the time that is left, in a terminal; yields what to call with how many more are done."""
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as progress:
+    name = TextColumn("{task.description}", markup=False)  # may be that of a folder
+    columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(what, total=total)
         yield lambda count: progress.advance(bar, count)
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from draftcli.core.draftp import SDXLDRaFTPModel
-from draftcli.core.lora.files import LORA_PARTS, read_lora, weight_shapes
+from draftcli.core.lora.files import LORA_PARTS, weight_shapes
+from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.loading import load_parts
 from draftcli.errors import InputError
 from draftcli.runs import unet_files

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from draftcli.core.lora.files import FILE_NAMES, find_lora
+from draftcli.core.lora.reading import FILE_NAMES, find_lora
 
 _SHORT = 12  # hexadecimal digits that the web UI shows of a hash
 

@@ -26,6 +26,7 @@ from draftcli.toy.train_reward import train_reward
 from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw_pictures, open_pipeline, train_sdxl
 from draftcli.toy.train_vae import train_vae
 from draftcli.toy.world import caption, held_out_scenes
+from draftcli.umask import follow_umask
 
 VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 690, 1000
 
@@ -70,7 +71,7 @@ def measure_base(model: Path, seed: int, count: int) -> dict[str, Any]:
 
 def _stage(output: Path, name: str, result: Path | None, seed: int, run: Callable[[], dict[str, Any]]) -> None:
     path = output / "provenance.json"
-    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     if name in record and (result is None or result.exists()):
         print(f"{name}: already there")
         return
@@ -78,6 +79,7 @@ def _stage(output: Path, name: str, result: Path | None, seed: int, run: Callabl
         shutil.rmtree(result)
     started = datetime.now(UTC)
     measured = run()
+    follow_umask(output)
     measured["total_seconds"] = (datetime.now(UTC) - started).total_seconds()
     record |= _circumstances(seed) | {name: _rounded(measured), "megabytes": _rounded(_sizes(output))}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")

@@ -122,7 +122,7 @@ def train_reward(
     seconds = minimise([*clip.parameters(), *describe.parameters()], loss, steps, lr=5e-4, name="reward, preferences")
     clip.eval()
     clip.half().save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n")
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=2) + "\n", encoding="utf-8")
     return {
         "pretraining_steps": pretraining,
         "pretraining_seconds": pretrained,

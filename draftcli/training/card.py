@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import yaml
@@ -9,6 +10,7 @@ import yaml
 from draftcli import __version__
 from draftcli.config import Config
 from draftcli.core.gradient.mode import make_mode
+from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.models.family import find_family
 from draftcli.core.models.places import BUILT_IN
 from draftcli.metrics.statistics import has_interval
@@ -25,7 +27,7 @@ def _base(cfg: Config) -> str:
     if cfg.model.pretrained in BUILT_IN:
         return f'pipe = {find_family().pipeline}.from_pretrained(model_path("{cfg.model.pretrained}"))'
     loader = "from_single_file" if cfg.model.pretrained.endswith(".safetensors") else "from_pretrained"
-    return f'pipe = {find_family().pipeline}.{loader}("{cfg.model.pretrained}")'
+    return f"pipe = {find_family().pipeline}.{loader}({json.dumps(cfg.model.pretrained, ensure_ascii=False)})"
 
 
 def _steps(cfg: Config) -> str:
@@ -34,13 +36,32 @@ def _steps(cfg: Config) -> str:
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
 
 
-def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, Any]) -> str:
+def _files(cfg: Config, kohya: str | None) -> list[str]:
+    """Which file is for which program."""
+    if cfg.peft.peft_scheme == "none":
+        elsewhere = "For ComfyUI, A1111 and Forge: `draftp merge-lora RUN --format single-file`."
+        return [f"`unet/` is the whole UNet, for diffusers. {elsewhere}", ""]
+    row = f"`{kohya}`" if kohya else "made by `draftp merge-lora RUN --format kohya`"
+    return [
+        "| program | file | where it goes |",
+        "|---|---|---|",
+        f"| diffusers, draftp | `{LORA_FILE}` | `pipe.load_lora_weights` |",
+        f"| ComfyUI | {row} | `models/loras` |",
+        f"| A1111, Forge | {row} | `models/Lora` |",
+        "",
+        f"ComfyUI applies only a part of `{LORA_FILE}`, without an error; Forge refuses it, and A1111 ignores it.",
+        "",
+    ]
+
+
+def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, Any], kohya: str | None = None) -> str:
     """Markdown with the Hub's YAML head: what it is, how to load it, how it was made, what was measured.
 
     Args:
         cfg: the run's settings.
         validation: its last validation.
         data: `count` and `sha256` of its prompts.
+        kohya: name of the file with the LoRA by kohya's names; None: there is none.
     """
     averaged = cfg.ema.decay is not None and cfg.ema.in_final
     lora = cfg.peft.peft_scheme == "lora"
@@ -65,6 +86,7 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
         ),
         "",
+        *_files(cfg, kohya),
         "```python",
         "import draftcli",
         f"from diffusers import {find_family().pipeline}" + ("" if lora else ", UNet2DConditionModel"),

@@ -1,4 +1,4 @@
-"""final/: the trained weights as diffusers loads them, with a model card."""
+"""final/: the trained weights as diffusers loads them, a LoRA by kohya's names as well, with a model card."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
+from draftcli.core.lora.adapters import LORA_FILE
+from draftcli.core.lora.files import weight_shapes
+from draftcli.errors import DraftpError, warn
+from draftcli.export.formats import write_as_kohya
+from draftcli.export.lineage import Lineage, date_of, short_name, trained_resolution
 from draftcli.runs import FINAL_STEP, Run, ValidationLine, disk_errors, write_aside
 from draftcli.training.card import model_card
 from draftcli.training.checkpoint import save_weights
@@ -38,7 +43,8 @@ def write_final(run: Run, step: int, trainer: Trainer, prompts: PromptSets, vali
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         weights(folder)
-        (folder / "README.md").write_text(model_card(cfg, validation, prompts.facts), encoding="utf-8")
+        kohya = _write_kohya_file(folder, run, step, trainer) if cfg.peft.peft_scheme == "lora" else None
+        (folder / "README.md").write_text(model_card(cfg, validation, prompts.facts, kohya), encoding="utf-8")
         (folder / FINAL_STEP).write_text(f"{step}\n", encoding="utf-8")
 
     with disk_errors(run.final):
@@ -46,3 +52,28 @@ def write_final(run: Run, step: int, trainer: Trainer, prompts: PromptSets, vali
             write_aside(run.final, write)
         else:
             weights(run.final)
+
+
+def _write_kohya_file(folder: Path, run: Run, step: int, trainer: Trainer) -> str | None:
+    """The LoRA in `folder` once more by kohya's names; returns the file's name, or None where there is none.
+
+    What is wrong with this file is a warning: the run's own weights are written already.
+    """
+    parts = trainer.model.parts
+    lineage = Lineage(
+        title=run.folder.resolve().name,
+        base=short_name(trainer.cfg.model.pretrained),
+        prediction=parts.prediction,
+        zero_terminal_snr=parts.zero_terminal_snr,
+        resolution=trained_resolution(trainer.cfg),
+        steps=step,
+        date=date_of(folder / LORA_FILE),
+    )
+    file = folder / run.kohya_file.name
+    try:
+        write_as_kohya(folder / LORA_FILE, file, {"unet": weight_shapes(trainer.model.unet)}, lineage)
+    except DraftpError as error:
+        file.unlink(missing_ok=True)
+        warn(f"{run.kohya_file} is not written: {error}")
+        return None
+    return file.name

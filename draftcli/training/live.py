@@ -67,7 +67,7 @@ class LiveView:
 
     def print(self, text: str) -> None:
         """Print a line that stays, above the live view."""
-        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+        self.console.print(text)
 
     def note(self, text: str) -> None:
         """Show what goes on beside training, until the next step."""

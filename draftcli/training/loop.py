@@ -29,8 +29,8 @@ def train(cfg: Config, folder: Path, console: Console) -> TrainingResult:
     """
     began = time.monotonic()
     with open_ranks(timedelta(minutes=cfg.sharding.timeout_minutes)) as ranks:
-        console = console if ranks.is_main else Console(quiet=True)
-        with open_run(cfg, folder, ranks, console) as prepared:
+        console.quiet = console.quiet or not ranks.is_main
+        with open_run(cfg, folder, ranks) as prepared:
             run = prepared.run
             if ranks.broadcast(run.finished(cfg.trainer.max_steps)):
                 return TrainingResult(cfg.trainer.max_steps, Ending.ALREADY_DONE, written=written_files(run))

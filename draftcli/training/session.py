@@ -24,6 +24,7 @@ from draftcli.core.models.places import unread_prompts
 from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn
+from draftcli.export.kohya import ignored_by_kohya
 from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import past_the_limit
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
@@ -205,7 +206,7 @@ class Prepared:
 
 
 @contextmanager
-def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Iterator[Prepared]:
+def open_run(cfg: Config, folder: Path, ranks: Ranks) -> Iterator[Prepared]:
     """Check what can be checked before anything large is loaded, and lock the run's folder (collective).
 
     Nothing is written to it yet: where loading fails, nothing is left behind.
@@ -270,7 +271,7 @@ def open_session(cfg: Config, prepared: Prepared, ranks: Ranks, console: Console
             _warn_of_idle_settings(cfg, trainer)
         first = resume(cfg, run, prompts, trainer, console)
         for change in run.begin(prepared.opening) if prepared.opening else ():
-            console.print(f"since the last session {change}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"since the last session {change}")
         trackers = Trackers(run, cfg.logging, first)
         past = [line["reward"] for line in run.steps() if isinstance(line.get("reward"), float)]
         every = cfg.trainer.val_check_interval if validation else 0
@@ -298,7 +299,7 @@ def _load_model(cfg: Config, ranks: Ranks, console: Console) -> SDXLDRaFTPModel:
     model = SDXLDRaFTPModel(cfg)
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     split = ", weights split over them" if sharding.splits_weights(cfg.sharding) else ""
-    console.print(f"running on {model.runtime.reason}{processes}{split}", highlight=False)
+    console.print(f"running on {model.runtime.reason}{processes}{split}")
     return model
 
 
@@ -318,7 +319,7 @@ def resume(cfg: Config, run: Run, prompts: PromptSets, trainer: Trainer, console
     first = 0
     if state is not None:
         first = state["step"]
-        console.print(f"resuming {run.folder} after step {first}", highlight=False)
+        console.print(f"resuming {run.folder} after step {first}")
         warnings += prompts.changes_since(state["prompts"])
     for text in warnings if ranks.is_main else ():
         warn(text)
@@ -332,7 +333,10 @@ def resume(cfg: Config, run: Run, prompts: PromptSets, trainer: Trainer, console
 
 
 def _warn_of_idle_settings(cfg: Config, trainer: Trainer) -> None:
-    """Settings that have no effect here; those that never have are said by `config.without_effect`."""
+    """Settings that have no effect here or elsewhere; those that never have are said by `config.without_effect`."""
+    trained = [name.partition(".lora_")[0] for name in trainer.names if ".lora_" in name]
+    if (text := ignored_by_kohya({"unet": dict.fromkeys(trained)})) is not None:
+        warn(f"peft.target_modules has {text}")
     if cfg.sharding.offload and trainer.model.runtime.device.type == "cpu":
         warn("sharding.offload saves nothing on a CPU: the same memory holds the weights twice")
     if trainer.ranks.size == 1 and cfg.sharding.strategy == "fsdp":

@@ -16,9 +16,9 @@ from draftcli.core.lora.files import (
     Lora,
     Update,
     attach_loras,
-    read_lora,
     weight_shapes,
 )
+from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.errors import InputError
 
@@ -235,12 +235,12 @@ FLUX = "transformer.single_transformer_blocks.0.attn.to_q.lora_"
         ({f"{K2}A.weight": torch.zeros(4, 768)}, ["Stable Diffusion 1.5", "768"]),
         (
             {"unet.nowhere.lora_A.weight": torch.ones(2, 2), "unet.nowhere.lora_B.weight": torch.ones(2, 2)},
-            ["1 of its"],
+            ["2 of its", "unet.nowhere.lora_A.weight", "another model"],
         ),
         ({"unet.conv_in.bias": torch.ones(2)}, ["1 of its", "unet.conv_in.bias"]),
         ({"unet.nothing.alpha": torch.ones(())}, ["unet.nothing.alpha"]),
         ({"lora_unet_conv_in.hada_w1_a": torch.ones(2)}, ["LoHa"]),
-        ({"lora_unet_conv_in.dora_scale": torch.ones(2)}, ["DoRA"]),
+        ({"lora_unet_conv_in.dora_scale": torch.ones(2)}, ["no partner"]),
         ({f"{FLUX}A.weight": torch.ones(2, 2), f"{FLUX}B.weight": torch.ones(2, 2)}, ["Flux", "SDXL"]),
     ],
 )

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from draftcli.core.lora.files import read_lora, weight_shapes
+from draftcli.core.lora.files import weight_shapes
+from draftcli.core.lora.reading import read_lora
 from draftcli.errors import InputError
 from draftcli.export.base import open_base
 from tests.command import draftp

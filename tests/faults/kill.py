@@ -144,15 +144,21 @@ def check_finished(run: Run, whole: Run) -> None:
 
 def same_files(a: Path, b: Path) -> bool:
     """Whether two folders hold the same tensors, and the same state of the optimizer and all else."""
-    names = {path.relative_to(a) for path in a.rglob("*")}
-    if names != {path.relative_to(b) for path in b.rglob("*")}:
+    ones, others = _files(a), _files(b)
+    if ones.keys() != others.keys():
         return False
-    for name in names:
-        if name.suffix == ".safetensors" and not _equal(load_file(a / name), load_file(b / name)):
+    for name, one in ones.items():
+        if one.suffix == ".safetensors" and not _equal(load_file(one), load_file(others[name])):
             return False
-        if name.suffix == ".pt" and not _equal(*(torch.load(f / name, weights_only=True) for f in (a, b))):
+        if one.suffix == ".pt" and not _equal(*(torch.load(f, weights_only=True) for f in (one, others[name]))):
             return False
     return True
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """What a folder of a run holds, by names in which the run's own name does not matter."""
+    paths = folder.rglob("*")
+    return {str(path.relative_to(folder)).replace(f"{folder.parent.name}-kohya", "RUN-kohya"): path for path in paths}
 
 
 def _equal(a: Any, b: Any) -> bool:

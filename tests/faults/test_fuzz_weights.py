@@ -15,7 +15,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from draftcli.core.lora.files import read_lora, weight_shapes
+from draftcli.core.lora.files import weight_shapes
+from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.loading import load_parts
 from draftcli.evaluation.evaluate import read_seconds
 from draftcli.evaluation.measure import read_chunk

@@ -81,3 +81,5 @@ def test_script_runs_end_to_end_and_skips_what_is_done(tmp_path: Path, capsys: p
     assert {"vae", "sdxl", "base", "reward", "megabytes", "seed", "hardware"} <= set(record)
     assert (tmp_path / "model" / "model_index.json").exists()
     assert (tmp_path / "reward" / "vocab.json").exists()
+    modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes == {(tmp_path / "provenance.json").stat().st_mode}, "weights are as readable as the rest"

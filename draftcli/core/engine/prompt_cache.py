@@ -21,6 +21,7 @@ from torch import Tensor
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.family import Embedding, Parts, tokenize
 from draftcli.runs import disk_errors
+from draftcli.umask import follow_umask
 
 KEPT = 2048  # prompts in memory: 0.6 GB of SDXL's embeddings in bfloat16
 
@@ -93,6 +94,7 @@ class PromptCache:
             file.parent.mkdir(parents=True, exist_ok=True)
             aside = file.with_name(f".{file.stem}.{os.getpid()}")  # other ranks and runs may write the same one
             save_file(dict(zip(("sequence", "pooled"), embedding, strict=True)), aside)
+            follow_umask(aside)
             aside.replace(file)
 
     @cached_property

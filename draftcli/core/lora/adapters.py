@@ -20,6 +20,13 @@ from draftcli.errors import InputError
 DEFAULT_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 ADAPTER = "default"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
+ADAPTER_METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's settings in that file, as JSON
+# The settings of peft that say what a LoRA's matrices mean. Each release of peft knows more settings than the one
+# before, and refuses a file that has one which it does not know: of those that are left out, the defaults hold.
+STORED_SETTINGS = (
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "target_modules"),
+    *("bias", "use_rslora", "use_dora"),
+)
 
 
 def attach_lora(
@@ -129,10 +136,16 @@ def load_lora_state_dict(unet: nn.Module, state: Mapping[str, Tensor]) -> None:
     set_peft_model_state_dict(unet, dict(state), adapter_name=ADAPTER)
 
 
+def stored_settings(config: LoraConfig) -> dict[str, Any]:
+    """STORED_SETTINGS of an adapter, as JSON takes them."""
+    settings = config.to_dict()
+    return {key: sorted(v) if isinstance(v := settings[key], set) else v for key in STORED_SETTINGS}
+
+
 def save_lora(unet: nn.Module, folder: Path, layers: Mapping[str, Tensor] | None = None) -> Path:
     """Write LORA_FILE as `pipe.load_lora_weights(folder)` of diffusers reads it.
 
-    The scale alpha / rank travels in the file's metadata, as diffusers writes it.
+    The scale alpha / rank travels in the file's metadata, as diffusers writes it, so that peft 0.17 and later read it.
 
     Args:
         unet: with a LoRA.
@@ -141,8 +154,7 @@ def save_lora(unet: nn.Module, folder: Path, layers: Mapping[str, Tensor] | None
     """
     import diffusers
 
-    config: LoraConfig = unet.peft_config[ADAPTER]  # type: ignore[index]
-    metadata = {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+    metadata = stored_settings(unet.peft_config[ADAPTER])  # type: ignore[index]
     tensors: dict[str, Any] = dict(layers or lora_state_dict(unet))
     pipeline = getattr(diffusers, find_family().pipeline)
     pipeline.save_lora_weights(folder, unet_lora_layers=tensors, unet_lora_adapter_metadata=metadata)

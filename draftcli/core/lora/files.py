@@ -1,86 +1,71 @@
-"""LoRA files as people have them: diffusers, peft and kohya naming, read into one clean form, and put on networks.
-
-The namings that are recognised, each with the same module:
-
-    diffusers        unet.down_blocks.1.attentions.0.proj_in.lora_A.weight        (.lora_B; scale in the metadata)
-    older diffusers  unet.down_blocks.1.attentions.0.proj_in.lora.down.weight     (.up; attn1.processor.to_q_lora.down)
-    peft             base_model.model.down_blocks.1.attentions.0.proj_in.lora_A.weight   (scale in adapter_config.json)
-    kohya            lora_unet_input_blocks_4_1_proj_in.lora_down.weight          (.lora_up.weight, .alpha)
-    kohya, by        lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight
-    diffusers' names
-
-and lora_te1_ / lora_te2_ or text_encoder. / text_encoder_2. for the text encoders. Underscored names can't be parsed
-(is it `to_q` or `to.q`?), so every spelling is looked up in a table made from the networks.
-"""
+"""A LoRA in clean form, and what puts it on networks. `core.lora.reading` makes one of a file."""
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from draftcli.core.lora.adapters import LORA_FILE, lora_layers
-from draftcli.core.models.original_names import original_unet_names
-from draftcli.core.models.weight_files import with_text_model
-from draftcli.errors import InputError, brief
+from draftcli.core.lora.adapters import lora_layers
+from draftcli.errors import InputError
 
 LORA_PARTS = ("unet", "text_encoder", "text_encoder_2")
-FILE_NAMES = (LORA_FILE, "adapter_model.safetensors")
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]
-
-_KOHYA = {"lora_unet_": "unet", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2", "lora_te_": "text_encoder"}
-_DOTTED = {"diffusion_model.": "unet", **{f"{part}.": part for part in LORA_PARTS}}
-_MATRIX = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](A|B|down|up)(?:\.[\w-]+)?\.weight")
-_ALPHA = re.compile(r"(.+?)(?:[._]lora(?:_linear_layer)?)?\.alpha")
-_OTHER_METHODS = {
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "dora_scale": "DoRA",
-    "lora_magnitude_vector": "DoRA",
-    "lora_mid": "a LoRA in Tucker form",
-    "oft_": "OFT",
-    ".diff_b": "a weight difference",
-    ".diff": "a weight difference",
-}
-_OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
-_LARGEST = 1e30  # beyond any alpha that somebody could mean
-_FAMILY_BY_WIDTH = {768: "Stable Diffusion 1.5", 1024: "Stable Diffusion 2", 2048: "SDXL"}
-_TRANSFORMERS = ("double_blocks", "single_blocks", "single_transformer_blocks", "joint_blocks", "transformer.")
 
 
 @dataclass(frozen=True)
 class Update:
-    """What a LoRA adds to one weight: scale * up @ down.
+    """What a LoRA does to one layer.
+
+    Its weight W becomes W + scale * up @ down. With DoRA, each output's row of that (each filter of a convolution) is
+    then brought to the length that `magnitude` says. As in peft and diffusers, a scale multiplies matrices and bias and
+    leaves magnitudes as they are.
 
     Attributes:
         down: A, (r, in) or (r, in, kh, kw) for a convolution.
         up: B, (out, r) or (out, r, 1, 1).
         scale: alpha / r, and whatever the caller multiplies it with.
+        bias: added to the layer's bias, scale times; (out,).
+        magnitude: of DoRA; (out,).
     """
 
     down: Tensor
     up: Tensor
     scale: float
+    bias: Tensor | None = None
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
         """Inner width r."""
         return self.down.shape[0]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the two matrices are all of it."""
+        return self.bias is None and self.magnitude is None
+
     def delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The difference that it makes to the weight, in the weight's shape."""
+        """What the matrices add to the weight, in the weight's shape."""
         product = self.up.to(dtype).flatten(1) @ self.down.to(dtype).flatten(1)
         return (self.scale * product).reshape(self.up.shape[0], *self.down.shape[1:])
+
+    def change(self, weight: Tensor) -> Tensor:
+        """The difference that it makes to `weight`, in the weight's dtype."""
+        delta = self.delta(weight.dtype)
+        if self.magnitude is None:
+            return delta
+        moved = weight + delta
+        length = torch.linalg.vector_norm(moved.flatten(1), dim=1)
+        factor = self.magnitude.to(weight) / length
+        return moved * factor.reshape(-1, *(1 for _ in weight.shape[1:])) - weight
 
 
 @dataclass(frozen=True)
@@ -124,77 +109,24 @@ def weight_shapes(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def find_lora(path: Path) -> Path:
-    """The LoRA's file: `path` itself, or the one in a folder (a run's, its `final`, one of diffusers or peft).
+def refuse_stacked_dora(loras: Sequence[Lora]) -> None:
+    """Refuse what has no one meaning: DoRA on a layer that another LoRA changes too.
+
+    The length that DoRA gives to a row is that of the model it was trained on; where another change comes before or
+    after it, peft's own merge and its layers give different networks.
 
     Raises:
-        InputError: there is none, or it is pickled.
+        InputError: there is such a layer.
     """
-    if path.is_file():
-        if path.suffix != ".safetensors":
-            raise InputError(f"{path}: only .safetensors are read, as other files can run code when opened; convert it")
-        return path
-    if not path.is_dir():
-        raise InputError(f"{path}: there is no such file or folder; give a LoRA's .safetensors or its folder")
-    for folder in (path, path / "final"):
-        for name in FILE_NAMES:
-            if (folder / name).is_file():
-                return folder / name
-        files = sorted(folder.glob("*.safetensors"))
-        if len(files) == 1:
-            return files[0]
-        if len(files) > 1:
-            raise InputError(f"{path} holds {len(files)} .safetensors files; name the one that you mean")
-    raise InputError(f"{path}: no LoRA in it; a LoRA's folder holds {LORA_FILE}")
-
-
-def read_lora(path: Path, shapes: Shapes) -> Lora:
-    """Read a LoRA for the networks whose weights have these shapes.
-
-    Args:
-        path: a .safetensors file, or a folder with one.
-        shapes: by network, as `weight_shapes` gives them. A part for a text encoder that is left out is read without a
-            check and by the file's own names, so that callers can say that they don't apply it.
-
-    Raises:
-        InputError: no such file; not a LoRA; for another family of models; keys that fit nothing; matrices that don't
-            fit each other or the network; a LoRA without any effect; values that are not finite.
-    """
-    file = find_lora(path)
-    tensors, metadata = _read(file)
-    if not tensors:
-        raise InputError(f"{file}: there is nothing in it")
-    _refuse_other_methods(file, tensors)
-    matrices, alphas, unknown = _sort(tensors)
-    if not matrices:
-        raise InputError(f"{file}: not a LoRA, it has no lora_A / lora_down matrices; the first key is {min(tensors)}")
-    _refuse_other_families(file, matrices, shapes)
-    spellings = {part: _spellings(part, names) for part, names in shapes.items()}
-    scales = _Scales(file, metadata)
-    parts: dict[str, dict[str, Update]] = {}
-    for module, pair in matrices.items():
-        key = next(iter(pair.values()))[0]
-        place = _place(module, spellings)
-        if place is None:
-            unknown.append(key)
-            continue
-        if len(pair) != 2:
-            raise InputError(f"{file}: {key} has no partner; every layer needs a down (A) and an up (B) matrix")
-        part, name, shape = place
-        updates = parts.setdefault(part, {})
-        if name in updates:
-            raise InputError(f"{file}: two LoRAs for the same layer, {part}.{name}; one of them is {key}")
-        down, up = _fitted(file, key, pair["down"][1], pair["up"][1], shape)
-        updates[name] = Update(down, up, scales(part, name, down.shape[0], alphas.pop(module, None)))
-    unknown += [f"{module}.alpha" for module in alphas]
-    if unknown:
-        raise InputError(
-            f"{file}: {len(unknown)} of its {len(tensors)} keys fit nothing in this model, the first is "
-            f"{min(unknown)}; is it a LoRA for another model?"
-        )
-    lora = Lora(str(path), parts)
-    _refuse_no_effect(file, lora)
-    return lora
+    seen: dict[tuple[str, str], tuple[Lora, Update]] = {}
+    for lora in loras:
+        for part, module, update in lora.updates():
+            other, first = seen.setdefault((part, module), (lora, update))
+            if first is not update and (first.magnitude is not None or update.magnitude is not None):
+                raise InputError(
+                    f"{other.name} and {lora.name} both change {part}.{module}, and one of them is DoRA, which cannot "
+                    "be added to others; merge them into the model one after the other"
+                )
 
 
 def attach_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]], part: str = "unet") -> None:
@@ -208,13 +140,17 @@ def attach_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]], part: 
         part: which of each LoRA's parts.
 
     LoRA weights become float32 at least, as in training.
+
+    Raises:
+        InputError: one of several for a layer is DoRA.
     """
+    refuse_stacked_dora([lora for lora, _ in loras])
     count = len({name for layer in lora_layers(network) for name in layer.lora_A})
     prefix = "" if any(name.startswith("text_model.") for name, _ in network.named_modules()) else "text_model."
     for lora, scale in loras:
         updates = {name.removeprefix(prefix): update for name, update in lora.parts.get(part, {}).items()}
-        for rank in sorted({update.rank for update in updates.values()}):
-            _attach(network, f"lora_{count}", rank, {n: u for n, u in updates.items() if u.rank == rank}, scale)
+        for kind in sorted({_kind(update) for update in updates.values()}):
+            _attach(network, f"lora_{count}", {n: u for n, u in updates.items() if _kind(u) == kind}, scale)
             count += 1
     for layer in lora_layers(network):
         wanted_grad = [(p, p.requires_grad) for p in layer.parameters()]
@@ -223,10 +159,24 @@ def attach_loras(network: nn.Module, loras: Sequence[tuple[Lora, float]], part: 
             parameter.requires_grad_(wanted)
 
 
-def _attach(network: nn.Module, adapter: str, rank: int, updates: Mapping[str, Update], scale: float) -> None:
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(updates), init_lora_weights=False)
+def _kind(update: Update) -> tuple[int, bool, bool]:
+    """What must be the same for all layers of one of peft's adapters: rank, whether with a bias, whether DoRA."""
+    return update.rank, update.bias is not None, update.magnitude is not None
+
+
+def _attach(network: nn.Module, adapter: str, updates: Mapping[str, Update], scale: float) -> None:
+    rank, with_bias, is_dora = _kind(next(iter(updates.values())))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        target_modules=list(updates),
+        init_lora_weights=False,
+        lora_bias=with_bias,
+        use_dora=is_dora,
+    )
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed")  # to a layer without one, which is no fault
         wanted_grad = [(p, p.requires_grad) for p in network.parameters()]
         inject_adapter_in_model(config, network, adapter_name=adapter)
         for parameter, wanted in wanted_grad:
@@ -238,145 +188,14 @@ def _attach(network: nn.Module, adapter: str, rank: int, updates: Mapping[str, U
         base: Any = layer.get_base_layer().weight
         dtype = torch.promote_types(base.dtype, torch.float32)
         layer.scaling[adapter] = update.scale * scale
-        for holder, tensor in ((layer.lora_A, update.down), (layer.lora_B, update.up)):
-            holder[adapter].weight = nn.Parameter(tensor.to(base.device, dtype), requires_grad=False)
 
+        def frozen(tensor: Tensor, base: Tensor = base, dtype: torch.dtype = dtype) -> nn.Parameter:
+            return nn.Parameter(tensor.to(base.device, dtype), requires_grad=False)
 
-def _read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # safetensors refuses in its own way, torch what it has no numbers for in others
-        raise InputError(f"{file}: cannot be read, it may be damaged ({error})") from error
-
-
-def _sort(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, tuple[str, Tensor]]], dict[str, float], list[str]]:
-    """By module as the file spells it: (key, tensor) of `down` and `up`; alphas; and keys that are neither."""
-    matrices: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    alphas, unknown = {}, []
-    for key, tensor in tensors.items():
-        if tensor.is_complex():
-            unknown.append(key)
-        elif match := _MATRIX.fullmatch(key):
-            side = {"A": "down", "B": "up"}.get(match[2], match[2])
-            matrices.setdefault(match[1], {})[side] = (key, tensor if tensor.itemsize > 1 else tensor.float())
-        elif (match := _ALPHA.fullmatch(key)) and tensor.numel() == 1:
-            alphas[match[1]] = float(tensor)
-        else:
-            unknown.append(key)
-    return matrices, alphas, unknown
-
-
-_Place = tuple[str, tuple[int, ...] | None]
-
-
-def _spellings(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, _Place]:
-    """Every way in which files spell a module's name, to the one in clean form and its weight's shape."""
-    found: dict[str, _Place] = {}
-    originals = original_unet_names(shapes) if part == "unet" else {}
-    for name, shape in shapes.items():
-        clean = name if part == "unet" else with_text_model(name)
-        for spelling in filter(None, (name, clean, originals.get(name))):
-            found[spelling] = found[spelling.replace(".", "_")] = (clean, shape)
-            if spelling.endswith("to_out.0"):
-                found[spelling.removesuffix(".0")] = (clean, shape)
-    return found
-
-
-def _place(
-    module: str, spellings: Mapping[str, Mapping[str, _Place]]
-) -> tuple[str, str, tuple[int, ...] | None] | None:
-    """The network, clean name and weight's shape of a module as a file spells it, or None."""
-    name = module.removeprefix("base_model.model.")
-    prefixes = {**_KOHYA, **_DOTTED}
-    prefix = next((p for p in prefixes if name.startswith(p)), "")
-    part, name = prefixes.get(prefix, "unet"), name.removeprefix(prefix).replace(".processor.", ".")
-    if part not in spellings and part != "unet":
-        return part, name, None  # a text encoder's part, kept so that callers can report it
-    if part != "unet" and "self_attn.to_" in name:
-        stem, _, last = name.rpartition(".")
-        name = f"{stem}.{_OLD_ATTENTION.get(last, last)}"
-    found = spellings.get(part, {}).get(name)
-    return (part, *found) if found else None
-
-
-def _fitted(file: Path, key: str, down: Tensor, up: Tensor, shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """Both matrices in the form of the weight: 1 x 1 convolutions and linear layers are the same thing."""
-    if not torch.isfinite(down).all() or not torch.isfinite(up).all():
-        raise InputError(f"{file}: {key} or its partner holds values that are not finite (NaN or infinite)")
-    dimensions = down.ndim in (2, 4) and up.ndim in (2, 4) and tuple(up.shape[2:]) in ((), (1, 1))
-    if not dimensions or down.shape[0] != up.shape[1] or down.shape[0] == 0:
-        raise InputError(
-            f"{file}: rank mismatch at {key}: down is {tuple(down.shape)} and up {tuple(up.shape)}; "
-            "the first size of down and the second of up must be the same rank"
-        )
-    if shape is None:
-        return down, up
-    kernel = shape[2:]
-    if up.shape[0] == shape[0] and down.shape[1] == shape[1] and (down.shape[2:] or (1, 1)) == (kernel or (1, 1)):
-        return down.reshape(-1, *shape[1:]), up.reshape(shape[0], -1, *(1 for _ in kernel))
-    made_for = (up.shape[0], *down.shape[1:])
-    raise InputError(
-        f"{file}: {key} was made for a weight of shape {made_for}, this model's is {shape}; "
-        "is it a LoRA for another model?"
-    )
-
-
-class _Scales:
-    """alpha / rank of each module: from the file's own alphas, its metadata or adapter_config.json, else 1."""
-
-    def __init__(self, file: Path, metadata: Mapping[str, str]) -> None:
-        self.file = file
-        self.settings: dict[str, Any] = {}
-        try:
-            self.settings = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
-            config = file.with_name("adapter_config.json")
-            if config.is_file() and file.name == FILE_NAMES[1]:
-                self.settings |= {f"unet.{k}": v for k, v in json.loads(config.read_text(encoding="utf-8")).items()}
-        except (ValueError, TypeError, AttributeError, RecursionError, OSError) as error:
-            raise InputError(f"{file}: the settings beside its weights cannot be read ({error})") from error
-        if any(self.settings.get(f"{part}.use_dora") for part in LORA_PARTS):
-            raise InputError(f"{file} is DoRA, which draftp does not read; only plain LoRAs can be merged and applied")
-
-    def __call__(self, part: str, module: str, rank: int, alpha: float | None) -> float:
-        over = rank
-        if alpha is None:
-            default, pattern = (self.settings.get(f"{part}.{name}") for name in ("lora_alpha", "alpha_pattern"))
-            alpha = pattern.get(module, default) if isinstance(pattern, dict) else default
-            over = rank**0.5 if self.settings.get(f"{part}.use_rslora") else rank
-        if alpha is None:
-            return 1.0
-        if not isinstance(alpha, int | float) or not abs(alpha) < _LARGEST:
-            raise InputError(f"{self.file}: the alpha of {part}.{module} is {brief(alpha)}; expected a number")
-        return alpha / over
-
-
-def _refuse_other_methods(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    for key in tensors:
-        for mark, method in _OTHER_METHODS.items():
-            if key.endswith(mark) if mark.startswith(".") else mark in key:
-                raise InputError(f"{file} is {method} (key {key}), which draftp does not read; only plain LoRAs")
-
-
-def _refuse_other_families(file: Path, matrices: Mapping[str, Any], shapes: Shapes) -> None:
-    mark = next((m for m in matrices if any(t in m.removeprefix("base_model.model.") for t in _TRANSFORMERS)), None)
-    if mark and not any(word in mark for word in ("down_blocks", "input_blocks", "text_model")):
-        raise InputError(f"{file} is a LoRA for a transformer such as Flux or SD3 (key {mark}), this model is an SDXL")
-    own = {shape[1] for name, shape in shapes.get("unet", {}).items() if name.endswith("attn2.to_k")}
-    for module, pair in matrices.items():
-        if re.search(r"attn2[._](processor\.)?to_k$", module) and "down" in pair and pair["down"][1].ndim > 1:
-            width = pair["down"][1].shape[1]
-            if own and width not in own:
-                family = _FAMILY_BY_WIDTH.get(width, "another model")
-                raise InputError(
-                    f"{file} is a LoRA for {family}: its cross-attention reads text of width {width}, "
-                    f"this model's of {', '.join(map(str, sorted(own)))}"
-                )
-            return
-
-
-def _refuse_no_effect(file: Path, lora: Lora) -> None:
-    if not any(update.scale and update.up.any() and update.down.any() for _, _, update in lora.updates()):
-        raise InputError(f"{file} would change nothing: in every layer A, B or alpha is zero; was it trained?")
+        layer.lora_A[adapter].weight = frozen(update.down)
+        layer.lora_B[adapter].weight = frozen(update.up)
+        if update.bias is not None:
+            layer.lora_B[adapter].bias = frozen(update.bias)
+        if update.magnitude is not None:
+            as_convolution = (1, -1, 1, 1) if base.ndim == 4 else (-1,)
+            layer.lora_magnitude_vector[adapter].weight = frozen(update.magnitude.reshape(as_convolution))
