@@ -7,7 +7,7 @@ Method. One run per KL coefficient, everything else as in the preset `toy`. The 
 every annealing weight and LoRA scale below, the others as they are. Prompts are held-out scenes of which only shape
 and colour are named, so that size, place and background are free: in whole captions diversity would be mistakes.
 Diversity is measured on the oracle's own reading of the pictures (draftcli/toy/features.py); `--features toy` takes the
-learned reward's CLIP. Every point has a 95 % interval over prompts.
+learned reward's own CLIP, in which cheating looks varied. Every point has a 95 % interval over prompts.
 """
 
 from __future__ import annotations

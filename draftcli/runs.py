@@ -19,8 +19,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -29,9 +30,9 @@ import yaml
 from draftcli.changes import Change, change_in_words, differences, refused_changes
 from draftcli.config import Config, check_config, dump_config
 from draftcli.contents import contents_of, read_contents, what_changed
-from draftcli.errors import DraftpError, InputError
+from draftcli.disk import beside, disk_errors, lock_file, write_aside
+from draftcli.errors import InputError
 from draftcli.lines import text_lines
-from draftcli.umask import follow_umask
 
 LOCK = ".lock"  # its text says who holds it, which is why this is not filelock's: that one empties the file
 STEP_FOLDER = r"step-([0-9]{1,18})"  # a checkpoint's name
@@ -49,11 +50,29 @@ class ValidationLine(TypedDict):
     rewards: dict[str, dict[str, float]]
     """Figures by reward, trained and held-out ones."""
     diversity: dict[str, float]
-    """Figures of the mean distance of two pictures."""
+    """Figures of the mean distance of two pictures in pixels; also kept, kept_low and kept_high, as a share of the
+    base's."""
     score: NotRequired[float]
     """How good the network is, by one number: what the best checkpoint is chosen by."""
     training_reward: NotRequired[float | None]
     """The mean reward in training since the validation before."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a run's folder is to be opened with, as `Run.check` found it.
+
+    Attributes:
+        settings: the text of config.yaml.
+        contents: the text of contents.json.
+        changes: in words, what differs from the session before.
+        is_other: it is another run than the one that was begun here, of which there is nothing to keep.
+    """
+
+    settings: str
+    contents: str
+    changes: tuple[str, ...]
+    is_other: bool
 
 
 class Run:
@@ -91,14 +110,15 @@ class Run:
     def open(self, cfg: Config) -> list[str]:
         """Make the folder's files, or see that it is this very run. Call it inside `locked`.
 
-        What a killed process left half done is removed.
+        Returns and raises what `check` and `begin` do.
+        """
+        return self.begin(self.check(cfg))
 
-        Returns:
-            the settings that differ from those of the session before, and may: a path may where its files are the same.
+    def check(self, cfg: Config) -> Opening:
+        """See that the folder is new, or this very run's. Nothing is written.
 
         Raises:
             InputError: the run was started with other settings, or with other files under the same names.
-            DraftpError: it cannot be written.
         """
         settings = yaml.safe_load(dump_config(cfg))
         kept, found = read_contents(self.contents), contents_of(settings)
@@ -113,36 +133,49 @@ class Run:
                     f"{self.folder} was started with other settings ({'; '.join(refused[:3])}); "
                     "keep them to resume, or take another --output"
                 )
+        words = [change_in_words(change) + (", the same files" if change[0] in other else "") for change in changed]
+        return Opening(dump_config(cfg), json.dumps({**kept, **found}, indent=1), tuple(words), bool(refused))
+
+    def begin(self, opening: Opening) -> list[str]:
+        """Make the folder's files, and remove what a killed process left half done.
+
+        Returns:
+            the settings that differ from those of the session before, and may: a path may where its files are the same.
+            Nothing where no session has taken a step yet.
+
+        Raises:
+            DraftpError: it cannot be written.
+        """
+        has_begun = bool(self.checkpoints() or self.steps())
         with disk_errors(self.folder):
-            if refused:  # what was logged is of other settings
+            if opening.is_other:  # what was logged is of other settings
                 self.metrics.unlink(missing_ok=True)
                 self.validation.unlink(missing_ok=True)
             for left in [*self.folder.glob(".*.partial"), *self.folder.glob(".*.removed")]:
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-            write_aside(self.config, lambda path: path.write_text(dump_config(cfg), encoding="utf-8"))
-            if not self.contents.is_file() or {**kept, **found} != kept:
-                text = json.dumps({**kept, **found}, indent=1)
-                write_aside(self.contents, lambda path: path.write_text(text, encoding="utf-8"))
+            write_aside(self.config, lambda path: path.write_text(opening.settings, encoding="utf-8"))
+            if not self.contents.is_file() or self.contents.read_text(encoding="utf-8") != opening.contents:
+                write_aside(self.contents, lambda path: path.write_text(opening.contents, encoding="utf-8"))
             self.samples.mkdir(exist_ok=True)
-        return [change_in_words(change) + (", the same files" if change[0] in other else "") for change in changed]
+        return list(opening.changes) if has_begun else []
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other process can be in here. The lock goes with the process, however it ends.
 
+        Where no run was begun inside, the folder and what was made for it are gone afterwards.
+
         Raises:
             InputError: another process is writing this run, or the folder is something else.
             DraftpError: the folder cannot be written.
         """
-        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {self.folder.name}
-        begun = {LOCK, beside(self.config).name}  # by a process that was killed before it had written its settings
-        if self.folder.exists() and self.config.name not in names and names - begun:
-            raise InputError(f"{self.folder} exists and is no run (it has no config.yaml); choose another --output")
+        self.check_place()
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             file = (self.folder / LOCK).open("a+b", buffering=0)
         with file:
-            if not _lock(file.fileno()):
+            if not lock_file(file.fileno()) or not self._has_lock(file.fileno()):
                 file.seek(0)
                 who = file.read().decode(errors="replace").strip() or "unknown"
                 raise InputError(
@@ -151,7 +184,35 @@ class Run:
             with disk_errors(self.folder):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-            yield
+            try:
+                yield
+            finally:
+                if not self.config.is_file():
+                    self._remove_empty(made)
+
+    def check_place(self) -> None:
+        """Raise InputError where the folder is there and is something else than a run."""
+        names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {self.folder.name}
+        begun = {LOCK, beside(self.config).name}  # by a process that was killed before it had written its settings
+        if self.folder.exists() and self.config.name not in names and names - begun:
+            raise InputError(f"{self.folder} exists and is no run (it has no config.yaml); choose another --output")
+
+    def _has_lock(self, handle: int) -> bool:
+        """Whether an open file is the lock that is in the folder now: one that failed to start has removed its own."""
+        with suppress(OSError):
+            return os.path.samestat(os.fstat(handle), (self.folder / LOCK).stat())
+        return False
+
+    def _remove_empty(self, folders: Sequence[Path]) -> None:
+        """Remove the lock and those of the folders, the innermost first, that have nothing in them."""
+        with suppress(OSError):
+            (self.folder / LOCK).unlink()
+            for folder in folders:
+                folder.rmdir()
+
+    def weights(self) -> Path | None:
+        """The folder of the weights that stand for the run: final/, or its newest checkpoint. None: there are none."""
+        return next((folder for folder in (self.final, *self.checkpoints()) if _holds_weights(folder)), None)
 
     def finished(self, step: int) -> bool:
         """Whether `step` was the last, and everything is written: final/ says of which step it is."""
@@ -188,7 +249,7 @@ def find_run(name: str | None) -> tuple[Run, Path]:
 
     Args:
         name: a run's folder, its name under runs/, or one checkpoint of it (runs/toy/step-000020). None: the newest
-            run under runs/.
+            run under runs/ that has weights.
 
     Returns:
         the run; and its final/, where it is not finished its newest checkpoint, or the checkpoint that was named.
@@ -197,12 +258,13 @@ def find_run(name: str | None) -> tuple[Run, Path]:
         InputError: there is none, it is no run, or nothing has been trained in it yet.
     """
     if name is None:
-        runs = sorted(Path("runs").glob("*/config.yaml"), key=lambda file: file.stat().st_mtime)
+        configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
+        runs = [Run(config.parent) for config in configs]
         if not runs:
             raise InputError(
                 "there is no run under runs/; name a run's folder, or train one: draftp train --preset toy"
             )
-        run = Run(runs[-1].parent)
+        run = next((run for run in runs if run.weights() is not None), runs[0])
     else:
         folder = next((path for path in (Path(name), Path("runs") / name) if path.is_dir()), Path(name))
         run = Run(folder)
@@ -214,7 +276,7 @@ def find_run(name: str | None) -> tuple[Run, Path]:
                 f"{name} is no run (it has no config.yaml); runs here: {', '.join(there) or 'none'}. "
                 "For other models give --model"
             )
-    weights = next((folder for folder in (run.final, *run.checkpoints()) if _holds_weights(folder)), None)
+    weights = run.weights()
     if weights is None:
         raise InputError(f"{run.folder} has no weights yet, neither final/ nor a checkpoint; let draftp train go on")
     return run, weights
@@ -267,83 +329,6 @@ def split_scale(text: str, is_there: Callable[[str], bool], given: str) -> tuple
     if not math.isfinite(scale):
         raise InputError(f"{given}: expected PATH or PATH=SCALE with a number, such as style.safetensors=0.7")
     return name, scale
-
-
-def beside(path: Path) -> Path:
-    """Where `path` is made before it is renamed."""
-    return path.with_name(f".{path.name}.partial")
-
-
-def write_aside(path: Path, write: Callable[[Path], Any]) -> None:
-    """Let `write` make a file or folder beside `path`, then rename it: `path` is never half written.
-
-    What was at `path` is replaced. The content is on the disk before it has its name, so that a computer that loses
-    its power leaves the old or the new one. Where `write` fails nothing is left.
-    """
-    aside = beside(path)
-    try:
-        write(aside)
-        follow_umask(aside)
-        for made in [aside] if aside.is_file() else [*aside.rglob("*")]:
-            if made.is_file():
-                with made.open("rb") as file:
-                    os.fsync(file.fileno())
-    except BaseException:
-        shutil.rmtree(aside) if aside.is_dir() else aside.unlink(missing_ok=True)  # a full disk gets its room back
-        raise
-    old = _renamed_away(path) if path.is_dir() else None
-    aside.replace(path)
-    if old is not None:
-        shutil.rmtree(old)
-
-
-def remove_folder(path: Path) -> None:
-    """Remove a folder so that nobody, whenever this is killed, sees half of it under its name."""
-    shutil.rmtree(_renamed_away(path))
-
-
-def set_aside(path: Path) -> Path:
-    """Give a damaged checkpoint a name under which nothing looks for it; its owner may want what is left of it."""
-    aside = path.with_name(f"{path.name}.damaged")
-    with disk_errors(path):
-        shutil.rmtree(aside, ignore_errors=True)
-        return path.replace(aside)
-
-
-def _renamed_away(path: Path) -> Path:
-    old = path.with_name(f".{path.name}.removed")
-    shutil.rmtree(old, ignore_errors=True)
-    return path.replace(old)
-
-
-@contextmanager
-def disk_errors(where: Path) -> Iterator[None]:
-    """What the operating system refuses becomes one line: disk full, read-only, no permission."""
-    try:
-        yield
-    except OSError as error:
-        raise DraftpError(f"{error.filename or where}: cannot be written ({error.strerror or error})") from error
-
-
-def _lock(handle: int) -> bool:
-    """Take the advisory lock of an open file; False where somebody else has it."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        import msvcrt
-
-        try:
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        except OSError:
-            return False
-        return True
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return True  # a file system that knows no locks: better a run without one than none
-    return True
 
 
 def _lines(path: Path) -> list[str]:

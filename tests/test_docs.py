@@ -130,3 +130,11 @@ def test_the_pipeline_of_the_annealing_page_draws_the_commands_picture():
     drawn = np.asarray(names["image"]).astype(int)
     assert np.abs(drawn - linear).max() <= 1
     assert np.abs(drawn - base).max() > 3, "the LoRA does something"
+
+
+def test_the_pairs_of_the_first_picture_are_chosen_by_their_rule():
+    at_quantiles = runpy.run_path(str(ROOT / "docs" / "make_hero.py"))["at_quantiles"]
+    change = np.array([0.3, -0.5, 0.1, 0.9, 0.0, 0.2, -0.1, 0.4])
+    assert change[at_quantiles(change, 4)].tolist() == [-0.1, 0.1, 0.3, 0.9]
+    assert change[at_quantiles(change, 8)].tolist() == sorted(change)
+    assert len(at_quantiles(np.zeros(3), 12)) == 12

@@ -12,6 +12,7 @@ ALLOWED = {
     "__init__": {"config", "core", "rewards", "sampling"},
     "__main__": {"cli"},
     "errors": set(),
+    "disk": {"umask"},
     "changes": set(),
     "contents": set(),
     "lines": set(),
@@ -19,7 +20,7 @@ ALLOWED = {
     "prompts": {"config"},
     "pictures": set(),
     "umask": set(),
-    "runs": {"changes", "config", "contents", "lines", "umask"},
+    "runs": {"changes", "config", "contents", "disk", "lines"},
     "core": {"config", "runs", "umask"},
     "rewards": {"config"},
     "metrics": {"core"},
@@ -27,6 +28,7 @@ ALLOWED = {
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
     "training": {
         *("export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"),
+        "disk",
     },
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {
@@ -58,6 +60,7 @@ CORE_LAYERS = {
         "denoise",
         "guidance",
         "annealing",
+        "weighings",
         "networks",
         "penalty",
         "backward",

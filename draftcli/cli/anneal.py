@@ -40,10 +40,11 @@ def anneal(
     `draftp anneal --model stabilityai/stable-diffusion-xl-base-1.0 --lora style.safetensors --prompt "a fox"`
     """
     source = options.source()
+    kinds = [kind.strip() for text in weight or ["base,linear,tuned"] for kind in text.split(",")]
+    kinds = ["base", *kinds] if options.base else kinds
+    options.check(source, kinds)
     from draftcli.cli.console import open_console
     from draftcli.sampling.job import run as run_job
 
     console = open_console(options.quiet, options.debug)
-    kinds = [kind.strip() for text in weight or ["base,linear,tuned"] for kind in text.split(",")]
-    kinds = ["base", *kinds] if options.base else kinds
     print_result(run_job(options.job("anneal", source, kinds, stochastic), console), console)

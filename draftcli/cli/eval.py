@@ -53,8 +53,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME[=FOLDER]",
-            help="What diversity is measured on: clip, dinov2, or another reward that is a CLIP.  "
-            "[default: clip; toy in the toy world]",
+            help="What diversity is measured in: dinov2, a reward that is a CLIP, or package.module:object.  "
+            "[default: dinov2, else a CLIP that no trained reward stands on; in the toy world what its oracle reads]",
         ),
     ] = None,
     judge: Annotated[
@@ -87,11 +87,7 @@ def evaluate(
 
     `draftp eval pictures/base pictures/theirs --reward pickscore`
     """
-    from draftcli.cli.console import open_console
-
-    console = open_console(quiet, debug)
-    from draftcli.evaluation.evaluate import DEFAULT_WEIGHTS, Request, parse_scales
-    from draftcli.evaluation.evaluate import evaluate as run_evaluation
+    from draftcli.evaluation.request import DEFAULT_WEIGHTS, Request, check_request, parse_scales
 
     request = Request(
         names=names or (),
@@ -108,6 +104,12 @@ def evaluate(
         batch_size=batch_size,
         output=output,
     )
+    check_request(request)
+    from draftcli.cli.console import open_console
+
+    console = open_console(quiet, debug)
+    from draftcli.evaluation.evaluate import evaluate as run_evaluation
+
     result = run_evaluation(request, console)
     if result is not None:  # None in all processes but the main one
         _print_result(result, console)
@@ -120,17 +122,19 @@ def _split(texts: list[str]) -> list[str]:
 def _print_result(result: EvaluationResult, console: Console) -> None:
     from rich.table import Table
 
-    from draftcli.evaluation.figures import COSINE
     from draftcli.evaluation.report import cell
 
     comparison = result.comparison
-    shown = [*(metric for metric in comparison.metrics if metric.group == "reward"), COSINE]
+    shown = [metric for metric in comparison.metrics if metric.group == "reward"]
     table = Table(box=None, pad_edge=False)
-    for label in ("", *(metric.label for metric in shown)):
-        table.add_column(label, justify="right" if label else "left", overflow="fold")
+    for label in ("", *(metric.label for metric in shown), "diversity"):
+        table.add_column(label, justify="left" if label in ("", "diversity") else "right", overflow="fold")
     for name, figures in comparison.figures.items():
-        table.add_row(name, *(cell(figures[metric], metric.digits) for metric in shown))
+        kept = figures.diversity.diversity_kept
+        diversity = "100 %" if name == comparison.base else "-" if kept is None else kept.words
+        table.add_row(name, *(cell(figures[metric], metric.digits) for metric in shown), diversity)
     console.print(table)
+    console.print(f"diversity in percent of {comparison.base}'s: 1 - cosine on {result.features}")
     trained = ", ".join(comparison.trained) or "none of these"
     console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval")
     for warning in comparison.warnings:

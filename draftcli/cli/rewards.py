@@ -78,7 +78,9 @@ def check(
     if not (match := re.fullmatch(r"(\d+)x(\d+)", size)) or "0" in match.groups():
         raise InputError(f"--size {size}: expected HEIGHTxWIDTH, such as 1024x768")
     from draftcli.cli.console import open_console
+    from draftcli.rewards import check_names
 
+    check_names([name])
     console = open_console(False, debug)
     from torch import nn
 

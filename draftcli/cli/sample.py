@@ -124,6 +124,12 @@ class DrawingOptions:
 
         return find_source(self.run, self.model, self.lora or (), self.override or (), self.settings())
 
+    def check(self, source: DrawingSource, kinds: Sequence[str]) -> None:
+        """What `check_drawing` checks; call it before torch is imported."""
+        from draftcli.sampling.source import check_drawing
+
+        check_drawing(source, kinds, self.prompt or (), self.prompts, self.format_)
+
     def job(self, name: str, source: DrawingSource, kinds: Sequence[str], stochastic: bool = False) -> Job:
         """What the command `name` draws: a column for each of the annealing weights `kinds`."""
         from draftcli.sampling.job import Job
@@ -178,11 +184,12 @@ def sample(options: DrawingOptions) -> None:
     `torchrun --nproc-per-node 4 -m draftcli sample runs/mine --prompts many.jsonl --format webp`
     """
     source = options.source()
+    kinds = [*(["base"] if options.base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])]
+    options.check(source, kinds)
     from draftcli.cli.console import open_console
     from draftcli.sampling.job import run as run_job
 
     console = open_console(options.quiet, options.debug)
-    kinds = [*(["base"] if options.base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])]
     print_result(run_job(options.job("sample", source, kinds), console), console)
 
 

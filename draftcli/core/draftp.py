@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from draftcli.config import Config, conflicts
-from draftcli.core.annealing import Weighing, annealed_denoiser, linear, step_weights
+from draftcli.core.annealing import annealed_denoiser, step_weights
 from draftcli.core.backward import KeptGraph, Piece, Work, reward_slope
 from draftcli.core.batch import Batch, derived_seed
 from draftcli.core.denoise import SOLVERS, Sampler
@@ -48,6 +48,7 @@ from draftcli.core.one_backward import LossFunction, Metrics, as_metrics, images
 from draftcli.core.penalty import Penalty, make_penalty, objective
 from draftcli.core.phase import Phase
 from draftcli.core.rollout import Rollout, churn_noise
+from draftcli.core.weighings import Weighing, linear
 from draftcli.errors import InputError
 
 # objective(data_iterator, model) -> images (B, 3, H, W), loss_func; loss_func(images) -> scalar loss, metrics

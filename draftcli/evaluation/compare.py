@@ -11,7 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from draftcli.evaluation.figures import SIGN_METRICS, Figure, Figures, Metric, column_figures, metrics_of
+from draftcli.evaluation.figures import (
+    COSINE,
+    PIXELS,
+    SIGN_METRICS,
+    Figure,
+    Figures,
+    Metric,
+    column_figures,
+    metrics_of,
+)
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Gallery, Item
 from draftcli.metrics.hacking import RewardMean, Standing, find_hacking
@@ -19,7 +28,6 @@ from draftcli.metrics.statistics import has_interval
 
 FEW_PROMPTS = 10  # below it intervals are rough
 LARGE_DRIFT = 0.25  # relative change of a sign that is worth a warning
-LARGE_LOSS = 0.5  # share of the base's diversity below which it is worth a warning
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ def compare(
     trained: Sequence[str],
     judge: str,
     prefer: float = 0.5,
+    caution: str = "",
 ) -> ColumnComparison:
     """Compare `columns`, the first of which is the base.
 
@@ -102,6 +111,7 @@ def compare(
         trained: rewards that were trained on.
         judge: the reward of the Pareto front and the recommendation.
         prefer: 1 wants the reward alone, 0 diversity alone.
+        caution: about what was measured, to be said before all other warnings.
     """
     base = columns[0].name
     prompts = list(dict.fromkeys(item.prompt for item in items))
@@ -121,6 +131,7 @@ def compare(
         fronts=fronts,
         recommendation=recommend(figures, base, judge, fronts[judge], prefer),
         warnings=[
+            *([caution] if caution else []),
             *(
                 f"{name}: identical pictures, those of {base}: there is no difference."
                 for name, seen in measured.items()
@@ -156,18 +167,18 @@ def recommend(
     if not candidates:
         return Recommendation(None, f"keep {base}: no column raises {judge} and is on its Pareto front with diversity")
     gain = _scaled({name: f.reward(judge).value for name, f in figures.items()})
-    kept = _scaled({name: f.diversity.value for name, f in figures.items()})
+    varied = _scaled({name: f.diversity.value for name, f in figures.items()})
 
     def distance(name: str) -> float:
-        return float(np.sqrt(prefer * (1 - gain[name]) ** 2 + (1 - prefer) * (1 - kept[name]) ** 2))
+        return float(np.sqrt(prefer * (1 - gain[name]) ** 2 + (1 - prefer) * (1 - varied[name]) ** 2))
 
     best = min(candidates, key=distance)
-    figure, share = figures[best].reward(judge), _ratio(figures[best].diversity, figures[base].diversity)
+    figure, kept = figures[best].reward(judge), figures[best].diversity.diversity_kept
     low, high = figure.difference_low, figure.difference_high
     known = f"95 % {low:+.3g} to {high:+.3g}" if has_interval(low, high) else "no interval"
     text = f"{judge} {figure.difference:+.3g} against {base} ({known})"
-    if share is not None:
-        text += f", {100 * share:.0f} % of its diversity"
+    if kept is not None:
+        text += f", {kept.words} of its diversity"
     if figure.direction != 1:
         text += f"; that {judge} rises at all is not certain"
     return Recommendation(best, text)
@@ -190,9 +201,7 @@ def warnings(
             continue
         if (verdict := find_hacking(_base_and_column(base, name, figure, rewards), trained)) is not None:
             lines.append(f"{name}: {verdict.sentence('these prompts')}.")
-        kept = _ratio(figure.diversity, figures[base].diversity)
-        if kept is not None and kept < LARGE_LOSS and figure.diversity.direction < 0:
-            lines.append(f"{name}: {100 * kept:.0f} % of the base's diversity is left.")
+        lines += [f"{name}: {line}." for line in _diversity_warnings(figure)]
         ratios = {sign: _ratio(figure[sign], figures[base][sign]) for sign in SIGN_METRICS}
         drifted = [
             f"{sign.label} {ratio:.2g}"
@@ -201,6 +210,24 @@ def warnings(
         ]
         if drifted:
             lines.append(f"{name}: as a multiple of the base's: {', '.join(drifted)}.")
+    return lines
+
+
+def _diversity_warnings(figures: Figures) -> list[str]:
+    """Of one column: a large loss, and features and pixels that don't agree on whether there is any."""
+    measured = {"in features": figures[COSINE].diversity_kept, "in pixels": figures[PIXELS].diversity_kept}
+    known = {where: kept for where, kept in measured.items() if kept is not None}
+    lines = []
+    if lost := [f"{kept.words} {where}" for where, kept in known.items() if kept.lost_much]:
+        lines.append(f"of the base's diversity is left {' and '.join(lost)}")
+    features, pixels = measured.values()
+    if features is None or pixels is None or not (features.direction or pixels.direction):
+        return lines
+    if (features.share - 1) * (pixels.share - 1) < 0:
+        lines.append(
+            f"features and pixels disagree about diversity: {features.words} of the base's is left in features, "
+            f"{pixels.words} in pixels; look at the pictures, or measure in other features (--features)"
+        )
     return lines
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,17 +15,17 @@ from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
+from draftcli.core.models.places import unread_prompts
 from draftcli.errors import InputError, warn
 from draftcli.evaluation.compare import ColumnComparison, compare
-from draftcli.evaluation.features import load_features
+from draftcli.evaluation.features import choose_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
-from draftcli.evaluation.pictures import INDEX, Gallery, Item, folder_gallery, items_of, read_entries, read_picture
+from draftcli.evaluation.pictures import Gallery, Item, folder_gallery, items_of, read_entries, read_picture
 from draftcli.evaluation.report import About
+from draftcli.evaluation.request import Request, check_request, find_compared, find_judges
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
-from draftcli.rewards import check_names
-from draftcli.rewards.catalogue import features_for
 from draftcli.rewards.first_call import ask_once
 from draftcli.rewards.registry import load_from
 from draftcli.runs import disk_errors, write_aside
@@ -35,51 +34,15 @@ from draftcli.sampling.files import write_pictures
 from draftcli.sampling.job import progress_bar
 from draftcli.sampling.load import load_source
 from draftcli.sampling.loras import NamedLora, named_loras
-from draftcli.sampling.source import DrawingSource, find_source
-
-DEFAULT_WEIGHTS = ("linear",)
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be compared, and by which judges.
-
-    Attributes:
-        names: runs, checkpoints of runs and folders of pictures; empty: the newest run. The first is the base's.
-        weights: annealing weights, a column each for every run; base and tuned are always there.
-        scales: scales of the LoRA, a column each for every run.
-        prompts: a file, built-in set or dataset; None: the first run's validation prompts.
-        images: pictures per prompt.
-        seed: of a prompt's first picture; None: the first run's.
-        rewards: judges beside those of the runs, all held out.
-        features: of diversity; None: those of a reward made for the first run's model, else `clip`.
-        judge: reward of the Pareto front; None: the first held-out one.
-        prefer: 1 wants the reward alone, 0 diversity alone.
-        overrides: KEY=VALUE over the first run's settings.
-        batch_size: pictures drawn together; None: by their size.
-        output: folder; None: eval/ in the first run's.
-    """
-
-    names: Sequence[str] = ()
-    weights: Sequence[str] = DEFAULT_WEIGHTS
-    scales: Sequence[float] = ()
-    prompts: str | None = None
-    images: int = 4
-    seed: int | None = None
-    rewards: Sequence[str] = ()
-    features: str | None = None
-    judge: str | None = None
-    prefer: float = 0.5
-    overrides: Sequence[str] = ()
-    batch_size: int | None = None
-    output: Path | None = None
+from draftcli.sampling.source import DrawingSource
 
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The comparison, and the files that were written, by what they are."""
+    """The comparison, the features of its diversity, and the files that were written, by what they are."""
 
     comparison: ColumnComparison
+    features: str
     written: dict[str, Path]
 
 
@@ -93,21 +56,20 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         InputError: what was asked for does not exist or cannot be combined.
         DraftpError: the disk refuses.
     """
-    for kind in request.weights:
-        Column.of(kind)  # a wrong one is refused before anything is loaded
-    sources, folders = _find(request)
-    rewards, trained = _rewards(request, sources)
+    check_request(request)  # what is wrong is refused before anything is loaded
+    sources, folders = find_compared(request)
+    rewards, trained = find_judges(request, sources)
     judge = request.judge or next((r for r in rewards if r not in trained), next(iter(rewards)))
-    features = request.features or features_for(sources[0].cfg.model.pretrained if sources else "")
     output = request.output or (sources[0].folder if sources else Path()) / "eval"
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
         for text in dict.fromkeys(text for source in sources for text in source.warnings) if ranks.is_main else ():
             warn(text)
-        judges = load_judges(rewards, features, sources)
+        judges = load_judges(rewards, request.features, sources)
         pictures, notes = _plan(request, sources)
         for text in notes if ranks.is_main else ():
             warn(text)
+        _warn_of_unread_prompts(sources, pictures, ranks)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
         labels = _labels((named or [Path(source.name) for source in sources]) + folders)
@@ -121,65 +83,17 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         measured = _measure(galleries, items, judges, output / "measured", ranks, console)
         if not ranks.is_main:
             return None
-        comparison = compare(galleries, items, measured, trained, judge, request.prefer)
+        comparison = compare(galleries, items, measured, trained, judge, request.prefer, judges.features.caution)
         settings = _settings(request, sources, items, judges, trained)
-        about = About(f"{labels[0]}: what the tuning bought and what it cost", settings)
-        return EvaluationResult(comparison, write_outputs(output, comparison, about, items, measured))
+        about = About(_title(labels[0], judges), settings)
+        written = write_outputs(output, comparison, about, items, measured)
+        return EvaluationResult(comparison, judges.features.name, written)
 
 
-def parse_scales(texts: Sequence[str]) -> list[float]:
-    """Scales of a LoRA, as on the command line.
+def load_judges(rewards: dict[str, RewardSource], features: str | None, sources: Sequence[DrawingSource]) -> Judges:
+    """Every reward with its settings, and the features (None: the default), on the device of the first run.
 
-    Raises:
-        InputError: one is not a number.
-    """
-    try:
-        scales = [float(text) for text in texts]
-        if all(map(math.isfinite, scales)):
-            return scales
-    except ValueError:
-        pass
-    raise InputError(f"--lora-scale {','.join(texts)}: expected numbers, such as --lora-scale 0.5,0.75")
-
-
-def _find(request: Request) -> tuple[list[DrawingSource], list[Path]]:
-    """The runs, all with the first one's sampling, and the folders of pictures."""
-    folders = [Path(name) for name in request.names if (Path(name) / INDEX).is_file()]
-    names: list[str | None] = [name for name in request.names if Path(name) not in folders]
-    if not names and not folders:
-        names = [None]
-    if not names and request.scales:
-        raise InputError("--lora-scale: only folders of pictures were named, so nothing can be drawn; name a run too")
-    if not names and len(folders) == 1:
-        raise InputError(f"{folders[0]} alone is nothing to compare; name a second folder or a run")
-    sources: list[DrawingSource] = []
-    for name in names:
-        sampling = {"sampling": sources[0].cfg.sampling.model_dump()} if sources else {}
-        source = find_source(name, None, (), () if sources else request.overrides, sampling)
-        if request.scales and not source.loras:
-            raise InputError(f"--lora-scale: {source.name} was trained in full and has no LoRA to scale")
-        sources.append(source)
-    return sources, folders
-
-
-def _rewards(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[str, RewardSource], list[str]]:
-    """Every judge with its settings, and the names of those that were trained on."""
-    rewards: dict[str, RewardSource] = {}
-    for source in sources:
-        rewards |= source.cfg.rewards
-    trained = list(rewards)
-    for held_out in (*(source.cfg.held_out_rewards for source in sources), dict.fromkeys(request.rewards)):
-        rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
-    if not rewards:
-        raise InputError("nobody judges: folders of pictures know no reward, so name one, such as --reward pickscore")
-    check_names(list(rewards))
-    if request.judge is not None and request.judge not in rewards:
-        raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")
-    return rewards, trained
-
-
-def load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequence[DrawingSource]) -> Judges:
-    """Every reward with its settings, and the features, on the device of the first run.
+    Where there are only folders, any reward may have been trained on.
 
     Raises:
         InputError: one is unknown, or its weights cannot be loaded.
@@ -192,7 +106,17 @@ def load_judges(rewards: dict[str, RewardSource], features: str, sources: Sequen
     settings = [
         f"{name} {setting.model_dump(include=set(RewardSource.model_fields))}" for name, setting in rewards.items()
     ]
-    return Judges(loaded, load_features(features).to(device), device, tuple(settings))
+    model = sources[0].cfg.model.pretrained if sources else ""
+    trained = {name for source in sources for name in source.cfg.rewards} if sources else set(rewards)
+    chosen = choose_features(features, model, loaded, sorted(trained))
+    return Judges(loaded, chosen.to(device), device, tuple(settings))
+
+
+def _title(label: str, judges: Judges) -> str:
+    """The report's headline, which says so where diversity is measured in what was trained on."""
+    title = f"{label}: what the tuning bought and what it cost"
+    shared = " and ".join(judges.features.trained_on)
+    return f"{title} (diversity in features of {shared}, which was or may have been trained on)" if shared else title
 
 
 def _plan(request: Request, sources: Sequence[DrawingSource]) -> tuple[list[Picture], Sequence[str]]:
@@ -213,6 +137,13 @@ def _plan(request: Request, sources: Sequence[DrawingSource]) -> tuple[list[Pict
     if others := len(set(prompts)) - len(once):
         notes.append(f"{others} prompts differ from another in negative prompt, seed or size alone, and are left out")
     return plan(list(reversed(once.values())), request.images, seed, size), notes
+
+
+def _warn_of_unread_prompts(sources: Sequence[DrawingSource], pictures: Sequence[Picture], ranks: Ranks) -> None:
+    texts = list(dict.fromkeys(picture.prompt.text for picture in pictures))
+    for name in dict.fromkeys(source.cfg.model.pretrained for source in sources) if ranks.is_main else ():
+        if (text := unread_prompts(name, texts)) is not None:
+            warn(text)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

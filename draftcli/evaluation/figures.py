@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Gallery
 from draftcli.metrics.diversity import (
     NEIGHBOURS,
+    DiversityKept,
     cosine_diversity,
     frechet_distance,
     kernel_distance,
@@ -131,6 +132,9 @@ class Figure:
         win_low: lower bound of its 95 % interval.
         win_high: upper bound.
         why: there is no value.
+        kept: of diversity alone: the value as a share of the base's, in [0, inf).
+        kept_low: lower bound of its 95 % interval.
+        kept_high: upper bound.
     """
 
     value: float | None = None
@@ -145,6 +149,16 @@ class Figure:
     win_low: float | None = None
     win_high: float | None = None
     why: str | None = None
+    kept: float | None = None
+    kept_low: float | None = None
+    kept_high: float | None = None
+
+    @property
+    def diversity_kept(self) -> DiversityKept | None:
+        """`kept` with its interval; None for the base, and for what is no diversity."""
+        if self.kept is None or self.kept_low is None or self.kept_high is None:
+            return None
+        return DiversityKept(self.kept, self.kept_low, self.kept_high)
 
     @property
     def direction(self) -> int:
@@ -213,10 +227,15 @@ def _diversities(here: Measured, base: Measured | None, groups: np.ndarray) -> d
         return np.array([DIVERSITY[metric](measured.features[groups == group]) for group in np.unique(groups)])
 
     prompts = np.arange(len(np.unique(groups)))
-    return {
-        metric: _figure(by_prompt(metric, here), prompts, None if base is None else by_prompt(metric, base))
-        for metric in (*DIVERSITY, PIXELS)
-    }
+    figures = {}
+    for metric in (*DIVERSITY, PIXELS):
+        values, against = by_prompt(metric, here), None if base is None else by_prompt(metric, base)
+        figure = _figure(values, prompts, against)
+        kept = None if against is None else DiversityKept.of(against, values)
+        if kept is not None:
+            figure = replace(figure, kept=kept.share, kept_low=kept.low, kept_high=kept.high)
+        figures[metric] = figure
+    return figures
 
 
 def _distances(here: Measured, base: Measured | None, groups: np.ndarray) -> dict[Metric, Figure]:

@@ -13,7 +13,7 @@ import numpy as np
 from draftcli.errors import InputError, brief
 from draftcli.lines import text_lines
 from draftcli.pictures import open_picture
-from draftcli.sampling.files import INDEX
+from draftcli.sampling.names import INDEX
 
 
 @dataclass(frozen=True)

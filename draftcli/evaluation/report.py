@@ -196,6 +196,7 @@ def _cell(figure: Figure, metric: Metric, reach: float) -> dict[str, Any]:
     digits = metric.digits
     cell: dict[str, Any] = {"why": None, "value": number(figure.value, digits)}
     cell["interval"] = cell["difference"] = cell["wins"] = None
+    cell["kept"] = None if figure.diversity_kept is None else figure.diversity_kept.words
     if is_known(figure.low) and is_known(figure.high):
         cell["interval"] = f"{number(figure.low, digits)} to {number(figure.high, digits)}"
     value, low, high = figure.difference, figure.difference_low, figure.difference_high

@@ -9,7 +9,7 @@ import huggingface_hub
 import yaml
 
 from draftcli.core.models.family import find_family
-from draftcli.core.models.loading import BUILT_IN
+from draftcli.core.models.places import BUILT_IN
 from draftcli.errors import DraftpError, first_line
 from draftcli.export.formats import OUTPUT_FORMATS
 from draftcli.export.report import NO_BASE, MergeReport

@@ -15,10 +15,11 @@ from draftcli.core.lora.files import Lora, Shapes, refuse_stacked_dora
 from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.family import find_family
 from draftcli.errors import InputError
+from draftcli.export.arguments import parse_input
 from draftcli.export.base import Base
 from draftcli.export.second_reading import compare_reading
 from draftcli.export.tensors import StoredTensor, stored_tensors
-from draftcli.runs import Run, find_run, split_scale, unet_files, unfinished_note
+from draftcli.runs import Run, find_run, unet_files, unfinished_note
 
 
 @dataclass(frozen=True)
@@ -94,17 +95,11 @@ def find_inputs(texts: Sequence[str]) -> list[MergeInput]:
 
 
 def _input(text: str) -> MergeInput:
-    name, scale = split_scale(text, _is_there, text)
-    if not _is_there(name):
-        raise InputError(f"{name}: there is no such run, folder or file")
+    name, scale = parse_input(text)
     path = Path(name)
     # A LoRA's folder may be inside a run's without being a checkpoint of it: its exports do.
     of_run = not path.is_dir() or (path / "config.yaml").is_file() or (path.parent / "config.yaml").is_file()
     return _of_run(name, scale) if of_run and not path.is_file() else MergeInput(text, path, scale)
-
-
-def _is_there(name: str) -> bool:
-    return Path(name).exists() or (Path("runs") / name / "config.yaml").is_file()
 
 
 def _of_run(name: str | None, scale: float) -> MergeInput:

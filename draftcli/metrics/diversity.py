@@ -6,13 +6,60 @@ Shapes: n pictures, m reference pictures, d features each. Features are rows; wh
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import entropy
 
+from draftcli.metrics.statistics import Values, direction, has_interval, ratio
+
+ENOUGH_KEPT = 0.8  # share of the base's diversity: a loss that is certain and goes below it is warned about
 NEIGHBOURS = 5  # k of Jena et al. 2025 (AIG), eval_sdxl_draftp.py
+
+
+@dataclass(frozen=True)
+class DiversityKept:
+    """How much of its base's diversity a network has kept; 1 is all of it.
+
+    Attributes:
+        share: of the base's.
+        low: lower bound of the 95 % interval of the share; NaN where not known.
+        high: upper bound.
+    """
+
+    share: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @classmethod
+    def of(cls, base: Values, tuned: Values) -> DiversityKept | None:
+        """From one value a prompt, (n,) each; None where the base has no diversity, or nothing is known."""
+        found = ratio(base, tuned)
+        return None if math.isnan(found.mean) else cls(found.mean, found.low, found.high)
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 where the network is more or less varied than the base beyond its interval; else 0."""
+        return direction(self.low - 1, self.high - 1)
+
+    @property
+    def lost_much(self) -> bool:
+        """Whether less than `ENOUGH_KEPT` is left and the loss is certain."""
+        return self.share < ENOUGH_KEPT and self.direction < 0
+
+    @property
+    def words(self) -> str:
+        """In percent, with the interval, such as "57 % (95 % interval 52 to 63)"."""
+        if not has_interval(self.low, self.high):
+            return f"{_percent(self.share)} % (no interval)"
+        interval = f"95 % interval {_percent(self.low)} to {_percent(self.high)}"
+        return f"{_percent(self.share)} % ({interval}{'' if self.direction else ', not distinguishable from the base'})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}" if abs(share) < 10 else f"{100 * share:.0f}"
 
 
 def cosine_diversity(features: np.ndarray) -> float:

@@ -95,6 +95,37 @@ def paired(base: Values, tuned: Values, groups: Sequence[int] | np.ndarray | Non
     }
 
 
+def ratio(base: Values, tuned: Values) -> Estimate:
+    """The mean of `tuned` (n,) as a share of that of `base` (n,), which is positive; both of one prompt are a pair.
+
+    The interval resamples pairs, so that it lies below 1 where that of the difference lies below 0; NaN with fewer than
+    two pairs. The median is that of the pairs' own ratios.
+    """
+    base, tuned, _ = _pairs(base, tuned, None)
+    if not len(base) or not base.mean() > 0:
+        return Estimate(math.nan, math.nan, math.nan, math.nan, len(base))
+    share = float(tuned.mean() / base.mean())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        median = float(np.median(tuned / base))
+    low, high = (math.nan, math.nan) if len(base) < 2 else _ratio_interval(base, tuned)
+    return Estimate(share, median, low, high, len(base))
+
+
+def _ratio_interval(base: np.ndarray, tuned: np.ndarray) -> tuple[float, float]:
+    if np.ptp(base) == np.ptp(tuned) == 0:
+        return float(tuned[0] / base[0]), float(tuned[0] / base[0])
+    with np.errstate(divide="ignore", invalid="ignore"):
+        bounds = bootstrap(
+            (base, tuned), _share, paired=True, vectorized=True, n_resamples=RESAMPLES, method="percentile",
+            rng=np.random.default_rng(0), batch=500,
+        ).confidence_interval  # fmt: skip
+    return float(bounds.low), float(bounds.high)
+
+
+def _share(base: np.ndarray, tuned: np.ndarray, axis: int = -1) -> np.ndarray:
+    return tuned.mean(axis) / base.mean(axis)
+
+
 def win_rate(base: Values, tuned: Values, groups: Sequence[int] | np.ndarray | None = None) -> Estimate:
     """How often `tuned` (n,) is above `base` (n,), ties counting half, with its interval. In [0, 1]."""
     base, tuned, kept = _pairs(base, tuned, groups)

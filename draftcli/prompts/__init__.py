@@ -2,7 +2,7 @@
 
 from draftcli.prompts.order import Batches, Shuffled
 from draftcli.prompts.prompt import SEEDS, Prompt, PromptList, PromptSequence, past_the_limit
-from draftcli.prompts.reading import built_in_sets, read_prompts
+from draftcli.prompts.reading import built_in_sets, find_prompts, read_prompts
 
 __all__ = [
     "SEEDS",
@@ -12,6 +12,7 @@ __all__ = [
     "PromptSequence",
     "Shuffled",
     "built_in_sets",
+    "find_prompts",
     "past_the_limit",
     "read_prompts",
 ]

@@ -44,28 +44,45 @@ def read_prompts(source: str | Sequence[str], setting: str = "data.prompts") -> 
     if not isinstance(source, str):
         given = [Prompt(text) for text in source]
         return PromptList(given, _notes(given, setting))
+    path, where = find_prompts(source, setting), f"{setting} {source}"
+    if path is None:
+        prompts = _dataset(source, where)
+    else:
+        try:
+            prompts = read_folder(path, where) if path.is_dir() else PromptFile(path, where)
+        except OSError as error:
+            raise InputError(f"{where}: cannot be read ({error.strerror}){_named(error, path)}") from None
+    if not prompts:
+        raise InputError(f"{where}: there is no prompt in it")
+    return prompts
+
+
+def find_prompts(source: str, setting: str = "data.prompts") -> Path | None:
+    """The file or folder of prompts that `source` names; None for a dataset of the hub. It is not opened.
+
+    Raises:
+        InputError: there is no such file, or it is neither file, folder, set nor dataset.
+    """
     path = built_in_sets().get(source, Path(expand_home(source)))
     where = f"{setting} {source}"
-    is_folder = os.path.isdir(path)  # noqa: PTH112, as Path.is_dir raises for what cannot be a name
-    if is_folder or path.suffix.lower() in PROMPT_FILES:
+    if os.path.isdir(path):  # noqa: PTH112, as Path.is_dir raises for what cannot be a name
+        return path
+    if path.suffix.lower() in PROMPT_FILES:
         try:
-            if not is_folder and path.exists() and not path.is_file():  # a pipe would be waited for
-                raise InputError(f"{where}: not a file")
-            prompts = read_folder(path, where) if is_folder else PromptFile(path, where)
+            path.stat()
         except OSError as error:
             raise InputError(f"{where}: cannot be read ({error.strerror}){_named(error, path)}") from None
         except ValueError:
             raise InputError(f"{setting} {source!r}: no file can have such a name") from None
-    elif _DATASET.fullmatch(source) and path.suffix.lower() not in _PACKED_FILES | _OTHER_FILES and not path.is_file():
-        prompts = _dataset(source, where)
-    else:
-        raise InputError(
-            f"{setting} {source!r}: {_why_not(source, path)}expected a .txt, .jsonl or .tar file, a folder of "
-            f".txt files, a dataset's id (owner/name), or one of the sets {', '.join(built_in_sets())}"
-        )
-    if not prompts:
-        raise InputError(f"{where}: there is no prompt in it")
-    return prompts
+        if not path.is_file():  # a pipe would be waited for
+            raise InputError(f"{where}: not a file")
+        return path
+    if _DATASET.fullmatch(source) and path.suffix.lower() not in _PACKED_FILES | _OTHER_FILES and not path.is_file():
+        return None
+    raise InputError(
+        f"{setting} {source!r}: {_why_not(source, path)}expected a .txt, .jsonl or .tar file, a folder of "
+        f".txt files, a dataset's id (owner/name), or one of the sets {', '.join(built_in_sets())}"
+    )
 
 
 def _named(error: OSError, path: Path) -> str:

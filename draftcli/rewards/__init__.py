@@ -14,10 +14,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftcli.rewards.catalogue import known_rewards
+    from draftcli.rewards.catalogue import check_names, known_rewards
     from draftcli.rewards.mixture import WeightedSum
     from draftcli.rewards.protocol import Reward
-    from draftcli.rewards.registry import check_names, get_reward_model, load_held_out, load_reward
+    from draftcli.rewards.registry import get_reward_model, load_held_out, load_reward
 
 __all__ = [
     "Reward",
@@ -32,7 +32,7 @@ __all__ = [
 _HOME = {
     "Reward": "protocol",
     "WeightedSum": "mixture",
-    "check_names": "registry",
+    "check_names": "catalogue",
     "get_reward_model": "registry",
     "known_rewards": "catalogue",
     "load_held_out": "registry",

@@ -6,8 +6,12 @@ in float32.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+
+from draftcli.errors import InputError
 
 GROUP = "draftp.rewards"
 
@@ -23,8 +27,7 @@ class RewardEntry:
         licence: of the weights as their authors state it; empty: not known.
         sees: the picture as the reward sees it.
         parameters: that stay in memory, in millions.
-        model: `model.pretrained` of the base whose pictures it was made for: its features measure their diversity;
-            empty: none in particular.
+        stands_on: the network that its weights were made on, or are read with; empty: none.
     """
 
     reference: str
@@ -33,7 +36,7 @@ class RewardEntry:
     licence: str = ""
     sees: str = "every pixel"
     parameters: float = 0.0
-    model: str = ""
+    stands_on: str = ""
 
     @property
     def memory(self) -> str:
@@ -42,6 +45,7 @@ class RewardEntry:
         return "-" if not size else f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
+_VIT_H, _VIT_L = "CLIP ViT-H/14", "CLIP ViT-L/14"
 _CLIP = "draftcli.rewards.clip"
 _AESTHETIC = "draftcli.rewards.aesthetic"
 _ANALYTIC = "draftcli.rewards.analytic"
@@ -49,35 +53,35 @@ _ANALYTIC = "draftcli.rewards.analytic"
 BUILT_IN_REWARDS: dict[str, RewardEntry] = {
     "pickscore": RewardEntry(
         f"{_CLIP}:pickscore", "which picture people prefer for a prompt (Pick-a-Pic)",
-        "yuvalkirstain/PickScore_v1", "", "224, centre crop", 986.1,
+        "yuvalkirstain/PickScore_v1", "", "224, centre crop", 986.1, _VIT_H,
     ),
     "hpsv2": RewardEntry(
         f"{_CLIP}:hpsv2", "which picture people prefer for a prompt (HPD v2)",
-        "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1,
+        "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1, _VIT_H,
     ),
     "hpsv2_1": RewardEntry(
         f"{_CLIP}:hpsv2_1", "the same, version 2.1, trained on better data",
-        "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1,
+        "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1, _VIT_H,
     ),
     "imagereward": RewardEntry(
         "draftcli.rewards.imagereward:imagereward", "how well a picture fits its prompt and pleases",
-        "THUDM/ImageReward", "Apache-2.0", "224, centre crop", 446.2,
+        "THUDM/ImageReward", "Apache-2.0", "224, centre crop", 446.2, "BLIP ViT-L/16",
     ),
     "aesthetic": RewardEntry(
         f"{_AESTHETIC}:aesthetic", "beauty, 1 to 10, whatever the prompt (LAION, v2)",
-        "christophschuhmann/improved-aesthetic-predictor", "Apache-2.0", "224, centre crop", 304.9,
+        "christophschuhmann/improved-aesthetic-predictor", "Apache-2.0", "224, centre crop", 304.9, _VIT_L,
     ),
     "aesthetic_v1": RewardEntry(
         f"{_AESTHETIC}:aesthetic_v1", "the same, version 1, linear",
-        "LAION-AI/aesthetic-predictor", "MIT", "224, centre crop", 304.0,
+        "LAION-AI/aesthetic-predictor", "MIT", "224, centre crop", 304.0, _VIT_L,
     ),
     "aesthetic_v2_5": RewardEntry(
         f"{_AESTHETIC}:aesthetic_v2_5", "beauty, 1 to 10, by SigLIP; 5.5 and more is good",
-        "discus0434/aesthetic-predictor-v2-5", "AGPL-3.0", "384, squashed", 429.5,
+        "discus0434/aesthetic-predictor-v2-5", "AGPL-3.0", "384, squashed", 429.5, "SigLIP so400m/14",
     ),
     "clip": RewardEntry(
         f"{_CLIP}:clip_score", "how well a picture fits its prompt: cosine by any CLIP",
-        "openai/clip-vit-large-patch14", "MIT", "224, centre crop", 427.6,
+        "openai/clip-vit-large-patch14", "MIT", "224, centre crop", 427.6, _VIT_L,
     ),
     "brightness": RewardEntry(f"{_ANALYTIC}:brightness", "mean luma, 0 to 1"),
     "saturation": RewardEntry(f"{_ANALYTIC}:saturation", "mean of largest minus smallest channel, 0 to 1"),
@@ -85,7 +89,7 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
     "compressibility": RewardEntry(f"{_ANALYTIC}:compressibility", "minus the estimated JPEG bits per pixel"),
     "toy": RewardEntry(
         "draftcli.toy.reward:toy_reward", "the toy world's learned preference, imperfect",
-        "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, model="toy",
+        "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, "toy",
     ),
     "toy_oracle": RewardEntry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),
 }  # fmt: skip
@@ -97,9 +101,35 @@ def known_rewards() -> dict[str, str]:
     return {**{point.name: point.value for point in entry_points(group=GROUP)}, **built_in}
 
 
-def features_for(model: str) -> str:
-    """The reward whose features measure the diversity of a base's pictures: one made for `model`, else `clip`."""
-    return next((name for name, entry in BUILT_IN_REWARDS.items() if entry.model and entry.model == model), "clip")
+def same_network(name: str, other: str) -> bool:
+    """Whether two rewards are one, or stand on one network: what moves the score of one moves the features of both."""
+    stand_on = [BUILT_IN_REWARDS[reward].stands_on for reward in (name, other) if reward in BUILT_IN_REWARDS]
+    return name == other or (len(stand_on) == 2 and stand_on[0] == stand_on[1] != "")
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise InputError where a reward's name leads nowhere, without loading any weights."""
+    for name in names:
+        reward_reference(name)
+
+
+def reward_reference(name: str) -> str:
+    """Where the reward called `name` is: `package.module:object` or `file.py:object`.
+
+    Raises:
+        InputError: nothing has that name.
+    """
+    if ":" in name:
+        return name
+    known = known_rewards()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f", did you mean {close[0]}?" if close else ""
+        raise InputError(
+            f"unknown reward {name!r}{hint}; there are: {', '.join(sorted(known))}, or package.module:object, or "
+            "file.py:object"
+        )
+    return known[name]
 
 
 def plug_ins() -> dict[str, str]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from draftcli.config import Config, RewardSource
 from draftcli.errors import InputError
-from draftcli.rewards.catalogue import known_rewards
+from draftcli.rewards.catalogue import check_names, reward_reference
 from draftcli.rewards.mixture import WeightedSum
 from draftcli.rewards.protocol import Reward
 from draftcli.rewards.references import find_object, make_reward
@@ -96,25 +95,5 @@ def load_held_out(cfg: Config) -> WeightedSum:
     return WeightedSum({name: load_from(name, source) for name, source in cfg.held_out_rewards.items()})
 
 
-def check_names(names: Iterable[str]) -> None:
-    """Raise InputError where a reward's name leads nowhere, without loading any weights."""
-    for name in names:
-        _reference(name)
-
-
-def _reference(name: str) -> str:
-    if ":" in name:
-        return name
-    known = known_rewards()
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f", did you mean {close[0]}?" if close else ""
-        raise InputError(
-            f"unknown reward {name!r}{hint}; there are: {', '.join(sorted(known))}, or package.module:object, or "
-            "file.py:object"
-        )
-    return known[name]
-
-
 def _find(name: str) -> Any:
-    return find_object(name, _reference(name))
+    return find_object(name, reward_reference(name))

@@ -9,17 +9,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from draftcli.core.annealing import (
-    Weighing,
-    evaluations,
-    named_weighing,
-    step_weights,
-    weighing,
-)
+from draftcli.core.annealing import evaluations, step_weights
 from draftcli.core.batch import Batch
 from draftcli.core.denoise import SOLVERS
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.lora.adapters import adapters_scaled, lora_layers
+from draftcli.core.weighings import Weighing, named_weighing, weighing
 from draftcli.errors import InputError
 from draftcli.prompts import SEEDS, Prompt
 

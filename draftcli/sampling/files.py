@@ -28,10 +28,9 @@ from draftcli.sampling.draw import Column, Picture, batches, draw_batch
 from draftcli.sampling.embedded import KEY, parameters, read_key, save
 from draftcli.sampling.identity import Provenance
 from draftcli.sampling.loras import NamedLora, hashes_setting, with_tags
-from draftcli.sampling.names import free_path
+from draftcli.sampling.names import INDEX, free_path
 from draftcli.sampling.sheet import to_pil
 
-INDEX = "index.jsonl"
 SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}  # as viewers know them
 PIXELS_TOGETHER = 1024**2  # of one batch: a picture of SDXL's size on a 24 GB card
 PICTURES_TOGETHER = 16

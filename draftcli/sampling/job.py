@@ -14,19 +14,20 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
-from draftcli.errors import InputError, Interrupted, warn
+from draftcli.core.models.places import unread_prompts
+from draftcli.errors import Interrupted, warn
 from draftcli.pictures import open_picture
 from draftcli.prompts import PromptList, PromptSequence, read_prompts
 from draftcli.runs import disk_errors
 from draftcli.sampling.draw import Column, plan
-from draftcli.sampling.embedded import FORMATS, read_key
+from draftcli.sampling.embedded import read_key
 from draftcli.sampling.files import File, Written, write_pictures
 from draftcli.sampling.load import load_source
 from draftcli.sampling.loras import named_loras
 from draftcli.sampling.names import free_path
 from draftcli.sampling.page import read_page_key, write_page
 from draftcli.sampling.sheet import Cell, Heading, Row, spread, write_sheet, write_table
-from draftcli.sampling.source import DrawingSource
+from draftcli.sampling.source import DrawingSource, check_drawing
 
 SHEET_CELLS, SHEET_ROWS, SHEET_ACROSS = 24, 12, 6
 
@@ -87,18 +88,15 @@ def run(job: Job, console: Console) -> DrawingResult:
         DraftpError: the disk refuses.
         Interrupted: by Ctrl-C.
     """
-    if job.suffix not in FORMATS:
-        raise InputError(f"--format {job.suffix}: allowed are {', '.join(FORMATS)}")
+    check_drawing(job.source, job.kinds, job.prompts, job.prompt_file, job.suffix)
     columns = list({column.name: column for column in (Column.of(k, job.stochastic) for k in job.kinds)}.values())
-    if not job.source.is_tuned and any(column.name != "base" for column in columns):
-        raise InputError(
-            f"{job.source.name} alone has nothing to anneal to: add --lora PATH, or name a run instead of --model"
-        )
     warnings = [*job.source.warnings]
     if job.stochastic and not any(column.stochastic for column in columns):
         warnings.append("--stochastic has no effect on base and tuned, which ask one network anyway")
     prompts = _prompts(job)
     warnings += prompts.notes_for(job.source.cfg.sampling)
+    unread = unread_prompts(job.source.cfg.model.pretrained, (prompt.text for prompt in prompts))
+    warnings += [] if unread is None else [unread]
     folder = job.output or job.source.folder / job.name
     with open_ranks() as ranks:
         console.quiet = console.quiet or not ranks.is_main
@@ -139,11 +137,7 @@ def _prompts(job: Job) -> PromptSequence:
         given.append(read_prompts(job.prompt_file, "--prompts"))
     if any(given):
         return PromptList((p for some in given for p in some), [note for some in given for note in some.notes])
-    validation = job.source.cfg.data.validation_prompts
-    if not job.source.from_run or not validation:
-        what = f"{job.source.name} has no validation prompts" if job.source.from_run else "no prompt was given"
-        raise InputError(f"{what}; give --prompt TEXT or --prompts FILE")
-    return read_prompts(validation, "data.validation_prompts")
+    return read_prompts(job.source.cfg.data.validation_prompts or (), "data.validation_prompts")
 
 
 def _seed(job: Job) -> int:

@@ -15,7 +15,7 @@ from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.loading import load_parts
 from draftcli.errors import InputError
 from draftcli.runs import unet_files
-from draftcli.sampling.source import DrawingSource
+from draftcli.sampling.source import DrawingSource, with_precision
 
 
 def load_source(source: DrawingSource) -> SDXLDRaFTPModel:
@@ -24,10 +24,11 @@ def load_source(source: DrawingSource) -> SDXLDRaFTPModel:
     Raises:
         InputError: model or LoRA cannot be loaded, or don't fit each other.
     """
-    parts = load_parts(source.cfg.model, trained_in_full=source.unet is not None)
+    cfg = with_precision(source)
+    parts = load_parts(cfg.model, trained_in_full=source.unet is not None)
     shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in LORA_PARTS}
     loras = [(read_lora(path, shapes), scale) for path, scale in source.loras]
-    model = SDXLDRaFTPModel(source.cfg, parts, loras)
+    model = SDXLDRaFTPModel(cfg, parts, loras)
     if source.unet is not None:
         _load_unet(model.unet, source.unet)
     return model

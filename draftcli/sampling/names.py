@@ -6,6 +6,8 @@ from collections.abc import Callable, Collection
 from itertools import chain, count, islice
 from pathlib import Path
 
+INDEX = "index.jsonl"  # of a folder of pictures: a line for each
+
 SHORT_HASH = 8  # hexadecimal digits
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from draftcli.core.annealing import Weighing, weighing
 from draftcli.core.lora.adapters import adapters_off, lora_layers
+from draftcli.core.weighings import Weighing, weighing
 from draftcli.errors import InputError
 
 

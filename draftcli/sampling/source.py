@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from draftcli.config import Config, load_config, without_effect
+from draftcli.core.models.places import check_model_files
+from draftcli.core.weighings import named_weighing
 from draftcli.errors import InputError
+from draftcli.prompts import find_prompts
 from draftcli.runs import find_run, split_scale, unfinished_note
+from draftcli.sampling.embedded import FORMATS
 
 # Sections that say how to train: drawing does not look at them.
 TRAINING_ONLY = ("draftp.", "peft.", "optim.", "trainer.", "ema.", "logging.")
@@ -71,9 +75,7 @@ def find_source(
     files = [parse_lora(text) for text in loras]
     values, warnings = values or {}, _idle_overrides(overrides)
     if model is not None:
-        cfg = load_config(
-            None, overrides, {"model.pretrained": model, "model.precision": _precision(), **values}, purpose="drawing"
-        )
+        cfg = load_config(None, overrides, {"model.pretrained": model, **values}, purpose="drawing")
         warnings += without_effect(cfg, "drawing")
         return DrawingSource(cfg, model, Path(), None, files, from_run=False, warnings=tuple(warnings))
     found, weights = find_run(run)
@@ -89,6 +91,48 @@ def find_source(
         from_run=True,
         warnings=(*([note] if note else []), *warnings, *without_effect(cfg, "drawing")),
     )
+
+
+def with_precision(source: DrawingSource) -> Config:
+    """The settings to draw with: where it is a model and nobody gave a precision, that of this machine."""
+    model = source.cfg.model
+    if source.from_run or "precision" in model.model_fields_set:
+        return source.cfg
+    return source.cfg.model_copy(update={"model": model.model_copy(update={"precision": _precision()})})
+
+
+def check_drawing(
+    source: DrawingSource, kinds: Sequence[str], prompts: Sequence[str], prompt_file: str | None, suffix: str = "png"
+) -> None:
+    """See that there is something to draw, before torch is imported for it.
+
+    Args:
+        source: the model.
+        kinds: annealing weights.
+        prompts: texts.
+        prompt_file: a file, built-in set or dataset; with neither, the run's validation prompts.
+        suffix: of the pictures' files.
+
+    Raises:
+        InputError: nothing to anneal, no prompts, an unknown weight or kind of file, or a file that is not there.
+    """
+    if suffix not in FORMATS:
+        raise InputError(f"--format {suffix}: allowed are {', '.join(FORMATS)}")
+    names = [named_weighing(kind)[0] for kind in kinds]
+    if not source.is_tuned and any(name != "base" for name in names):
+        raise InputError(
+            f"{source.name} alone has nothing to anneal to: add --lora PATH, or name a run instead of --model"
+        )
+    check_model_files(source.cfg.model)
+    validation = source.cfg.data.validation_prompts
+    if prompt_file is not None:
+        find_prompts(prompt_file, "--prompts")
+    elif not prompts and source.from_run and validation:
+        if isinstance(validation, str):
+            find_prompts(validation, "data.validation_prompts")
+    elif not prompts:
+        what = f"{source.name} has no validation prompts" if source.from_run else "no prompt was given"
+        raise InputError(f"{what}; give --prompt TEXT or --prompts FILE")
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -14,6 +14,8 @@ class OracleFeatures(nn.Module):
     Background and shape colour (3 + 3), overlap with each silhouette (6), radius, place (2), crispness.
     """
 
+    name = "what the toy world's oracle reads, nothing learned"
+
     def forward(self, images: Tensor) -> Tensor:
         """The features (B, 16) of images (B, 3, H, W)."""
         seen = oracle.read_pictures(images)
@@ -22,5 +24,5 @@ class OracleFeatures(nn.Module):
 
 
 def reading() -> OracleFeatures:
-    """For `draftp eval --features draftcli.toy.features:reading`."""
+    """What `draftp eval` measures the diversity of the toy's pictures in."""
     return OracleFeatures()

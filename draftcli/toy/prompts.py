@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from draftcli.toy.world import caption, held_out_scenes, training_scenes
+from draftcli.toy.world import caption, held_out_scenes, parse, training_scenes
 
 
 def prompt_files() -> dict[str, list[str]]:
@@ -14,6 +14,11 @@ def prompt_files() -> dict[str, list[str]]:
         "toy-train.txt": [caption(scene) for scene in training_scenes()[:400]],
         "toy-validation.txt": [caption(scene) for scene in held_out_scenes(64)],
     }
+
+
+def reads(text: str) -> bool:
+    """Whether the toy model was made for such a prompt: a caption of its grammar, or none at all."""
+    return not text.strip() or parse(text) is not None
 
 
 if __name__ == "__main__":

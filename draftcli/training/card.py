@@ -12,9 +12,10 @@ from draftcli.config import Config
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.models.family import find_family
-from draftcli.core.models.loading import BUILT_IN
+from draftcli.core.models.places import BUILT_IN
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
+from draftcli.training.result import diversity_kept
 
 LOADING = {
     "lora": 'pipe.load_lora_weights("PATH/TO/final")',
@@ -113,7 +114,8 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
         f = validation["diversity"]
         lines += [
             "",
-            f"Diversity, the mean distance of two pictures: {f['base']:.4f} before, {f['tuned']:.4f} after.",
+            f"Diversity, the mean distance of two pictures in pixels: {f['base']:.4f} before, {f['tuned']:.4f} after"
+            + (f", {kept.words} of the base's." if (kept := diversity_kept(validation)) else "."),
             "",
         ]
     return "\n".join(lines)

@@ -36,8 +36,9 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, is_lost_connection
 from draftcli.core.engine.sharding import split_like, whole
 from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict, save_lora
+from draftcli.disk import beside, disk_errors, remove_folder, set_aside, write_aside
 from draftcli.errors import DraftpError, first_line
-from draftcli.runs import Run, beside, disk_errors, remove_folder, set_aside, write_aside
+from draftcli.runs import Run
 from draftcli.training.step import Trainer
 
 MANIFEST = "manifest.json"

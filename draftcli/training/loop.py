@@ -30,10 +30,11 @@ def train(cfg: Config, folder: Path, console: Console) -> TrainingResult:
     began = time.monotonic()
     with open_ranks(timedelta(minutes=cfg.sharding.timeout_minutes)) as ranks:
         console.quiet = console.quiet or not ranks.is_main
-        with open_run(cfg, folder, ranks, console) as (run, prompts):
+        with open_run(cfg, folder, ranks) as prepared:
+            run = prepared.run
             if ranks.broadcast(run.finished(cfg.trainer.max_steps)):
                 return TrainingResult(cfg.trainer.max_steps, Ending.ALREADY_DONE, written=written_files(run))
-            with open_session(cfg, run, prompts, ranks, console) as session:
+            with open_session(cfg, prepared, ranks, console) as session:
                 result = run_steps(session)
                 if result.finished:
                     session.save_final(result.step, result.validation)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
+from draftcli.metrics.diversity import DiversityKept
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import Run, ValidationLine
 
@@ -76,9 +78,34 @@ def written_files(run: Run) -> dict[str, list[Path]]:
 
 def validation_in_words(line: ValidationLine) -> str:
     """A validation as one line for people."""
-    figures = {**line["rewards"], "diversity": line["diversity"]}
-    changes = "; ".join(_change(name, figures) for name, figures in figures.items())
-    return f"validation after step {line['step']}, {line['images']} pictures, base -> tuned: {changes}"
+    changes = [_change(name, figures) for name, figures in line["rewards"].items()]
+    diversity, kept = line["diversity"], diversity_kept(line)
+    change = f"diversity in pixels {diversity['base']:.3f} -> {diversity['tuned']:.3f}"
+    changes.append(change if kept is None or not line["step"] else f"{change}, {kept.words} of the base's")
+    return f"validation after step {line['step']}, {line['images']} pictures, base -> tuned: {'; '.join(changes)}"
+
+
+def diversity_kept(line: ValidationLine) -> DiversityKept | None:
+    """How much of the base's diversity a validation found: the mean distance of two pictures' thumbnails, in pixels.
+
+    None where it could not be measured, and in lines of older versions.
+    """
+    figures: dict[str, float | None] = {**line["diversity"]}  # in the file null stands for NaN
+    share, low, high = (figures.get(key) for key in ("kept", "kept_low", "kept_high"))
+    if share is None or math.isnan(share):
+        return None
+    return DiversityKept(share, math.nan if low is None else low, math.nan if high is None else high)
+
+
+def diversity_warning(line: ValidationLine) -> str | None:
+    """What a run says where a validation found that much of the base's diversity is lost for certain."""
+    kept = diversity_kept(line)
+    if kept is None or not kept.lost_much:
+        return None
+    return (
+        f"step {line['step']}: {kept.words} of the base's diversity is left, measured in pixels; raise "
+        "draftp.kl_coeff, or draw with draftp anneal"
+    )
 
 
 def _change(name: str, figures: dict[str, float]) -> str:

@@ -20,6 +20,7 @@ from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.gradient.mode import make_mode
+from draftcli.core.models.places import unread_prompts
 from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn
@@ -28,7 +29,7 @@ from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import past_the_limit
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
 from draftcli.rewards.first_call import ask_once
-from draftcli.runs import Run, ValidationLine
+from draftcli.runs import Opening, Run, ValidationLine
 from draftcli.training.checkpoint import load_newest, save_checkpoint
 from draftcli.training.final import write_final
 from draftcli.training.live import LiveView
@@ -36,7 +37,7 @@ from draftcli.training.log import RunLog
 from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
 from draftcli.training.prompt_sets import PromptSets, read_prompt_sets
-from draftcli.training.result import validation_in_words
+from draftcli.training.result import diversity_warning, validation_in_words
 from draftcli.training.step import Trainer, why_skipped
 from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
 from draftcli.training.trackers import Trackers, check_trackers
@@ -120,8 +121,9 @@ class Session:
                 self.log.validation(result, sheet)
                 self.live.print(validation_in_words(result))
                 self.live.validated(time.monotonic() - began)
-                if (warning := training_warning(self.run.validations(), list(weights))) is not None:
-                    self._warn(warning)
+                for warning in (training_warning(self.run.validations(), list(weights)), diversity_warning(result)):
+                    if warning is not None:
+                        self._warn(warning)
         return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
 
     def save(self, step: int) -> None:
@@ -188,9 +190,26 @@ class Session:
             warn(text)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose settings, prompts and folder are in order, before anything is loaded.
+
+    Attributes:
+        run: its folder.
+        prompts: to train on and to validate with.
+        opening: what the folder is to be opened with; for the main process alone.
+    """
+
+    run: Run
+    prompts: PromptSets
+    opening: Opening | None
+
+
 @contextmanager
-def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Iterator[tuple[Run, PromptSets]]:
+def open_run(cfg: Config, folder: Path, ranks: Ranks) -> Iterator[Prepared]:
     """Check what can be checked before anything large is loaded, and lock the run's folder (collective).
+
+    Nothing is written to it yet: where loading fails, nothing is left behind.
 
     Raises:
         InputError: settings, prompts or folder are wrong, or another process is writing there.
@@ -209,25 +228,27 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks, console: Console) -> Itera
                 check_trackers(cfg.logging)
                 for text in prompts.notes_for(cfg.sampling):
                     warn(text)
-        run = Run(folder)
+                _warn_of_unread_prompts(cfg, prompts)
+        run, opening = Run(folder), None
         check_alike(cfg, prompts, ranks)
         with ranks.all_or_none():
             if ranks.is_main:
                 stack.enter_context(run.locked())
-                for change in run.open(cfg):
-                    console.print(f"since the last session {change}")
+                opening = run.check(cfg)
         check_shared(run, ranks)
-        yield run, prompts
+        yield Prepared(run, prompts, opening)
 
 
 @contextmanager
-def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, console: Console) -> Iterator[Session]:
-    """Load everything, resume from the newest checkpoint, and open the log, the view and the signals (collective).
+def open_session(cfg: Config, prepared: Prepared, ranks: Ranks, console: Console) -> Iterator[Session]:
+    """Load everything, resume from the newest checkpoint, make the run's files, and open the log, the view and the
+    signals (collective).
 
     Raises:
         InputError: the model or a reward cannot be loaded, or the run is past trainer.max_steps.
         DraftpError: all checkpoints are damaged, or the disk refuses.
     """
+    run, prompts = prepared.run, prepared.prompts
     ranks.heartbeat("loading the networks")
     with ranks.all_or_none():
         rewards = get_reward_model(cfg)  # before the large model, so that mistakes show early
@@ -251,6 +272,8 @@ def open_session(cfg: Config, run: Run, prompts: PromptSets, ranks: Ranks, conso
         if ranks.is_main:
             _warn_of_idle_settings(cfg, trainer)
         first = resume(cfg, run, prompts, trainer, console)
+        for change in run.begin(prepared.opening) if prepared.opening else ():
+            console.print(f"since the last session {change}")
         trackers = Trackers(run, cfg.logging, first)
         past = [line["reward"] for line in run.steps() if isinstance(line.get("reward"), float)]
         every = cfg.trainer.val_check_interval if validation else 0
@@ -325,6 +348,12 @@ def _warn_of_idle_settings(cfg: Config, trainer: Trainer) -> None:
             f"optim.name adamw8bit has no effect: no trained tensor has {SMALLEST:,} elements or more, and moments of "
             "smaller ones stay in float32"
         )
+
+
+def _warn_of_unread_prompts(cfg: Config, prompts: PromptSets) -> None:
+    for setting, some in (("data.prompts", prompts.training), ("data.validation_prompts", prompts.validation)):
+        if (text := unread_prompts(cfg.model.pretrained, (prompt.text for prompt in some))) is not None:
+            warn(f"{setting}: {text}")
 
 
 def _warn_of_long_prompts(prompts: PromptSets, model: SDXLDRaFTPModel) -> None:

@@ -19,7 +19,7 @@ from draftcli import __version__
 from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks
-from draftcli.metrics.statistics import paired
+from draftcli.metrics.statistics import paired, ratio
 from draftcli.metrics.thumbnails import THUMBNAIL_EDGE, pairwise_distance, thumbnail
 from draftcli.prompts import Prompt
 from draftcli.rewards import Reward
@@ -89,8 +89,9 @@ class Validation:
             give_up_if_late: called after each batch; what it raises ends the validation.
 
         Returns:
-            the line of validation.jsonl, with figures as `paired` gives them (diversity is the mean distance of two
-            pictures of one prompt, or of all prompts where each has one picture); and the path of the sheet.
+            the line of validation.jsonl, with figures as `paired` gives them (diversity is the mean distance in pixels
+            of two pictures of one prompt, or of all prompts where each has one picture; `kept`, `kept_low` and
+            `kept_high` are its share of the base's); and the path of the sheet.
         """
         if self._base is None:
             made_by = _made_by(self.model, self.pictures, list(self.rewards))
@@ -104,7 +105,9 @@ class Validation:
         figures = {
             name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy()) for i, name in enumerate(self.rewards)
         }
-        diversity = paired(*(pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)))
+        distances = [pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)]
+        diversity, kept = paired(*distances), ratio(*distances)
+        diversity |= {"kept": kept.mean, "kept_low": kept.low, "kept_high": kept.high}
         sheet = run.samples / f"step-{step:06d}-sheet.png"
         with self.ranks.all_or_none():
             if self.ranks.is_main:

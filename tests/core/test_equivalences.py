@@ -11,11 +11,11 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig, inject_adapter_in_model
 
 import draftcli
-from draftcli.core.annealing import weighing
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.lora.adapters import adapters_off, lora_layers
 from draftcli.core.models.sdxl import SDXL
+from draftcli.core.weighings import weighing
 from draftcli.rewards import Reward
 from tests.tiny import batch, latents_at, move, prefers_red, tiny_model
 

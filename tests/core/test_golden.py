@@ -5,9 +5,10 @@ import torch
 from safetensors.torch import load_file
 
 import draftcli
-from draftcli.core.annealing import annealed_denoiser, step_weights, weighing
+from draftcli.core.annealing import annealed_denoiser, step_weights
 from draftcli.core.penalty import kl_penalty
 from draftcli.core.schedule import make_schedule, sigma_table
+from draftcli.core.weighings import weighing
 from tests.core.golden import FOLDER, GOLDEN, flat_factors, golden_model
 from tests.tiny import gradient_steps, latents_at
 

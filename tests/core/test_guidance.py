@@ -5,14 +5,10 @@ import math
 import pytest
 import torch
 
-from draftcli.core.annealing import (
-    mixed,
-    named_weighing,
-    step_weights,
-    weighing,
-)
+from draftcli.core.annealing import mixed, step_weights
 from draftcli.core.guidance import guided
 from draftcli.core.schedule import Level, make_schedule
+from draftcli.core.weighings import named_weighing, weighing
 from draftcli.errors import InputError
 
 NOT_A_FUNCTION = 3

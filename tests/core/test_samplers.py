@@ -14,15 +14,11 @@ from diffusers import (
     HeunDiscreteScheduler,
 )
 
-from draftcli.core.annealing import (
-    evaluations,
-    mixed,
-    step_weights,
-    weighing,
-)
+from draftcli.core.annealing import evaluations, mixed, step_weights
 from draftcli.core.denoise import SOLVERS, Sampler
 from draftcli.core.guidance import network_input
 from draftcli.core.schedule import Level, make_schedule
+from draftcli.core.weighings import weighing
 from draftcli.errors import InputError
 from draftcli.sampling.draw import Column
 from tests.core.test_equivalences import count_calls

@@ -318,7 +318,7 @@ def test_folders_that_are_written_have_the_names_that_every_version_reads(tiny_s
 
 
 def test_the_toys_text_encoders_have_the_names_that_every_version_reads():
-    from draftcli.core.models.loading import BUILT_IN
+    from draftcli.core.models.loading import model_path
 
     for part in ("text_encoder", "text_encoder_2"):
-        assert all(key == with_text_model(key) for key in load_file(weights(BUILT_IN["toy"], part)))
+        assert all(key == with_text_model(key) for key in load_file(weights(Path(model_path("toy")), part)))

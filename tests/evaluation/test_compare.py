@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from draftcli.evaluation.compare import compare, pareto_front, recommend, warnings
-from draftcli.evaluation.figures import COSINE, VENDI, Figure, Figures
+from draftcli.evaluation.figures import COSINE, PIXELS, VENDI, Figure, Figures
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.report import cell
 from tests.evaluation.example import EACH, PROMPTS, example_comparison, make_example
@@ -46,8 +46,42 @@ def test_front_recommendation_and_warnings(result):
     assert "tuned: toy_oracle on these prompts fell by 0.09" in said
     assert "against base while toy, which was trained on, rose: this looks like reward hacking." in said
     assert said.count("reward hacking") == 1, "the other columns gain both or lose nothing surely"
-    assert "tuned: 1" in said, "a tenth of the base's diversity is left"
-    assert "linear: 8" not in said
+    kept = result.figures["tuned"].diversity.diversity_kept
+    assert kept.share < 0.2
+    assert f"tuned: of the base's diversity is left {kept.words} in features and" in said
+    assert "power_2: of the base's diversity" not in said
+    assert result.recommendation.why.endswith(" of its diversity")
+
+
+KEPT = [  # features and pixels, each (share, low, high), and what is said
+    ((0.57, 0.5, 0.64), (0.75, 0.7, 0.8), "is left 57 % (95 % interval 50 to 64) in features and 75 % (95 % interval"),
+    ((0.79, 0.7, 0.9), (0.95, 0.9, 1.1), "is left 79 % (95 % interval 70 to 90) in features"),
+    ((0.75, 0.4, 1.1), (0.9, 0.7, 1.1), None),  # a loss that is not certain
+    ((0.85, 0.8, 0.9), (0.85, 0.8, 0.9), None),  # certain, not large
+    ((1.08, 0.9, 1.3), (0.75, 0.7, 0.8), "disagree about diversity: 108 % (95 % interval 90 to 130, not disting"),
+    ((0.9, 0.85, 0.95), (1.05, 1.02, 1.08), "disagree about diversity: 90 % (95 % interval 85 to 95) of the base's"),
+    ((1.02, 0.9, 1.1), (0.98, 0.9, 1.1), None),  # neither is certain
+    ((0.5, np.nan, np.nan), (0.5, np.nan, np.nan), None),  # one prompt
+]
+
+
+@pytest.mark.parametrize(("features", "pixels", "words"), KEPT)
+def test_lost_diversity_is_said_where_it_is_certain(result, features, pixels, words):
+    shares = {COSINE.key: features, PIXELS.key: pixels}
+    changed = {
+        key: Figure(share, kept=share, kept_low=low, kept_high=high) for key, (share, low, high) in shares.items()
+    }
+    column = Figures({**result.figures["base"].by_key, **changed})
+    said = warnings({"base": result.figures["base"], "tuned": column}, "base", [], [], 50)
+    assert (words is None and not said) or words in " ".join(said)
+
+
+def test_diversity_kept_is_the_share_of_the_bases(result):
+    figure, base = result.figures["tuned"].diversity, result.figures["base"].diversity
+    assert figure.kept == pytest.approx(figure.value / base.value)
+    assert 0 < figure.kept_low < figure.kept < figure.kept_high < 1
+    assert base.diversity_kept is None
+    assert result.figures["tuned"].reward("toy").kept is None
 
 
 def test_all_that_drifts_in_a_column_is_one_line(result):

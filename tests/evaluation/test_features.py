@@ -1,6 +1,7 @@
 """Feature extractors against the libraries' own preprocessing, on tiny networks with random weights."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from PIL import Image
 
 from draftcli.errors import InputError
-from draftcli.evaluation.features import load_features
-from draftcli.rewards.catalogue import features_for
+from draftcli.evaluation.features import choose_features, load_features
+from draftcli.rewards import load_reward
 
 
 def test_dinov2_is_what_transformers_computes(tmp_path):
@@ -35,8 +36,6 @@ def test_dinov2_is_what_transformers_computes(tmp_path):
 
 
 def test_the_toys_clip_gives_the_embedding_its_reward_uses():
-    from draftcli.rewards import load_reward
-
     reward, features = load_reward("toy"), load_features("toy")
     images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     embedding = torch.nn.functional.normalize(features(images), dim=-1)
@@ -50,9 +49,61 @@ def test_the_toys_clip_gives_the_embedding_its_reward_uses():
     assert torch.allclose(reward.clip.logit_scale.exp() * (embedding * text).sum(-1), expected, atol=1e-4)
 
 
-def test_features_go_with_the_model_that_a_reward_was_made_for():
-    assert features_for("toy") == "toy"
-    assert features_for("stabilityai/stable-diffusion-xl-base-1.0") == features_for("") == "clip"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What there is of the default features: `hub(...)` names those that can be loaded; the others are as offline."""
+    import draftcli.evaluation.features as module
+
+    def there(*names):
+        def load(name):
+            if name in names:
+                return replace(load_features("toy"), name=name)
+            raise InputError(f"{name} cannot be loaded")
+
+        monkeypatch.setattr(module, "load_features", load)
+
+    return there
+
+
+@pytest.mark.parametrize(
+    ("at_hand", "trained", "taken"),
+    [
+        (("dinov2", "clip", "pickscore"), ["clip"], "dinov2"),
+        (("clip", "pickscore"), ["brightness"], "clip"),
+        (("clip", "pickscore"), ["aesthetic"], "pickscore"),  # stands on clip's ViT-L
+        (("clip", "pickscore"), ["clip"], "pickscore"),
+        (("clip", "pickscore"), ["hpsv2_1"], "clip"),
+        (("clip", "pickscore"), ["package:mine"], "clip"),
+    ],
+)
+def test_default_features_are_of_no_trained_reward(hub, at_hand, trained, taken):
+    hub(*at_hand)
+    features = choose_features(None, SDXL, {}, trained)
+    assert (features.name, features.trained_on, features.caution) == (taken, (), "")
+
+
+def test_where_nothing_else_is_at_hand_the_trained_rewards_own_are_taken_and_said(hub):
+    hub("clip")
+    judges = {"brightness": load_reward("brightness"), "toy": load_reward("toy")}
+    got = choose_features(None, SDXL, judges, ["toy", "aesthetic"])
+    assert got.trained_on == ("toy",)
+    assert got.caution.startswith("Diversity is measured in features of toy, which was or may have been trained on")
+    assert "dinov2 cannot be loaded" in got.caution
+    assert choose_features(None, SDXL, judges, ["aesthetic"]).caution == "", "a held-out judge's features are fair"
+    with pytest.raises(InputError, match="dinov2 cannot be loaded"):
+        choose_features(None, SDXL, {"brightness": judges["brightness"]}, ["aesthetic"])
+
+
+def test_the_toy_worlds_default_is_learned_from_nothing():
+    judges = {"toy": load_reward("toy")}
+    features = choose_features(None, "toy", judges, ["toy"])
+    assert "nothing learned" in features.name
+    assert features.caution == ""
+    assert not list(features.network.parameters())
+    assert choose_features("toy", "toy", judges, ["toy"]).caution, "asked for, and said"
 
 
 def test_a_module_of_ones_own_and_the_oracles_reading():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from draftcli.metrics.statistics import direction, estimate, paired, win_rate
+from draftcli.metrics.statistics import direction, estimate, has_interval, paired, ratio, win_rate
 
 
 def test_mean_and_median_leave_out_nan():
@@ -55,3 +55,25 @@ def test_ties_are_half_a_win():
 )  # fmt: skip
 def test_without_an_interval_nothing_differs(low, high, expected):
     assert direction(low, high) == expected
+
+
+def test_a_ratio_agrees_with_its_difference_and_never_goes_below_0():
+    random = np.random.default_rng(0)
+    for shift in (0.05, 0.4, 0.95, 1.0, 1.2):
+        base = random.uniform(0.2, 1, 12)
+        tuned = base * shift * random.uniform(0.7, 1.3, 12)
+        share, difference = ratio(base, tuned), paired(base, tuned)
+        assert share.mean == pytest.approx(tuned.mean() / base.mean())
+        assert 0 < share.low < share.mean < share.high
+        assert direction(share.low - 1, share.high - 1) == direction(difference["low"], difference["high"])
+
+
+@pytest.mark.parametrize(("base", "tuned"), [([], []), ([0.0, 0.0], [1.0, 2.0]), ([np.nan], [1.0])])
+def test_a_ratio_to_nothing_is_not_known(base, tuned):
+    assert np.isnan(ratio(base, tuned).mean)
+
+
+def test_a_ratio_of_one_prompt_or_of_equal_ones_has_no_interval():
+    assert (ratio([2.0], [1.0]).mean, np.isnan(ratio([2.0], [1.0]).low)) == (0.5, True)
+    same = ratio([2.0, 2.0], [1.0, 1.0])
+    assert not has_interval(same.low, same.high)

@@ -9,7 +9,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from draftcli.core.annealing import weighing
+from draftcli.core.weighings import weighing
 from draftcli.prompts import Prompt
 from draftcli.sampling import files
 from draftcli.sampling.draw import plan

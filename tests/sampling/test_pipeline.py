@@ -10,8 +10,8 @@ from diffusers import (
 )
 
 import draftcli
-from draftcli.core.annealing import weighing
 from draftcli.core.lora.adapters import lora_layers, save_lora
+from draftcli.core.weighings import weighing
 from draftcli.errors import InputError
 from tests.core.test_diffusers import SCALE, STEPS, differs, model_for, same, theirs
 from tests.tiny import batch

@@ -19,19 +19,12 @@ from draftcli.core.models.family import Family, Parts, find_family
 from draftcli.core.models.fields import FIELDS, check_fields
 from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.models.meta import read_json
+from draftcli.core.models.places import BUILT_IN, checked_file, is_single_file, model_path
 from draftcli.core.models.single_file import check_networks, ensure_taken
 from draftcli.core.models.vae import check_vae_channels, check_vae_class, load_vae
 from draftcli.core.models.weight_files import ensure_loaded, weight_files
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
-
-# Models that ship with the package, by name: each is a diffusers folder like any other.
-BUILT_IN = {"toy": Path(__file__).parents[2] / "toy" / "weights" / "model"}
-
-
-def model_path(pretrained: str) -> str:
-    """The folder of a built-in model, else `pretrained` itself."""
-    return str(BUILT_IN.get(pretrained, pretrained))
 
 
 def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: bool = False) -> Parts:
@@ -76,11 +69,6 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
         raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows epsilon and v_prediction")
     _check_tokenizers(parts, cfg.config if single_file else cfg.pretrained)
     return parts
-
-
-def is_single_file(source: str) -> bool:
-    """Whether a model is one file rather than a folder or a hub id."""
-    return source.endswith((".safetensors", ".ckpt"))
 
 
 def local_folder(
@@ -253,19 +241,6 @@ def _hollow_unet(source: str) -> Any:
     with init_empty_weights(include_buffers=True):
         config: Any = UNet2DConditionModel.load_config(source, subfolder="unet")
         return UNet2DConditionModel.from_config(config)
-
-
-def checked_file(path: str, setting: str) -> str:
-    """`path`, where a .safetensors is there; `setting` is what the user calls it.
-
-    Raises:
-        InputError: there is none, or it is pickled.
-    """
-    if path.endswith(".ckpt"):
-        raise InputError(f"{setting} {path}: .ckpt files can run code when opened; convert it to .safetensors")
-    if not Path(path).is_file():
-        raise InputError(f"{setting} {path}: there is no such file")
-    return path
 
 
 def check_folder(folder: Path, setting: str = "model.pretrained") -> None:

@@ -1,0 +1,106 @@
+"""Where models are, and those that ship with the package, with what their files don't say.
+
+Nothing here needs torch, so that a wrong path costs no import of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from draftcli.config import ModelConfig
+from draftcli.errors import InputError
+
+
+@dataclass(frozen=True)
+class BuiltInModel:
+    """A model that ships with the package.
+
+    Attributes:
+        folder: a diffusers folder like any other.
+        features: `package.module:object` of features of its pictures in which nothing is learned; see
+            `evaluation/features.py`.
+        reads: `package.module:function` (text) -> bool: whether it was made for such a prompt.
+        knows: in words, which prompts these are.
+        elsewhere: the preset to take for other ones.
+    """
+
+    folder: Path
+    features: str
+    reads: str
+    knows: str
+    elsewhere: str
+
+
+BUILT_IN = {
+    "toy": BuiltInModel(
+        Path(__file__).parents[2] / "toy" / "weights" / "model",
+        features="draftcli.toy.features:reading",
+        reads="draftcli.toy.prompts:reads",
+        knows='one coloured shape on a plain background, such as "a small red star on the left of a white background"',
+        elsewhere="sdxl-lora",
+    )
+}
+
+
+def model_path(pretrained: str) -> str:
+    """The folder of a built-in model, else `pretrained` itself."""
+    return str(BUILT_IN[pretrained].folder) if pretrained in BUILT_IN else pretrained
+
+
+def is_single_file(source: str) -> bool:
+    """Whether a model is one file rather than a folder or a hub id."""
+    return source.endswith((".safetensors", ".ckpt"))
+
+
+def checked_file(path: str, setting: str) -> str:
+    """`path`, where a .safetensors is there; `setting` is what the user calls it.
+
+    Raises:
+        InputError: there is none, or it is pickled.
+    """
+    if path.endswith(".ckpt"):
+        raise InputError(f"{setting} {path}: .ckpt files can run code when opened; convert it to .safetensors")
+    if not Path(path).is_file():
+        raise InputError(f"{setting} {path}: there is no such file")
+    return path
+
+
+def check_model_files(cfg: ModelConfig) -> None:
+    """Raise InputError where a setting names a single file that is not there, or one that is pickled."""
+    for setting, source in (("model.pretrained", cfg.pretrained), ("model.vae", cfg.vae)):
+        if source and is_single_file(source):
+            checked_file(source, setting)
+
+
+def unread_prompts(pretrained: str, texts: Iterable[str]) -> str | None:
+    """A warning where a built-in model was not made for some of the prompts; None where there is nothing to say.
+
+    Args:
+        pretrained: `model.pretrained`; of other models than built-in ones nothing is known.
+        texts: the prompts.
+    """
+    model = BUILT_IN.get(pretrained)
+    if model is None:
+        return None
+    reads: Callable[[str], bool] = _named(model.reads)
+    count = unread = 0
+    example = ""
+    for text in texts:
+        count += 1
+        if not reads(text):
+            unread, example = unread + 1, example or " ".join(text.split())[:60]
+    if not unread:
+        return None
+    return (
+        f'the model {pretrained} cannot read {unread} of {count} prompts, the first is "{example}": it only knows '
+        f"{model.knows}; for other prompts take another model, such as that of --preset {model.elsewhere}"
+    )
+
+
+def _named(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(import_module(module), name)

@@ -1,0 +1,132 @@
+"""What `draftp eval` was asked for: found and checked before anything is loaded, and without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from draftcli.config import RewardSource
+from draftcli.core.models.places import check_model_files
+from draftcli.core.weighings import named_weighing
+from draftcli.errors import InputError
+from draftcli.prompts import find_prompts
+from draftcli.rewards import check_names
+from draftcli.sampling.names import INDEX
+from draftcli.sampling.source import DrawingSource, find_source
+
+DEFAULT_WEIGHTS = ("linear",)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be compared, and by which judges.
+
+    Attributes:
+        names: runs, checkpoints of runs and folders of pictures; empty: the newest run. The first is the base's.
+        weights: annealing weights, a column each for every run; base and tuned are always there.
+        scales: scales of the LoRA, a column each for every run.
+        prompts: a file, built-in set or dataset; None: the first run's validation prompts.
+        images: pictures per prompt.
+        seed: of a prompt's first picture; None: the first run's.
+        rewards: judges beside those of the runs, all held out.
+        features: of diversity; None: see `choose_features`.
+        judge: reward of the Pareto front; None: the first held-out one.
+        prefer: 1 wants the reward alone, 0 diversity alone.
+        overrides: KEY=VALUE over the first run's settings.
+        batch_size: pictures drawn together; None: by their size.
+        output: folder; None: eval/ in the first run's.
+    """
+
+    names: Sequence[str] = ()
+    weights: Sequence[str] = DEFAULT_WEIGHTS
+    scales: Sequence[float] = ()
+    prompts: str | None = None
+    images: int = 4
+    seed: int | None = None
+    rewards: Sequence[str] = ()
+    features: str | None = None
+    judge: str | None = None
+    prefer: float = 0.5
+    overrides: Sequence[str] = ()
+    batch_size: int | None = None
+    output: Path | None = None
+
+
+def parse_scales(texts: Sequence[str]) -> list[float]:
+    """Scales of a LoRA, as on the command line.
+
+    Raises:
+        InputError: one is not a number.
+    """
+    try:
+        scales = [float(text) for text in texts]
+        if all(map(math.isfinite, scales)):
+            return scales
+    except ValueError:
+        pass
+    raise InputError(f"--lora-scale {','.join(texts)}: expected numbers, such as --lora-scale 0.5,0.75")
+
+
+def check_request(request: Request) -> None:
+    """See that what was asked for exists and can be combined, before torch is imported for it.
+
+    Raises:
+        InputError: it does not, or cannot.
+    """
+    for kind in request.weights:
+        named_weighing(kind)
+    sources, _ = find_compared(request)
+    find_judges(request, sources)
+    features = (request.features or "dinov2").partition("=")[0]
+    if features != "dinov2":
+        check_names([features])
+    for source in sources:
+        check_model_files(source.cfg.model)
+    if request.prompts is not None and sources:
+        find_prompts(request.prompts, "--prompts")
+
+
+def find_compared(request: Request) -> tuple[list[DrawingSource], list[Path]]:
+    """The runs, all with the first one's sampling, and the folders of pictures.
+
+    Raises:
+        InputError: one does not exist, or there is nothing to compare.
+    """
+    folders = [Path(name) for name in request.names if (Path(name) / INDEX).is_file()]
+    names: list[str | None] = [name for name in request.names if Path(name) not in folders]
+    if not names and not folders:
+        names = [None]
+    if not names and request.scales:
+        raise InputError("--lora-scale: only folders of pictures were named, so nothing can be drawn; name a run too")
+    if not names and len(folders) == 1:
+        raise InputError(f"{folders[0]} alone is nothing to compare; name a second folder or a run")
+    sources: list[DrawingSource] = []
+    for name in names:
+        sampling = {"sampling": sources[0].cfg.sampling.model_dump()} if sources else {}
+        source = find_source(name, None, (), () if sources else request.overrides, sampling)
+        if request.scales and not source.loras:
+            raise InputError(f"--lora-scale: {source.name} was trained in full and has no LoRA to scale")
+        sources.append(source)
+    return sources, folders
+
+
+def find_judges(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[str, RewardSource], list[str]]:
+    """Every judge with its settings, and the names of those that were trained on.
+
+    Raises:
+        InputError: nothing has that name, or nobody judges.
+    """
+    rewards: dict[str, RewardSource] = {}
+    for source in sources:
+        rewards |= source.cfg.rewards
+    trained = list(rewards)
+    for held_out in (*(source.cfg.held_out_rewards for source in sources), dict.fromkeys(request.rewards)):
+        rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
+    if not rewards:
+        raise InputError("nobody judges: folders of pictures know no reward, so name one, such as --reward pickscore")
+    check_names(list(rewards))
+    if request.judge is not None and request.judge not in rewards:
+        raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")
+    return rewards, trained

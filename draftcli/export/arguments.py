@@ -1,0 +1,40 @@
+"""The arguments of merge-lora, checked without torch: a wrong name costs no import of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from draftcli.core.models.places import checked_file, is_single_file
+from draftcli.errors import InputError
+from draftcli.runs import find_run, split_scale
+
+
+def check_arguments(inputs: Sequence[str], base: str | None) -> None:
+    """See that the inputs and the base are there; nothing means the newest run.
+
+    Raises:
+        InputError: one is not, a scale is no number, or there is no run.
+    """
+    for text in inputs:
+        parse_input(text)
+    if not inputs:
+        find_run(None)
+    if base is not None and is_single_file(base):
+        checked_file(base, "--base")
+
+
+def parse_input(text: str) -> tuple[str, float]:
+    """The name and the scale of `RUN`, `LORA` or either with `=SCALE`.
+
+    Raises:
+        InputError: nothing is there, or the scale is no number.
+    """
+    name, scale = split_scale(text, _is_there, text)
+    if not _is_there(name):
+        raise InputError(f"{name}: there is no such run, folder or file")
+    return name, scale
+
+
+def _is_there(name: str) -> bool:
+    return Path(name).exists() or (Path("runs") / name / "config.yaml").is_file()

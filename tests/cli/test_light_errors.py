@@ -1,0 +1,84 @@
+"""What is wrong with a command line is said before torch is imported: a typo costs a fraction of a second."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+CASES = [
+    ("train", "--preset", "nonesuch"),
+    ("train", "--set", "trainer.max_stps=3"),
+    ("train", "--prompts", "nofile.txt"),
+    ("train", "--prompts", "nonesuch"),
+    ("train", "--set", "data.validation_prompts=nofile.jsonl"),
+    ("train", "--reward", "nonesuch"),
+    ("train", "--set", "model.pretrained=nofile.safetensors"),
+    ("train", "--output", "something"),
+    ("sample", "nosuchrun"),
+    ("sample", "RUN", "--lora", "nofile"),
+    ("sample", "RUN", "--prompts", "nofile.txt"),
+    ("sample", "RUN", "--format", "gif"),
+    ("sample", "--model", "nofile.safetensors", "--prompt", "a fox"),
+    ("sample", "--model", "toy", "--lora", "nofile"),
+    ("sample", "--model", "toy"),
+    ("anneal", "nosuchrun"),
+    ("anneal", "RUN", "--weight", "linaer"),
+    ("anneal", "--model", "toy", "--prompt", "a fox", "--weight", "linear"),
+    ("anneal", "--model", "toy", "--prompt", "a fox", "--steps", "0"),
+    ("eval", "nosuchrun"),
+    ("eval", "RUN", "--weight", "linaer"),
+    ("eval", "RUN", "--reward", "nonesuch"),
+    ("eval", "RUN", "--judge", "nobody"),
+    ("eval", "RUN", "--features", "nonesuch"),
+    ("eval", "RUN", "--prompts", "nofile.txt"),
+    ("eval", "RUN", "--lora-scale", "much"),
+    ("merge-lora", "nofile"),
+    ("merge-lora", "RUN=much"),
+    ("merge-lora", "RUN", "--base", "nofile.safetensors"),
+    ("doctor", "--preset", "nonesuch"),
+    ("rewards", "check", "nonesuch"),
+    ("rewards", "check", "toy", "--size", "large"),
+]
+# Each in a fork of one process that has imported the command line and nothing else, as a start does.
+SCRIPT = """
+import json, os, sys
+from draftcli.cli import main
+assert "torch" not in sys.modules
+for words in json.load(sys.stdin):
+    sys.stdout.flush()
+    if os.fork() == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        sys.argv = ["draftp", *words]
+        try:
+            main()
+            code = 0
+        except SystemExit as leave:
+            code = leave.code
+        print(json.dumps([code, "torch" in sys.modules or "diffusers" in sys.modules]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def found(lora_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("light")
+    (folder / "something").mkdir()
+    (folder / "something" / "else.txt").write_text("mine")
+    commands = [[word.replace("RUN", str(lora_run)) for word in case] for case in CASES]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        input=json.dumps(commands),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES, ids=" ".join)
+def test_a_typo_costs_no_import_of_torch(found, case):
+    code, imported_torch = found[case]
+    assert (code, imported_torch) == (2, False)

@@ -1,0 +1,38 @@
+"""What people are shown of a validation."""
+
+import math
+
+import pytest
+
+from draftcli.training.result import diversity_warning, validation_in_words
+
+
+def validation(step, base, tuned, low, high):
+    diversity = {"base": base, "tuned": tuned, "kept": tuned / base, "kept_low": low, "kept_high": high, "n": 8}
+    return {"step": step, "images": 16, "rewards": {}, "diversity": diversity}
+
+
+NAN = math.nan
+CASES = [  # base, tuned and the interval of their ratio; what is said; whether it is warned about
+    ((0.06, 0.03, 0.417, 0.583), "0.060 -> 0.030, 50 % (95 % interval 41.7 to 58.3) of the base's", True),
+    ((0.06, 0.05, 0.667, 1.17), "83.3 % (95 % interval 66.7 to 117, not distinguishable from the base)", False),
+    ((0.06, 0.03, 0.2, 1.1), "not distinguishable from the base", False),
+    ((0.06, 0.054, 0.867, 0.933), "90 % (95 % interval 86.7 to 93.3)", False),
+    ((0.06, 0.03, NAN, NAN), "50 % (no interval)", False),
+    ((NAN, NAN, NAN, NAN), "diversity in pixels nan -> nan", False),
+]
+
+
+@pytest.mark.parametrize(("figures", "words", "warned"), CASES)
+def test_diversity_is_a_share_of_the_bases_and_a_certain_loss_is_warned_about(figures, words, warned):
+    line = validation(40, *figures)
+    assert words in validation_in_words(line)
+    assert (diversity_warning(line) is not None) is warned
+
+
+def test_a_line_of_the_file_has_null_where_nothing_is_known():
+    line = validation(40, 0.06, 0.03, 0.4, 0.6)
+    assert diversity_warning(line) is not None
+    for unknown in ({"kept_low": None, "kept_high": None}, {"kept": None}):
+        line["diversity"] |= unknown
+        assert diversity_warning(line) is None
