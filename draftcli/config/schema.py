@@ -24,7 +24,7 @@ def expand_home(text: str) -> str:
     return os.path.expanduser(text)  # noqa: PTH111, as Path makes ./x and a//b of other names something else
 
 
-Place = Annotated[str, AfterValidator(expand_home)]
+LocalPath = Annotated[str, AfterValidator(expand_home)]
 """A path, or whatever else says where something is: a hub id, the name of something built in."""
 
 
@@ -37,11 +37,11 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """Which SDXL, where and in which precision."""
 
-    pretrained: Annotated[Place, Field(min_length=1)] = "toy"
+    pretrained: Annotated[LocalPath, Field(min_length=1)] = "toy"
     """Diffusers folder, hub id, single .safetensors file, or `toy`."""
-    config: Place | None = None
+    config: LocalPath | None = None
     """Folder or hub id with configuration and tokenizers for a single file; default the hub's SDXL base."""
-    vae: Place | None = None
+    vae: LocalPath | None = None
     """Another VAE: diffusers folder, hub id or .safetensors."""
     variant: str | None = None
     """Which files of a folder or hub id, such as `fp16`."""
@@ -175,9 +175,9 @@ class RelativeConfig(Section):
 class RewardSource(Section):
     """Where a reward comes from and how it is asked; all that a held-out reward needs."""
 
-    pretrained: Place | None = None
+    pretrained: LocalPath | None = None
     """Its weights: hub id, local folder or local file; default the official ones."""
-    backbone: Place | None = None
+    backbone: LocalPath | None = None
     """What its weights stand on (the CLIP under an aesthetic head, the tokenizer's folder), where it is elsewhere."""
     relative: RelativeConfig | None = None
     """Only for rewards that compare a picture's embedding with its prompt's: clip, pickscore, hpsv2, hpsv2_1, toy."""
@@ -218,10 +218,10 @@ def by_name(value: Any) -> Any:
 class DataConfig(Section):
     """Prompts."""
 
-    prompts: Place | Annotated[list[str], Field(min_length=1)] = "toy-train"
+    prompts: LocalPath | Annotated[list[str], Field(min_length=1)] = "toy-train"
     """A .txt, .jsonl or .tar file, a folder of .txt files, the name of a built-in set, a dataset's id
     (owner/name:column), or a list."""
-    validation_prompts: Place | list[str] = []
+    validation_prompts: LocalPath | list[str] = []
     """Held-out prompts, likewise; empty: no validation."""
     validation_images: Count = 1
     """Pictures per validation prompt, at seeds trainer.seed, trainer.seed + 1, ..."""
@@ -313,7 +313,7 @@ class ShardingConfig(Section):
     """Kernel of the UNet's attention, one of torch's; auto: the one torch thinks best. math keeps the whole matrix."""
     compile: bool = False
     """torch.compile on the UNet's blocks: minutes in the first step, for fewer and larger kernels afterwards."""
-    prompt_cache: Place | None = None
+    prompt_cache: LocalPath | None = None
     """Folder that keeps the prompts' embeddings for later runs; in memory they are kept anyway."""
     channels_last: bool = False
     """Lay out the UNet's and the decoder's convolutions channels last."""

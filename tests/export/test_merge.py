@@ -277,6 +277,7 @@ def test_documented_commands_are_understood(line):
         requests.append(request)
         raise InputError("far enough")
 
-    with mock.patch("draftcli.export.merge.merge", stop):
+    there = mock.patch("draftcli.export.arguments.check_arguments")  # the files that a page names are not here
+    with there, mock.patch("draftcli.export.merge.merge", stop):
         assert "far enough" in draftp(*line.split()[1:]).err
     assert requests
