@@ -135,8 +135,8 @@ def test_a_process_prints_in_the_encoding_it_was_started_with(variables, printed
 # ---------------------------------------------------------------------------------------------------------- names
 
 NAMES = [
-    "[hyper] v1", "my:fire:run", "[/] [bold]x [link=y]", "it's $HOME `x` \"y\"", "-dash", "two  blanks", "a~b", "a;b&c|d",
-    "%s {0} {name}", "x" * 150,
+    "[hyper] v1", "my:fire:run", "[/] [bold]x [link=y]", "it's $HOME `x` \"y\"", "-dash", "two  blanks", "a~b",
+    "a;b&c|d", "%s {0} {name}", "x" * 150,
 ]  # fmt: skip
 
 
