@@ -149,3 +149,9 @@ def test_a_recipe_read_for_drawing_leaves_out_how_its_network_was_kept_small(tmp
     assert (again.model.quantize, again.sharding.offload) == ("8bit", True)
     trained = load_config(recipe)
     assert (trained.model.quantize, trained.sharding.offload, trained.draftp.truncation_steps) == ("8bit", True, 4)
+
+
+def test_a_recipe_may_override_what_it_merges():
+    text = "rewards:\n  a: &a {weight: 1.0}\n  b: &b {<<: *a, weight: 0.5}\n  c: {<<: *b, weight: 0.25}\n"
+    Path("mine.yaml").write_text(text)
+    assert [reward.weight for reward in load_config("mine.yaml").rewards.values()] == [1.0, 0.5, 0.25]

@@ -130,7 +130,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise InputError(f"{path}: not UTF-8 text") from None
+        raise InputError(f"{path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     data = _parse(text, str(path))
@@ -145,10 +145,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _OnceEach)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        raise InputError(f"{where}: invalid YAML{f' at line {mark.line + 1}' if mark else ''}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line, reason = f" at line {mark.line + 1}" if mark else "", f" ({problem[:200]})" if problem else ""
+        raise InputError(f"{where}: invalid YAML{line}{reason}") from None
     if isinstance(value, str):
         # YAML 1.1 reads 1e-4 as text; people mean the number.
         try:
@@ -156,6 +157,27 @@ def _parse(text: str, where: str) -> Any:
         except ValueError:
             return value
     return value
+
+
+class _OnceEach(yaml.SafeLoader):
+    """YAML in which a key stands once: of two, PyYAML takes the last and drops the other in silence."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """As the file has it.
+
+        Raises:
+            yaml.YAMLError: a key stands in it twice.
+        """
+        node = super().compose_mapping_node(anchor)
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            if key.value in seen:
+                problem = f"{brief(key.value)} stands at line {seen[key.value]} already; join the two or remove one"
+                raise yaml.composer.ComposerError(problem=problem, problem_mark=key.start_mark)
+            seen[key.value] = key.start_mark.line + 1
+        return node
 
 
 def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
