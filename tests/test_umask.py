@@ -1,5 +1,6 @@
 """Files that other people of a machine may read: every file and folder has the mode that the umask gives it."""
 
+import errno
 import os
 import shutil
 import stat
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from draftcli.disk import write_aside
 from draftcli.umask import follow_umask
 from tests.command import WITH_VALIDATION, draftp, recipe
 
@@ -69,3 +71,16 @@ def test_only_the_new_file_is_changed(umask):
     follow_umask(Path("new.safetensors"))
     assert stat.S_IMODE(Path("new.safetensors").stat().st_mode) == UMASKS[umask][0]
     assert stat.S_IMODE(Path("mine").stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.EROFS, errno.EINVAL], ids=errno.errorcode.get)
+def test_a_drive_that_knows_no_modes_takes_files(monkeypatch, code):
+    """As network shares, exFAT and mounts of cloud storage answer."""
+
+    def refuse(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "chmod", refuse)
+    write_aside(Path("x.safetensors"), lambda path: save_file({"a": torch.ones(1)}, path))
+    write_aside(Path("folder"), lambda path: (path.mkdir(), save_file({"a": torch.ones(1)}, path / "x.safetensors")))
+    assert sorted(path.as_posix() for path in Path().rglob("*")) == ["folder", "folder/x.safetensors", "x.safetensors"]
