@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from draftcli.errors import InputError
 from draftcli.pictures import READABLE, open_picture
@@ -389,6 +390,28 @@ def test_chunks_that_say_srgb_and_one_frame_of_an_animation_are_plain():
     same("x.png", scene())
     Image.fromarray(scene()).save("one.webp", save_all=True, lossless=True)
     same("one.webp", scene())
+
+
+def _text(**texts: str) -> PngInfo:
+    info = PngInfo()
+    for key, text in texts.items():
+        info.add_text(key, text, zip=True)
+    return info
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        lambda: {"pnginfo": _text(workflow="w" * 3_000_000)},
+        lambda: {"pnginfo": _text(**{f"text{i}": "w" * 1_000_000 for i in range(70)})},
+        lambda: {"icc_profile": bytes(2_000_000)},
+    ],
+    ids=["one", "many", "profile"],
+)
+def test_a_png_may_carry_long_text(options):
+    """Such as ComfyUI's workflows; Pillow opens no more than 1 MiB of one and 64 of all by itself."""
+    Image.fromarray(scene()).save("x.png", **options())
+    same("x.png", scene())
 
 
 def test_pictures_are_opened_in_one_place():
