@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from draftcli import __version__
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks
+from draftcli.errors import DraftpError
 from draftcli.lines import json_line, text_lines
 from draftcli.runs import disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, batches, draw_batch
@@ -131,6 +133,7 @@ def write_pictures(
                     missing = [file for file in wanted if read_key(file.path) != file.key]
                     if missing:
                         images = draw_batch(model, [file.picture for file in missing], column)
+                        _ensure_finite(images, missing, model)
                         for file, image in zip(missing, images, strict=True):
                             _save(file, image, suffix, provenance, _used(file, loras, provenance))
                     done += wanted
@@ -145,6 +148,28 @@ def write_pictures(
     if ranks.is_main:
         _write_index(files, written, provenance, loras)
     return written
+
+
+def _ensure_finite(images: Tensor, files: Sequence[File], model: SDXLDRaFTPModel) -> None:
+    """Stop at a picture that would be saved black, as NaN is.
+
+    Raises:
+        DraftpError: it is not finite.
+    """
+    black = [file for file, image in zip(files, images, strict=True) if not torch.isfinite(image).all()]
+    if not black:
+        return
+    narrow = torch.float16
+    if next(model.parts.vae.parameters()).dtype is narrow:
+        advice = "SDXL's own VAE does so in fp16: leave model.vae_precision=fp16 out"
+    elif model.cfg.model.precision == "fp16":
+        advice = "set model.precision to bf16 or fp32"
+    else:
+        advice = "weights of the model or a LoRA are damaged or came from a training that diverged"
+    raise DraftpError(
+        f"{black[0].path}: the picture is not finite (NaN) and would be black; {advice}; draftp doctor says where it "
+        "begins"
+    )
 
 
 def _used(file: File, loras: Sequence[NamedLora], provenance: Provenance) -> list[NamedLora]:

@@ -254,3 +254,57 @@ def test_a_columns_scale_multiplies_that_of_its_loras(lora_run):
     scales = {line["weight"]: [lora["scale"] for lora in line["loras"]] for line in index()}
     assert scales == {"scale_0.5": [0.5], "linear": [1.0]}
     assert read(Path("out/0000-s0007-scale_0.5.png")).startswith("<lora:run:0.5>\n")
+
+
+def without_number(model, file, key):
+    """One weight is NaN, as after a training that diverged."""
+    path = model / file
+    tensors = load_file(path)
+    tensors[next(name for name in tensors if name.endswith(key))].flatten()[0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+
+
+def too_large(model):
+    """Activations that half precision cannot hold, as those of SDXL's own VAE."""
+    path = model / "vae/diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["decoder.conv_in.weight"] *= 1e7
+    save_file(tensors, path, {"format": "pt"})
+
+
+BLACK = {
+    "unet": (
+        lambda model: without_number(model, "unet/diffusion_pytorch_model.safetensors", "conv_out.weight"),
+        [],
+        "damaged or came from a training that diverged",
+    ),
+    "text encoder": (
+        lambda model: without_number(model, "text_encoder/model.safetensors", "layers.0.layer_norm1.weight"),
+        [],
+        "damaged",
+    ),
+    "VAE": (
+        lambda model: without_number(model, "vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.weight"),
+        [],
+        "damaged",
+    ),
+    "VAE in fp16": (too_large, ["--set", "model.vae_precision=fp16"], "model.vae_precision"),
+}
+
+
+@pytest.mark.parametrize("command", [["sample", "--base"], ["anneal", "--weight", "base"]], ids=lambda c: c[0])
+@pytest.mark.parametrize(("spoil", "options", "words"), BLACK.values(), ids=BLACK)
+def test_a_picture_that_is_not_finite_is_not_saved_black(tiny_sdxl, command, spoil, options, words):
+    model = Path(shutil.copytree(tiny_sdxl, "model"))
+    spoil(model)
+    result = draftp(*command, "--model", model, "--prompt", "a fox", *SHORT, *options, "--output", "out")
+    expect(result, 1, "not finite", words, "draftp doctor")
+    assert not list(Path("out").glob("*.png"))
+
+
+def test_what_half_precision_cannot_hold_is_drawn_without_it(tiny_sdxl):
+    """By default the VAE stays in float32, however narrow the networks are."""
+    model = Path(shutil.copytree(tiny_sdxl, "model"))
+    too_large(model)
+    run("sample", "--base", "--model", model, "--prompt", "a fox", *SHORT, "--output", "out")
+    assert len(list(Path("out").glob("*base.png"))) == 1
