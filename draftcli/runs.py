@@ -276,6 +276,8 @@ def find_run(name: str | None) -> tuple[Run, Path]:
                 f"{name} is no run (it has no config.yaml); runs here: {', '.join(there) or 'none'}. "
                 "For other models give --model"
             )
+    if not run.config.read_bytes().strip():  # which would be read as the defaults
+        raise InputError(f"{run.config} is empty, as after a loss of power; for its weights give --model and --lora")
     weights = run.weights()
     if weights is None:
         raise InputError(f"{run.folder} has no weights yet, neither final/ nor a checkpoint; let draftp train go on")

@@ -114,6 +114,8 @@ def test_damaged_and_unfinished_runs(lora_run):
     Path("run/final").mkdir()
     shutil.copy(lora_run / "final" / "pytorch_lora_weights.safetensors", "run/final")
     expect(draftp("sample", "run", *ONE), 2, "run/config.yaml", "expected settings by section")
+    Path("run/config.yaml").write_text("\n")
+    expect(draftp("sample", "run", *ONE), 2, "run/config.yaml is empty")
 
 
 def test_a_run_whose_own_scale_is_below_1_is_drawn_at_another(lora_run):
