@@ -17,12 +17,13 @@ ALLOWED = {
     "contents": set(),
     "lines": set(),
     "config": set(),
-    "prompts": {"config"},
+    "prompts": {"config", "file_kinds"},
+    "file_kinds": set(),
     "pictures": set(),
     "umask": set(),
     "runs": {"changes", "config", "contents", "disk", "lines"},
-    "core": {"config", "runs", "umask"},
-    "rewards": {"config"},
+    "core": {"config", "runs", "umask", "file_kinds"},
+    "rewards": {"config", "file_kinds"},
     "metrics": {"core"},
     "sampling": {"pictures", "metrics", "core", "config", "prompts", "runs", "lines", "__init__"},
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
@@ -34,7 +35,7 @@ ALLOWED = {
     "evaluation": {
         *("pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "lines", "__init__"),
     },
-    "export": {"core", "config", "runs", "__init__"},
+    "export": {"core", "config", "runs", "file_kinds", "__init__"},
     "cli": {
         "training",
         "planning",

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from draftcli.core.models.original_layout import Form, from_original
 from draftcli.errors import InputError
+from draftcli.file_kinds import unreadable
 
 _DTYPE_OF_NAME = {
     "F64": torch.float64,
@@ -99,7 +100,7 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
                 found[key] = StoredTensor(file, key, _DTYPE_OF_NAME[part.get_dtype()], tuple(part.get_shape()))
             return found
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{file}: cannot be read, it may be damaged ({error})") from error
+        raise InputError(f"{file}: {unreadable(file, error)}") from error
 
 
 def file_metadata(file: Path) -> dict[str, str]:

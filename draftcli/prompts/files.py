@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from draftcli.errors import DraftpError, InputError
+from draftcli.file_kinds import stands_for_a_file
 from draftcli.prompts.captions import LONGEST_PROMPT, Entries, Names, folder_entries, tar_entries
 from draftcli.prompts.notation import Notation, read_switches
 from draftcli.prompts.prompt import SEEDS, Prompt, PromptList, PromptSequence, rows_by_label
@@ -171,6 +172,8 @@ def _decoded(raw: bytes) -> str:
 
 
 def _from_text(raw: bytes) -> tuple[Prompt, list[str]]:
+    if told := stands_for_a_file(raw):
+        raise ValueError(told)
     text = _decoded(raw)
     if "\0" in text:
         raise ValueError("not text, as it holds zero bytes; if it is UTF-16, save it as UTF-8")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from draftcli.errors import InputError, first_line
+from draftcli.file_kinds import unreadable
 
 # The official name of a model's tensor, and how the tensor is made from what stands there.
 Origin = tuple[str, Callable[[Tensor], Tensor]]
@@ -109,7 +110,7 @@ def read_checkpoint(name: str, path: Path) -> dict[str, Tensor]:
             "it can run code. Save its state_dict alone, or convert it to .safetensors"
         ) from error
     except Exception as error:  # a file that is no checkpoint can fail in any way
-        raise InputError(f"reward {name}: {path} cannot be read ({first_line(error)})") from error
+        raise InputError(f"reward {name}: {path}: {unreadable(path, first_line(error))}") from error
     if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
         found = found["state_dict"]
     if not isinstance(found, Mapping) or not found or not all(isinstance(v, Tensor) for v in found.values()):

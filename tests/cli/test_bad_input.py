@@ -116,6 +116,11 @@ def test_wrong_prompt_files(tiny_sdxl, name, content, words):
         ("- a\n- list", "expected settings by section"),
         ("trainer: [", "invalid YAML at line"),
         ("trainer: 3", "trainer = 3"),
+        ("optim:\n  lr: 1.0e-4\ntrainer:\n  seed: 1\noptim:\n  lr: 1.0e-3", "line 5 ('optim' stands at line 1 already"),
+        ("optim:\n  lr: 1.0e-4\n  lr: 1.0e-3", "line 3 ('lr' stands at line 2 already"),
+        ("rewards: {toy: 1.0, toy: 0.5}", "line 1 ('toy' stands at line 1 already"),
+        ("optim:\n  sched:\n    name: cosine\n    'name': constant", "line 4 ('name' stands at line 3 already"),
+        ("optim:\n\tlr: 1.0e-3", "line 2 (found character '\\t'"),
         ("!!python/object/apply:os.system ['touch hacked']", "invalid YAML"),
     ],
 )
@@ -162,7 +167,7 @@ def test_wrong_models(tiny_sdxl):
     cases = {
         "folder": "no model_index.json",
         "sd15": "not Stable Diffusion XL",
-        "cut.safetensors": "set model.config",
+        "cut.safetensors": "damaged: cut short at 2 bytes",
         "nowhere.safetensors": "there is no such file",
         "model.ckpt": "convert it to .safetensors",
         "nobody/nothing": "the hub has no such model or cannot be reached",

@@ -322,3 +322,44 @@ def test_the_toys_text_encoders_have_the_names_that_every_version_reads():
 
     for part in ("text_encoder", "text_encoder_2"):
         assert all(key == with_text_model(key) for key in load_file(weights(Path(model_path("toy")), part)))
+
+
+def in_codes(file, ends, network=""):
+    """Linear weights of a network as float8 codes with their scale beside, as quantised models have them."""
+    tensors = load_file(file)
+    for key in [
+        key for key in tensors if key.startswith(network) and tensors[key].ndim == 2 and key.endswith("weight")
+    ]:
+        scale = tensors[key].abs().max() / 448
+        tensors[key] = (tensors[key] / scale).to(torch.float8_e4m3fn)
+        tensors[key.removesuffix("weight") + ends] = scale
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("part", NETWORKS)
+@pytest.mark.parametrize("ends", ["scale_weight", "weight_scale", "weight.absmax", "weight.SCB", "qzeros"])
+def test_weights_that_are_codes_are_refused(model, part, ends):
+    in_codes(weights(model, part), ends)
+    refused(model, "quantised", ends)
+    with pytest.raises(InputError, match=f"--base.*quantised.*{ends}"):
+        open_base(str(model))
+
+
+def test_codes_in_a_single_file_and_in_a_vae(tiny_sdxl, single_file):
+    shutil.copy(single_file, "codes.safetensors")
+    in_codes("codes.safetensors", "scale_weight", "model.diffusion_model.")
+    refused("codes.safetensors", "quantised", "scale_weight", config=str(tiny_sdxl))
+    with pytest.raises(InputError, match="quantised"):
+        open_base("codes.safetensors", str(tiny_sdxl))
+    shutil.copy(weights(tiny_sdxl, "vae"), "vae.safetensors")
+    in_codes("vae.safetensors", "weight_scale")
+    refused(tiny_sdxl, "model.vae", "quantised", vae="vae.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16])
+def test_plain_weights_of_few_bits_are_the_numbers_they_say(model, tiny_sdxl, dtype):
+    file = weights(model, "unet")
+    rounded = {key: tensor.to(dtype) for key, tensor in load_file(file).items()}
+    save_file(rounded, file)
+    parts = load(model)
+    assert all(torch.equal(rounded[key].float(), tensor) for key, tensor in parts.unet.state_dict().items())

@@ -19,6 +19,7 @@ from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, Update
 from draftcli.core.lora.naming import PEFT_PREFIX, Contents, NamedTensor, Place, Spellings, sort_tensors, why_unplaced
 from draftcli.errors import InputError, brief
+from draftcli.file_kinds import unreadable
 
 PEFT_FILE = "adapter_model.safetensors"
 FILE_NAMES = (LORA_FILE, PEFT_FILE)
@@ -124,7 +125,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(file, framework="pt") as tensors:
             return {key: tensors.get_tensor(key) for key in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
     except Exception as error:  # safetensors refuses in its own way, torch what it has no numbers for in others
-        raise InputError(f"{file}: cannot be read, it may be damaged ({error})") from error
+        raise InputError(f"{file}: {unreadable(file, error)}") from error
 
 
 def _update(file: Path, layer: Mapping[str, NamedTensor], place: Place, scales: _Scales) -> Update:

@@ -25,6 +25,7 @@ from draftcli.core.models.vae import check_vae_channels, check_vae_class, load_v
 from draftcli.core.models.weight_files import ensure_loaded, weight_files
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
+from draftcli.file_kinds import what_it_is
 
 
 def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: bool = False) -> Parts:
@@ -99,6 +100,9 @@ def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence
     """The folder in the hub's cache of a model's id."""
     import diffusers
 
+    if Path(source).is_file():
+        told = what_it_is(Path(source)) or "it is no .safetensors"
+        raise InputError(f"{setting} {source}: {told}; a model is a diffusers folder, a hub id or a .safetensors file")
     try:
         pipeline = getattr(diffusers, find_family().pipeline)
         return Path(pipeline.download(source, variant=variant, use_safetensors=True, **dict.fromkeys(elsewhere)))
@@ -273,4 +277,8 @@ def _loading_failed(cfg: ModelConfig, family: Family, source: str, error: Except
             f"{cfg.config or family.hub_base} cannot be reached or read for them; "
             f"set model.config to a local diffusers folder of an SDXL ({reason})"
         )
+    if (folder := Path(source)).is_dir():
+        for file in sorted(folder.glob("*/*.json")):
+            if told := what_it_is(file):
+                return f"model.pretrained {file}: {told}"
     return f"model.pretrained {source}: cannot be loaded, its files may be damaged ({reason})"

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from draftcli.core.models.family import find_family
 from draftcli.core.models.original_layout import PREFIX, from_original
-from draftcli.core.models.weight_files import clean_key
+from draftcli.core.models.weight_files import check_plain, clean_key
 from draftcli.errors import InputError
+from draftcli.file_kinds import unreadable
 
 _TITLES = {
     "unet": "UNet",
@@ -24,7 +25,7 @@ _TITLES = {
 
 
 def check_networks(file: Path, needed: Sequence[str], setting: str = "model.pretrained") -> None:
-    """Refuse a file in which one of the networks has no tensor at all. Of one that cannot be read its loader will tell.
+    """Refuse a file that cannot be read, or in which one of the networks has no tensor at all, or quantised ones.
 
     Args:
         file: a .safetensors.
@@ -32,13 +33,11 @@ def check_networks(file: Path, needed: Sequence[str], setting: str = "model.pret
         setting: what the user calls the file.
 
     Raises:
-        InputError: it holds none of a network's tensors.
+        InputError: it cannot be read, holds none of a network's tensors, or holds codes for them.
     """
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            keys = list(tensors.keys())
-    except (OSError, SafetensorError):
-        return
+    with opened(file, setting) as tensors:
+        keys = list(tensors.keys())
+    check_plain(keys, f"{setting} {file}")
     absent = [part for part in needed if not any(key.startswith(PREFIX[part]) for key in keys)]
     if len(absent) == len(needed):
         first = f", the first of its tensors is {keys[0]}" if keys else ""
@@ -98,7 +97,7 @@ def opened(file: Path, setting: str) -> Any:
     try:
         return safe_open(file, framework="pt")
     except Exception as error:  # safetensors' own kind of error, or the system's
-        raise InputError(f"{setting} {file}: cannot be read, it is damaged or no .safetensors ({error})") from error
+        raise InputError(f"{setting} {file}: {unreadable(file, error)}") from error
 
 
 def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from typing import Any
 from draftcli.core.models.family import find_family
 from draftcli.core.models.original_layout import PREFIX, original_shape
 from draftcli.core.models.single_file import opened, shapes
-from draftcli.core.models.weight_files import ensure_loaded, weight_files
+from draftcli.core.models.weight_files import check_plain, ensure_loaded, weight_files
 from draftcli.errors import InputError, first_line
 
 VAE_CLASS = "AutoencoderKL"
@@ -101,6 +101,7 @@ def _check_file(file: Path, config: Any, what: str) -> None:
     }
     with opened(file, "model.vae") as tensors:
         keys = list(tensors.keys())
+        check_plain(keys, what)
         held = {key.removeprefix(PREFIX["vae"]): tuple(tensors.get_slice(key).get_shape()) for key in keys}
     wanted = max((originals, ours), key=lambda names: len(names.keys() & held.keys()))
     missing = sorted(wanted.keys() - held.keys())

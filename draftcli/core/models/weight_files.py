@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from draftcli.core.models.family import find_family
 from draftcli.errors import InputError, warn
+from draftcli.file_kinds import unreadable
 
 WEIGHT_NAMES = {
     part: "model" if part.startswith("text") else "diffusion_pytorch_model" for part in find_family().networks
+}
+# What stands beside codes to say which numbers they are, by the ends of its names, and who writes it so.
+_BESIDE_CODES = {
+    ("scaled_fp8", ".scale_weight", ".weight_scale", ".scale_input", ".comfy_quant"): "ComfyUI's scaled fp8",
+    (".absmax", ".quant_map", ".nested_absmax", ".SCB", "__nf4", "__fp4"): "bitsandbytes",
+    (".qweight", ".qzeros", ".g_idx"): "GPTQ or AWQ",
 }
 _PICKLED = {".bin", ".ckpt", ".pt", ".pth"}
 
@@ -36,7 +43,8 @@ def weight_files(folder: Path, part: str, variant: str | None, setting: str = "m
         setting: what the user calls the model.
 
     Raises:
-        InputError: they are not there, or under another name; says which, and what to set.
+        InputError: they are not there, or under another name; says which, and what to set. One cannot be read, or
+            holds quantised weights.
     """
     if not folder.is_dir():
         raise InputError(f"{setting} {folder.parent}: there is no folder {folder.name} in it; download the model again")
@@ -46,10 +54,40 @@ def weight_files(folder: Path, part: str, variant: str | None, setting: str = "m
         shards = _shards(folder, name, setting)
         # Where both are there, transformers reads the whole file and diffusers the shards.
         if whole.is_file() and (stem == "model" or not shards):
-            return [whole]
+            return _checked([whole], setting)
         if shards:
-            return shards
+            return _checked(shards, setting)
     raise InputError(f"{setting} {folder}: {_what_is_there_instead(folder, stem, setting)}")
+
+
+def check_plain(keys: Iterable[str], where: str) -> None:
+    """Refuse weights of which a part are codes: drawn without what stands beside them, they are noise.
+
+    Args:
+        keys: names of the tensors of a file.
+        where: what the message begins with.
+
+    Raises:
+        InputError: there are such tensors.
+    """
+    for key in keys:
+        for ends, writer in _BESIDE_CODES.items():
+            if key.endswith(ends):
+                raise InputError(
+                    f"{where}: its weights are quantised as {writer} has them ({key} says so), and draftp reads plain "
+                    "ones; take the model in fp16, bf16 or fp32"
+                )
+
+
+def _checked(files: list[Path], setting: str) -> list[Path]:
+    """`files`, where each can be read and holds no codes."""
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as stored:
+                check_plain(stored.keys(), f"{setting} {file}")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{setting} {file}: {unreadable(file, error)}") from error
+    return files
 
 
 def _shards(folder: Path, name: str, setting: str) -> list[Path]:
