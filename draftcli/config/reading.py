@@ -145,7 +145,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        value = yaml.load(text, _OnceEach)
+        value = _OnceEach(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line, reason = f" at line {mark.line + 1}" if mark else "", f" ({problem[:200]})" if problem else ""
@@ -160,7 +160,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 class _OnceEach(yaml.SafeLoader):
-    """YAML in which a key stands once: of two, PyYAML takes the last and drops the other in silence."""
+    """PyYAML's safe loader, for YAML in which a key stands once: of two, PyYAML takes the last and drops the other in silence."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As the file has it.
