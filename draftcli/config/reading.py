@@ -160,7 +160,7 @@ def _parse(text: str, where: str) -> Any:
 
 
 class _OnceEach(yaml.SafeLoader):
-    """PyYAML's safe loader, but a key may stand only once: of two, PyYAML takes the last and drops the first silently."""
+    """PyYAML's safe loader, but a key may stand only once: of two, PyYAML takes the last and is silent."""
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """As the file has it.
