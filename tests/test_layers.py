@@ -65,6 +65,7 @@ CORE_LAYERS = {
         "networks",
         "penalty",
         "backward",
+        "prefix",
         "rollout",
         "gradient",
         "one_backward",

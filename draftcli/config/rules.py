@@ -24,6 +24,8 @@ def conflicts(cfg: Config) -> Iterator[str]:
         yield "draftp.low_variance_samples (gradient low_variance) needs sharding.two_stage true"
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
         yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
+    if cfg.draftp.prefix_steps is not None and cfg.sampling.s_churn > 0:
+        yield "draftp.prefix_steps does not go with sampling.s_churn, whose noise belongs to the run's own steps"
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
         yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"
     if sharding.offload and sharding.strategy == "fsdp":
@@ -107,10 +109,25 @@ def _idle_method(cfg: Config) -> Iterator[str]:
     for name, setting in cfg.rewards.items():
         if setting.weight == 0:
             yield f"rewards.{name}.weight 0: it is computed and logged, and trains nothing"
+    yield from _idle_prefix(cfg)
     if peft.peft_scheme == "none" and peft.model_fields_set & {"rank", "alpha", "target_modules"}:
         yield "peft.rank, alpha and target_modules have no effect: peft_scheme none trains the whole UNet"
     if cfg.ema.decay is None and cfg.ema.model_fields_set - {"decay"}:
         yield "ema.device, in_validation and in_final have no effect without ema.decay"
+
+
+def _idle_prefix(cfg: Config) -> Iterator[str]:
+    draftp, before = cfg.draftp, cfg.sampling.steps - cfg.draftp.truncation_steps
+    if draftp.prefix_steps is None and "prefix_sampler" in draftp.model_fields_set:
+        yield f"draftp.prefix_sampler {draftp.prefix_sampler} has no effect without draftp.prefix_steps"
+    if draftp.prefix_steps is None or draftp.gradient_mode[0] not in ("last_k", "low_variance"):
+        return
+    calls = draftp.prefix_steps * (2 if draftp.prefix_sampler == "heun" else 1)
+    if calls >= before > 0:
+        yield (
+            f"draftp.prefix_steps {draftp.prefix_steps} of {draftp.prefix_sampler} saves nothing: the run's own "
+            f"{before} steps before the gradient take no more evaluations"
+        )
 
 
 def _idle_sampling(cfg: Config) -> Iterator[str]:

@@ -126,6 +126,11 @@ class DraftpConfig(Section):
     """Which steps carry gradient: a mode's NAME, or {mode: NAME, option: value}. last_k (the last K), random_k {low,
     high} or {mean, std}, low_variance {samples}, refl {window}, drtune {steps, stop}, sparse {steps, late_bias, tail,
     rescale} or matching {share, scale, weight}; docs/training.md says which to take when."""
+    prefix_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Take so many steps, spaced by themselves, from noise to the first step that may carry gradient; 10 to 12 for 24.
+    Default: the run's own steps. In training alone: all pictures that are shown or scored are drawn as before."""
+    prefix_sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "dpmpp_2m"
+    """Takes those steps; heun takes two evaluations for each."""
     detach_uncond: bool = False
     """No gradient through the unconditional half of guidance: half of the backward, another gradient."""
     low_variance_samples: CountFromZero = 0

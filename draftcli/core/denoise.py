@@ -68,6 +68,25 @@ SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ddim": ddim, "dpmpp
 
 
 @dataclass(frozen=True)
+class Prefix:
+    """Another way from the first level to that of a later step, where no gradient runs (core/prefix.py).
+
+    Attributes:
+        levels: its steps; each has the index of the sampler step that its noise level falls into.
+        solver: takes them.
+        stop: the sampler step at whose level it arrives.
+    """
+
+    levels: Sequence[Level]
+    solver: Solver
+    stop: int
+
+    def walk(self, predict: Predict, x: Tensor) -> Tensor:
+        """Walk x (B, C, H, W), latents at the first level, to level `stop`."""
+        return denoise(predict, x, self.levels, solver=self.solver)
+
+
+@dataclass(frozen=True)
 class Sampler:
     """How trajectories are walked.
 
@@ -75,11 +94,13 @@ class Sampler:
         schedule: their levels.
         solver: takes a step.
         churn: the reference's s_churn: fresh noise before each step; 0 is deterministic.
+        prefix: the way that a walk from the first level takes up to `prefix.stop`; None: that of the schedule.
     """
 
     schedule: Schedule
     solver: Solver = euler
     churn: float = 0.0
+    prefix: Prefix | None = None
 
     def levels(self, start: int = 0, stop: int | None = None) -> list[Level]:
         """The levels of the steps from `start` to before `stop`; None: to the image."""
@@ -88,7 +109,14 @@ class Sampler:
     def walk(
         self, predict: Predict, x: Tensor, noise: Noise | None = None, *, start: int = 0, stop: int | None = None
     ) -> Tensor:
-        """Walk x (B, C, H, W), latents at level `start`, to level `stop`; see `denoise`."""
+        """Walk x (B, C, H, W), latents at level `start`, to level `stop`; see `denoise`.
+
+        With a prefix a walk begins at the first level or at `prefix.stop` or later, and ends no earlier than there.
+        """
+        if self.prefix is not None and start < self.prefix.stop:
+            assert start == 0, "a prefix has no levels of the schedule between its ends"
+            assert stop is None or stop >= self.prefix.stop, "the walk ends inside the prefix"
+            x, start = self.prefix.walk(predict, x), self.prefix.stop
         return denoise(predict, x, self.levels(start, stop), solver=self.solver, noise=noise)
 
 

@@ -47,6 +47,7 @@ from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.one_backward import LossFunction, Metrics, as_metrics, images_and_loss, one_backward
 from draftcli.core.penalty import Penalty, make_penalty, objective
 from draftcli.core.phase import Phase
+from draftcli.core.prefix import training_sampler
 from draftcli.core.rollout import Rollout, churn_noise
 from draftcli.core.weighings import Weighing, linear
 from draftcli.errors import InputError
@@ -71,7 +72,7 @@ def training_step(
         reward: r(images, prompts).
         mode: which steps carry gradient.
         penalty: to the base.
-        sampler: the N steps from noise to image.
+        sampler: the N steps from noise to image; with a prefix fewer before those with gradient.
         batch: B images; the loss is the mean over them.
         work: in which portions; it does not change the gradient.
     """
@@ -233,8 +234,7 @@ class SDXLDRaFTPModel:
         if isinstance(batch, Batch):
             return batch
         seen, count = self._images_seen, len(batch)
-        if training:
-            self._images_seen += count
+        self._images_seen += count if training else 0
         seeds = [derived_seed(self.cfg.trainer.seed, "list", seen + i) for i in range(count)]
         return Batch(list(batch), seeds, self._size)
 
@@ -316,7 +316,7 @@ class SDXLDRaFTPModel:
         ) -> tuple[Tensor, LossFunction]:
             batch = model.as_batch(next(data_iterator), training=not validation_step)
             mode = model._last_steps() if validation_step else model.mode
-            pieces = model._pieces(mode, batch, model.initial_noise(batch))
+            pieces = model._pieces(mode, batch, model.initial_noise(batch), training=not validation_step)
             return images_and_loss(model.networks, model._reward(), model.penalty, pieces, validation_step)
 
         return forward
@@ -334,7 +334,8 @@ class SDXLDRaFTPModel:
         batch = self.as_batch(batch, training=not forward_only)
         if self.loss is None and self.cfg.sharding.two_stage and not forward_only:
             work = Work.of(self.cfg, self.mode.recomputes, self.grad_scaler.scale)
-            step = self.networks, self._reward(), self.mode, self.penalty, self.sampler, batch, work
+            sampler = training_sampler(self.cfg, self.mode.first, self.sampler)
+            step = self.networks, self._reward(), self.mode, self.penalty, sampler, batch, work
             metrics = training_step(*step).metrics(self.penalty.beta)
             return metrics["loss"], metrics
         forward = self.loss or self.get_forward_output_and_loss_func(validation_step=forward_only)
@@ -359,11 +360,11 @@ class SDXLDRaFTPModel:
         return LastK(self.cfg.sampling.steps, self.cfg.draftp.truncation_steps)
 
     @torch.no_grad()
-    def _pieces(self, mode: GradientMode, batch: Batch, x_T: Tensor) -> list[Piece]:
+    def _pieces(self, mode: GradientMode, batch: Batch, x_T: Tensor, training: bool = False) -> list[Piece]:
         """What carries gradient of the pictures that start from unit noise x_T (B, C, H, W)."""
-        nets = self.networks
-        start = nets.at_first_level(x_T)
-        return list(mode.pieces(Rollout(nets, self.sampler, batch, nets.encode(batch), start, mode.recomputes)))
+        nets, start = self.networks, self.networks.at_first_level(x_T)
+        sampler = training_sampler(self.cfg, mode.first, self.sampler) if training else self.sampler
+        return list(mode.pieces(Rollout(nets, sampler, batch, nets.encode(batch), start, mode.recomputes)))
 
     def _sized(self, batch: Batch | Sequence[str], x_T: Tensor) -> Batch:
         """The batch, of the size that the noise has."""

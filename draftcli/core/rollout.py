@@ -35,8 +35,8 @@ class Rollout:
 
     Attributes:
         records: whether `seen` and `eps` are kept; a mode that wants them sets it before it walks.
-        seen: (B, C, H, W) that the network was given in each step so far, after churn.
-        eps: (B, C, H, W) what it said: guided noise estimates.
+        seen: (B, C, H, W) that the network was given, after churn, by step: those so far, without a prefix's.
+        eps: (B, C, H, W) what it said, likewise: guided noise estimates.
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class Rollout:
         self.nets, self.sampler, self.batch, self.cond = nets, sampler, batch, cond
         self.recompute, self.lockstep = recompute, lockstep
         self.records = False
-        self.seen: list[Tensor] = []
-        self.eps: list[Tensor] = []
+        self.seen: dict[int, Tensor] = {}
+        self.eps: dict[int, Tensor] = {}
         self._churn = churn_noise(batch)
         self._at, self._x = 0, x
 
@@ -64,13 +64,13 @@ class Rollout:
 
     def to(self, step: int) -> Tensor:
         """Walk on to level `step` -> x (B, C, H, W)."""
-        tuned = self.nets.tuned(self.cond)
+        tuned, prefix = self.nets.tuned(self.cond), self.sampler.prefix
+        first = 0 if prefix is None else prefix.stop
 
         def predict(x: Tensor, level: Level) -> Tensor:
             eps = tuned(x, level)
-            if self.records:
-                self.seen.append(x)
-                self.eps.append(eps)
+            if self.records and level.index >= first:
+                self.seen[level.index], self.eps[level.index] = x, eps
             return eps
 
         self._x = self.sampler.walk(predict, self._x, self._churn, start=self._at, stop=step)
@@ -83,7 +83,7 @@ class Rollout:
         part = copy.copy(self)
         part.batch, part.cond, part._churn = self.batch.some(images), self.cond[rows], self._churn[images]
         part._x = self._x[rows]
-        part.seen, part.eps = ([x[rows] for x in kept] for kept in (self.seen, self.eps))
+        part.seen, part.eps = ({step: x[rows] for step, x in kept.items()} for kept in (self.seen, self.eps))
         return part
 
     def each(self) -> Iterator[Rollout]:

@@ -18,6 +18,7 @@ from draftcli.core.models.family import drop_vae_encoder, find_family
 from draftcli.core.models.loading import model_path
 from draftcli.core.models.meta import PARTS
 from draftcli.core.penalty import make_penalty
+from draftcli.core.prefix import evaluations_per_step
 from draftcli.planning.blank_networks import shortened_modules
 from draftcli.planning.repeated_layers import tensors
 
@@ -84,7 +85,7 @@ def make_plan(cfg: Config) -> Plan:
 def count_evaluations(cfg: Config) -> dict[str, float]:
     """UNet evaluations per image: `forward`, `with_gradient`, `base` and `again`, as in `Plan`."""
     mode, sampling = make_mode(cfg), cfg.sampling
-    per_step, again = [1 + sampling.is_guided(i) for i in range(sampling.steps)], recomputes_steps(cfg)
+    per_step, again = evaluations_per_step(cfg, mode.first), recomputes_steps(cfg)
     found = mode.evaluations(per_step, cfg.sharding.two_stage and again)
     base = found.with_gradient if cfg.draftp.needs_base or mode.asks_base else 0
     with_gradient = found.with_gradient

@@ -13,7 +13,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -31,6 +31,8 @@ from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.family import Parts
 from draftcli.core.phase import Phase
+from draftcli.core.prefix import make_prefix
+from draftcli.core.schedule import make_schedule
 from draftcli.planning.blank_networks import BlankRewards, blank_parts, stays
 from draftcli.planning.live_bytes import PeakMeter
 from draftcli.planning.repeated_layers import RepeatedLayers, size_of, tensors
@@ -108,7 +110,9 @@ def validates(cfg: Config) -> bool:
 
 def prefix_of(cfg: Config, folder: Path, images: int, with_lora: bool) -> dict[Phase, int]:
     """Bytes that come and go while prompts are encoded and while no gradient is needed, for `images` at a time."""
-    draftp = _LAST_STEP
+    draftp = dict(_LAST_STEP)
+    if cfg.draftp.prefix_steps is not None:
+        draftp |= {"prefix_steps": min(2, cfg.draftp.prefix_steps), "prefix_sampler": cfg.draftp.prefix_sampler}
     sampling = {**_SHORT, **_guidance(cfg, range(cfg.sampling.steps))}
     settings = _relevant(cfg, images, draftp=draftp, sampling=sampling, sharding=_PLAIN, model={"vae_tile": None})
     return _prefix(settings, folder, with_lora)
@@ -166,7 +170,8 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
         sections["sharding"]["attention"] = "auto"
     sections["sharding"]["recompute_steps"] = recomputes_steps(cfg)
     sections["trainer"] = {"micro_batch_size": images, "global_batch_size": images}
-    sections["draftp"]["kl_coeff"] = float(cfg.draftp.kl_coeff > 0)
+    sections["draftp"] |= {"kl_coeff": float(cfg.draftp.kl_coeff > 0), "prefix_steps": None}
+    sections["draftp"]["prefix_sampler"] = "dpmpp_2m"
     height, width = largest(cfg)
     sections["sampling"] |= {"height": height, "width": width, "sizes": [], "guidance_interval": [0.0, 1.0]}
     for section, values in changes.items():
@@ -271,11 +276,11 @@ def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
 @_remembered
 def _prefix(cfg: Config, folder: Path, with_lora: bool) -> dict[Phase, int]:
     with _model(cfg, folder) as model:
-        batch = _batch(cfg)
+        batch, prefix = _batch(cfg), make_prefix(cfg, cfg.sampling.steps - 1, make_schedule(cfg.sampling.steps))
         with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
-            cond = model.encode(batch)
+            cond, sampler = model.encode(batch), replace(model.sampler, prefix=prefix)
             with meter(Phase.PREFIX), torch.no_grad(), nullcontext() if with_lora else model.base_weights():
-                model.sampler.walk(model.networks.tuned(cond), model.networks.start(batch), stop=cfg.sampling.steps - 1)
+                sampler.walk(model.networks.tuned(cond), model.networks.start(batch), stop=cfg.sampling.steps - 1)
             return passing()
 
 

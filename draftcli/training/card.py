@@ -36,6 +36,13 @@ def _steps(cfg: Config) -> str:
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
 
 
+def _prefix(cfg: Config) -> str:
+    """How training got to the steps with gradient, where that was in other steps than pictures are drawn in."""
+    draftp = cfg.draftp
+    steps = None if draftp.prefix_steps is None else f"{draftp.prefix_steps} steps of {draftp.prefix_sampler}"
+    return "" if steps is None else f"before them {steps} instead of the run's own, "
+
+
 def _files(cfg: Config, kohya: str | None) -> list[str]:
     """Which file is for which program."""
     if cfg.peft.peft_scheme == "none":
@@ -81,7 +88,7 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
         (
             f"Made by draftp {__version__}: {cfg.trainer.max_steps} steps of {cfg.trainer.global_batch_size} pictures, "
             f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, {make_mode(cfg).describe()}, "
-            f"KL coefficient {cfg.draftp.kl_coeff:g}"
+            f"{_prefix(cfg)}KL coefficient {cfg.draftp.kl_coeff:g}"
             + (f", moving average of the weights with decay {cfg.ema.decay:g}" if averaged else "")
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
         ),

@@ -28,6 +28,22 @@ def trained(preset: Path, run: str, *steps: int) -> tuple[dict, list[dict]]:
     return load_file(Path(run) / "final" / "pytorch_lora_weights.safetensors"), log
 
 
+def test_a_run_with_a_prefix_of_its_own(tiny_sdxl):
+    """Resumed bit for bit; the card and the plan tell it, and validation draws as without it."""
+    data = {"prompts": ["a red cat", "a blue dog", "a green bird"], "validation_prompts": ["a red dog"]}
+    sections = {"data": data, "trainer": {"val_check_interval": 4, "micro_batch_size": 2, "global_batch_size": 4}}
+    plain = recipe(tiny_sdxl, Path("plain.yaml"), **sections)
+    preset = recipe(tiny_sdxl, Path("prefix.yaml"), draftp={"truncation_steps": 1, "prefix_steps": 4}, **sections)
+    whole, parts = trained(preset, "whole", 4), trained(preset, "parts", 2, 4)
+    assert parts[1] == whole[1]
+    assert all(parts[0][key].equal(whole[0][key]) for key in whole[0])
+    assert "before them 4 steps of dpmpp_2m instead" in (Path("whole") / "final" / "README.md").read_text()
+    assert "an image     10 UNet evaluations" in draftp("train", "--preset", preset, "--dry-run").out
+    trained(plain, "without", 1)
+    base = [load_file(Path(run) / "samples" / "base.safetensors") for run in ("whole", "without")]
+    assert all(base[0][key].equal(base[1][key]) for key in base[1])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_of_every_mode(tiny_sdxl, name):
     settings = yaml.safe_load(recipe(tiny_sdxl).read_text())

@@ -52,8 +52,13 @@ def assert_alike(one: str, two: str) -> None:
         assert figures["tuned"] == pytest.approx(others["tuned"], abs=1e-3)
 
 
-def test_two_processes_equal_one_on_the_same_global_batch(tiny_sdxl):
-    preset = recipe(tiny_sdxl, data=WITH_VALIDATION, trainer=BATCH)
+@pytest.mark.parametrize(
+    "draftp_settings",
+    [{}, pytest.param({"truncation_steps": 1, "prefix_steps": 4}, marks=pytest.mark.slow(reason="more of the same"))],
+    ids=["own grid", "prefix"],
+)
+def test_two_processes_equal_one_on_the_same_global_batch(tiny_sdxl, draftp_settings):
+    preset = recipe(tiny_sdxl, draftp=draftp_settings, data=WITH_VALIDATION, trainer=BATCH)
     assert draftp("train", "--preset", preset, "--output", "one").code == 0
     ranks = train_in_ranks(2, preset, "two")
     assert [code for code, _ in ranks] == [0, 0], ranks

@@ -65,6 +65,7 @@ class Drtune:
         self.detach, before = detach, max(1, self.earliest)
         self.steps = check_count("drtune", "steps", min(3, before) if steps is None else steps, before)
         self.longest = len(self.at or range(self.steps))
+        self.first = 0 if self.at is None else self.at[0]
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`: one piece an image."""

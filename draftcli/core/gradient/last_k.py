@@ -38,11 +38,11 @@ class LastK:
             )
         self.total = total
         self.k = self.longest = k
+        self.first = total - k
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`."""
-        first = self.total - self.k
-        yield rollout.piece(first)
+        yield rollout.piece(self.first)
 
     def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
         """See `GradientMode`."""

@@ -38,8 +38,8 @@ class LowVariance(LastK):
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`."""
-        first, last = self.total - self.k, self.total - 1
-        yield (piece := rollout.piece(first))
+        last = self.total - 1
+        yield (piece := rollout.piece(self.first))
         assert piece.x_0 is not None
         sigma = float(rollout.sampler.schedule.sigmas[last])
         for j in range(self.samples):

@@ -42,6 +42,7 @@ class Matching:
 
     recomputes = True
     longest = 1
+    first = 0
     asks_base = True
     even = True
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from draftcli.config import Config
 from draftcli.core.backward import Piece, Work
+from draftcli.core.prefix import evaluations_per_step
 from draftcli.core.rollout import Rollout
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
@@ -44,6 +45,7 @@ class GradientMode(Protocol):
         recomputes: whether it needs x_0 before the steps with gradient are run (backward.py: RecomputedSteps).
         pieces_per_image: pieces that a batch is cut into, each with all of its images.
         longest: steps with gradient in the longest piece, whose graph may be kept.
+        first: the earliest step that may carry gradient: up to there a prefix may take the place of the run's steps.
         asks_base: whether it needs the base whatever the penalty does.
         even: whether every image takes as many network calls as any other, whatever is drawn. FSDP needs it: each call
             gathers weights from all processes.
@@ -52,6 +54,7 @@ class GradientMode(Protocol):
     recomputes: bool
     pieces_per_image: int
     longest: int
+    first: int
     asks_base: bool
     even: bool
 
@@ -84,7 +87,7 @@ def make_mode(cfg: Config) -> GradientMode:
 
     Raises:
         InputError: no such mode, an option that it does not have or allow, a sampler that cannot carry gradient, or
-            sharding that does not go with the mode.
+            sharding or a prefix that does not go with the mode.
     """
     check_sampler(cfg.sampling.sampler)
     name, options = cfg.draftp.gradient_mode
@@ -104,6 +107,7 @@ def make_mode(cfg: Config) -> GradientMode:
             f"draftp.gradient {name} makes more network calls for some images than for others, and sharding.strategy "
             "fsdp needs the same in every process: use ddp, or another mode"
         )
+    evaluations_per_step(cfg, mode.first)  # a prefix that cannot be is an error here
     return mode
 
 

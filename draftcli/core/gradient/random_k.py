@@ -56,6 +56,7 @@ class RandomK:
             raise InputError(f"draftp.gradient random_k has mean {mean!r}; it is a number")
         self.mean, self.std = mean, std
         self.longest, self.even = self.high, self.low == self.high
+        self.first = total - self.high
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`: images with the same K are one piece."""

@@ -36,16 +36,17 @@ class Refl:
         self.total = total
         default = max(1, round(11 / 25 * total))
         self.window = check_count("refl", "window", default if window is None else window, total)
+        self.first = total - self.window
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`: images that stop at the same step are one piece."""
-        stops = [draw.randint(self.total - self.window, self.total - 1) for draw in rollout.draws("refl")]
+        stops = [draw.randint(self.first, self.total - 1) for draw in rollout.draws("refl")]
         for stop, part in rollout.apart(stops, self.total - 1):
             yield part.piece(stop, levels=[at_once(level) for level in part.sampler.levels(stop, stop + 1)])
 
     def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
         """See `GradientMode`."""
-        stops = range(self.total - self.window, self.total)
+        stops = range(self.first, self.total)
         before = sum(sum(per_step[:stop]) for stop in stops) / self.window
         at_stop = sum(per_step[stop] for stop in stops) / self.window
         return Evaluations(before + (at_stop if recompute else 0), at_stop)

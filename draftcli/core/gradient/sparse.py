@@ -60,6 +60,7 @@ class Sparse:
         default = min(4, len(self.pool))
         self.steps = check_count("sparse", "steps", default if steps is None else steps, len(self.pool))
         self.longest = len(self.at or range(self.steps))
+        self.first = (self.at or self.pool)[0]
 
     def pieces(self, rollout: Rollout) -> Iterator[Piece]:
         """See `GradientMode`: one piece an image, or one for all where the steps are named."""
