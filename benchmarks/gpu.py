@@ -4,11 +4,12 @@
     python benchmarks/gpu.py OUT recipes step         the stages that are named
     python benchmarks/gpu.py OUT --preset toy --device cpu     a trial of the script itself
 
-Stages: `recipes` (each recipe's memory by phase against its plan, seconds an image), `step` (train_step.py: ours
-beside the plain loop), `pictures` (whether pictures are finite, by the precision of UNet and decoder), `levers` (each
-lever beside the step without it). Each row is printed and added to OUT/gpu.jsonl as soon as it is measured; a stage
-that does not fit in memory says so in its row. Memory is what the caching allocator handed out, in bytes; `used` is
-what the driver says that the process holds, context and fragmentation included.
+Stages: `recipes` (each recipe's memory by phase against its plan, seconds an image), `limits` (whether recipes run
+where the allocator gets no more than the plan says that they need), `step` (train_step.py: ours beside the plain
+loop), `pictures` (whether pictures are finite, by the precision of UNet and decoder), `levers` (each lever beside the
+step without it). Each row is printed and added to OUT/gpu.jsonl as soon as it is measured. Memory is what the caching
+allocator handed out, in bytes; `used` is what the driver says that the process holds, context and fragmentation
+included.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 
 import torch
 from levers import settings_of
-from meter import clock, quiet_console
+from meter import Meter, clock, quiet_console
 from torch import Tensor
 from train_step import TEXTS, move_lora
 from train_step import main as train_step
@@ -41,11 +42,11 @@ from draftcli.core.models.loading import load_parts, model_path
 from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError
-from draftcli.planning.memory import memory_plan
+from draftcli.planning.memory import CONTEXT, memory_plan
 from draftcli.training.optimizer import make_optimizer
 
 RECIPES = ("sdxl-lora-12gb", "sdxl-lora-24gb", "sdxl-lora-80gb", "sdxl-full")
-# The lever, and what has to be set on both sides for it to have something to do; N is 10, four images a step.
+# The lever, and what has to be set on both sides for it to have something to do; N is 10, two images a step.
 LEVERS: list[tuple[str, str]] = [
     ("sharding.two_stage=false", ""),
     ("sharding.activation_checkpointing=false", ""),
@@ -70,6 +71,7 @@ LEVERS: list[tuple[str, str]] = [
     ("draftp.gradient=drtune", ""),
     ("draftp.gradient=sparse", ""),
     ("draftp.gradient=matching", ""),
+    ("draftp.prefix_steps=5", ""),
     ("sharding.compile=true", ""),
 ]
 Row = dict[str, Any]
@@ -122,15 +124,17 @@ class Bench:
         device = f"model.device={self.options.device}"
         return draftcli.load_config(recipe if self.sdxl else "toy", [device, *settings, *self.options.set])
 
-    @functools.lru_cache(maxsize=1)  # noqa: B019  one bench a process
-    def _parts(self, precision: str, vae_precision: str | None) -> Parts:
+    def _make(self, precision: str, vae_precision: str | None) -> Parts:
         from sdxl_size import random_sdxl
 
         vae = [] if vae_precision is None else [f"model.vae_precision={vae_precision}"]
-        parts = random_sdxl(self.config("sdxl-lora", [f"model.precision={precision}", *vae]))
-        for module in parts.modules.values():
-            module.cpu()  # what the device holds is to be the model's own
-        return parts
+        return random_sdxl(self.config("sdxl-lora", [f"model.precision={precision}", *vae]))
+
+    _kept = functools.lru_cache(maxsize=1)(_make)
+
+    def kept(self, cfg: Config) -> Parts:
+        """The weights that models of `cfg` are copies of."""
+        return self._kept(cfg.model.precision, cfg.model.vae_precision)
 
     @functools.cached_property
     def reward(self) -> Any:
@@ -139,12 +143,15 @@ class Bench:
 
         return random_pickscore() if self.sdxl else draftcli.get_reward_model(self.config("toy", []))
 
-    def model(self, cfg: Config) -> SDXLDRaFTPModel:
-        """A model of `cfg` on copies of the weights, its LoRA away from its start."""
+    def model(self, cfg: Config, alone: bool = False) -> SDXLDRaFTPModel:
+        """A model of `cfg`, its LoRA away from its start; `alone`: no other copy of its weights stays on the device."""
         if self.sdxl:
-            parts = copy.deepcopy(self._parts(cfg.model.precision, cfg.model.vae_precision))
+            parts = self._make(cfg.model.precision, cfg.model.vae_precision) if alone else copy.deepcopy(self.kept(cfg))
             if cfg.peft.peft_scheme == "none":
                 parts.unet.float()  # as loading does: trained weights are float32
+            if cfg.sharding.offload:
+                for module in parts.modules.values():
+                    module.cpu()
         else:
             parts = load_parts(cfg.model)
         model = SDXLDRaFTPModel(cfg, parts)
@@ -169,32 +176,83 @@ def recipes(bench: Bench) -> Iterator[Row]:
 def _recipe(bench: Bench, name: str) -> Row:
     cfg = bench.config(name, ["trainer.global_batch_size=8"])
     plan = memory_plan(cfg, SDXL_CONFIG if bench.sdxl else Path(model_path(cfg.model.pretrained)))
-    model, batch = bench.model(cfg), bench.batch(cfg)
-    read, peaks = clock(model.runtime.device), Peaks(model.runtime.device)
-    optimizer = make_optimizer(model.trainable_parameters, cfg.optim)
-    seconds: list[float] = []
-    losses: list[float] = []
-    for _ in range(2):
-        peaks.found.clear()
-        began = read()
-        with model.watched(peaks):
-            losses.append(model.get_loss_and_metrics(batch)[0])
-        with peaks(Phase.OPTIMIZER):
-            torch.nn.utils.clip_grad_norm_(model.trainable_parameters, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds.append(read() - began)
     return {
         "recipe": name,
         "planned": {str(phase): size for phase, size in plan.phases.items()},
         "planned_peak": plan.peak,
         "needed": plan.needed,
+        **_two_steps(bench, cfg),
+    }
+
+
+def _two_steps(bench: Bench, cfg: Config) -> Row:
+    """Two optimizer steps as training takes them; the second is measured."""
+    model, batch = bench.model(cfg, alone=True), bench.batch(cfg)
+    read, peaks = clock(model.runtime.device), Peaks(model.runtime.device)
+    optimizer = make_optimizer(model.trainable_parameters, cfg.optim)
+    seconds: list[float] = []
+    losses: list[float] = []
+    meter = Meter(read)
+    for _ in range(2):
+        peaks.found.clear()
+        meter.totals.clear()
+
+        @contextmanager
+        def watch(phase: str) -> Iterator[None]:
+            with meter(str(phase)), peaks(phase):
+                yield
+
+        began = read()
+        with model.watched(watch):
+            losses.append(model.get_loss_and_metrics(batch)[0])
+        with watch(Phase.OPTIMIZER):
+            torch.nn.utils.clip_grad_norm_(model.trainable_parameters, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds.append(read() - began)
+    return {
         "measured": dict(peaks.found),
+        "seconds": dict(meter.totals),
         **_held(),
         "seconds_an_image": seconds[1] / len(batch),
         "first_step": seconds[0],
         "losses": losses,
     }
+
+
+def limits(bench: Bench) -> Iterator[Row]:
+    """Whether a recipe runs where the allocator gets no more than the plan says that it needs, its context apart."""
+    fit = ["sharding.activation_checkpointing=true", "model.vae_tile=512"]
+    cases = [("sdxl-lora-12gb", []), ("sdxl-lora", fit), ("sdxl-lora-24gb", [])] if bench.sdxl else [("toy", [])]
+    for name, settings in cases:
+        cfg = bench.config(name, ["trainer.global_batch_size=8", "sampling.steps=3", *settings])
+        plan = memory_plan(cfg, SDXL_CONFIG if bench.sdxl else Path(model_path(cfg.model.pretrained)))
+        for extra in (0.0, 0.5e9, 1e9, 2e9):
+            allowed = plan.needed - CONTEXT + extra
+            row: Row = {"recipe": name, "settings": settings, "needed": plan.needed, "allowed": allowed}
+            with _at_most(allowed):
+                try:
+                    found = _two_steps(bench, cfg)
+                except torch.OutOfMemoryError as error:
+                    yield {**row, "error": str(error)[:200]}
+                    continue
+            yield {**row, "ran": True, **found}
+            break
+
+
+@contextmanager
+def _at_most(bytes_: float) -> Iterator[None]:
+    """Inside, the caching allocator takes no more from the device."""
+    _empty()
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.cuda.set_per_process_memory_fraction(bytes_ / torch.cuda.mem_get_info()[1])
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        _empty()
 
 
 def step(bench: Bench) -> Iterator[Row]:
@@ -241,43 +299,20 @@ def _picture(bench: Bench, precision: str, exact: Tensor | None) -> tuple[Row, T
 
 def levers(bench: Bench) -> Iterator[Row]:
     """Each lever beside the step without it."""
-    shared = ["sampling.steps=10", "trainer.global_batch_size=4", "trainer.micro_batch_size=1"]
+    shared = ["sampling.steps=10", "trainer.global_batch_size=2", "trainer.micro_batch_size=1"]
     shared += ["model.offload_text_encoders=false"]
-    plain: dict[str, Any] = {}
-
-    def measure(settings: list[str]) -> dict[str, Any]:
-        cfg = bench.config("sdxl-lora", settings)
-        _empty()
-        model, batch = bench.model(cfg), bench.batch(cfg)
-        read, peaks = clock(model.runtime.device), Peaks(model.runtime.device)
-        seconds: list[float] = []
-        for _ in range(3):
-            model.unet.zero_grad(set_to_none=True)
-            began = read()
-            with model.watched(peaks):
-                loss = model.get_loss_and_metrics(batch)[0]
-            seconds.append(read() - began)
-        scale = model.grad_scaler.get_scale() if model.grad_scaler.is_enabled() else 1.0
-        gradient = torch.cat([p.grad.flatten().float() for p in model.trainable_parameters if p.grad is not None])
-        return {
-            "first": seconds[0],
-            "seconds": min(seconds[1:]),
-            "peak": peaks.found["all"],
-            "loss": loss,
-            "gradient": gradient.cpu() / scale,
-        }
-
+    plain: dict[str, Row] = {}
     for lever, both in LEVERS:
         if time.monotonic() > bench.until:
             yield {"lever": lever, "not_measured": "out of time"}
             continue
         settings = [*shared, *settings_of(both)]
         if both not in plain:
-            plain[both] = measure(settings)
+            plain[both] = _measured(bench, settings)
         before = plain[both]
         row: Row = {"lever": lever, "both": both, "without": {k: v for k, v in before.items() if k != "gradient"}}
         try:
-            after = measure([*settings, *settings_of(lever)])
+            after = _measured(bench, [*settings, *settings_of(lever)])
         except (RuntimeError, InputError) as error:
             yield {**row, "error": str(error)[:300]}
             continue
@@ -288,8 +323,37 @@ def levers(bench: Bench) -> Iterator[Row]:
         yield {**row, "with": {k: v for k, v in after.items() if k != "gradient"}}
 
 
+def _measured(bench: Bench, settings: list[str]) -> Row:
+    """Seconds, memory and gradient of a training step, after one that is timed apart."""
+    cfg = bench.config("sdxl-lora", settings)
+    if bench.sdxl:
+        bench.kept(cfg)
+    _empty()
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+    model, batch = bench.model(cfg), bench.batch(cfg)
+    read, peaks, seconds, loss = clock(model.runtime.device), Peaks(model.runtime.device), [], 0.0
+    meter = Meter(read)
+    for watch in (peaks, meter):
+        model.unet.zero_grad(set_to_none=True)
+        began = read()
+        with model.watched(watch):
+            loss = model.get_loss_and_metrics(batch)[0]
+        seconds.append(read() - began)
+    scale = model.grad_scaler.get_scale() if model.grad_scaler.is_enabled() else 1.0
+    gradient = torch.cat([p.grad.flatten().float() for p in model.trainable_parameters if p.grad is not None])
+    return {
+        "first": seconds[0],
+        "seconds": seconds[1],
+        "phases": {str(phase): took for phase, took in meter.totals.items()},
+        "peak": peaks.found["all"] - before,
+        "loss": loss,
+        "gradient": gradient / scale,
+    }
+
+
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "recipes": recipes,
+    "limits": limits,
     "step": step,
     "pictures": pictures,
     "levers": levers,
