@@ -168,7 +168,7 @@ class Bench:
 
 def recipes(bench: Bench) -> Iterator[Row]:
     """Memory by phase against the plan's, in a second optimizer step, and seconds an image."""
-    for name in RECIPES if bench.sdxl else ("toy",):
+    for name in bench.options.recipe or RECIPES if bench.sdxl else ("toy",):
         yield _recipe(bench, name)
         _empty()
 
@@ -368,6 +368,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=["sdxl", "toy"], default="sdxl")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of all stages")
+    parser.add_argument("--recipe", action="append", choices=RECIPES, help="for the stage recipes: this one alone")
     parser.add_argument("--minutes", type=float, default=60, help="after so many no lever is begun")
     options = parser.parse_args()
     if unknown := [stage for stage in options.stages if stage not in STAGES]:
