@@ -14,7 +14,7 @@ of docs/estimators.md. Stages, in this order:
 - `sweep`: every arm from the same start with each learning rate of RATES, seed 0, half the budget; the rate with the
   highest learned reward on held-out captions is taken, which is what a user without an oracle can see.
 - `final`: with that rate, SEEDS seeds, the whole budget, held-out pictures at each quarter of it.
-- `hacking`: the same without a penalty (draftp.kl_coeff 0), one seed.
+- `hacking`: the same without a penalty (draftp.kl_coeff 0), the modes of HACKED, one seed.
 
 The budget is in UNet evaluations, forward 1 and backward 2, the base's passes included: that of the recipe `toy`, 60
 steps of eight images with K = 4. So an arm with cheaper steps takes more of them.
@@ -53,7 +53,9 @@ ARMS: dict[str, list[str]] = {
 EXACT = "last_k_10"  # K = N
 RATES = (3e-4, 1e-3, 3e-3)
 SEEDS = 3
-PAIRS, DRAWS = 64, 4
+PAIRS, DRAWS = 64, 2
+# Without a penalty: those whose reward rises enough for it to be fooled, and the first.
+HACKED = ("last_k_1", "last_k_4", "random_k", "refl", "sparse", "drtune")
 HELD_OUT = 2  # pictures of each held-out caption
 ANALYTIC = ("brightness", "saturation", "compressibility")
 
@@ -93,7 +95,9 @@ def jobs_of(stage: str, arms: Sequence[str]) -> list[Job]:
         return [Job(stage, arm, half_way=half) for half in (False, True) for arm in arms if "prefix" not in arm]
     if stage == "sweep":
         return [Job(stage, arm, rate=rate) for arm in arms for rate in RATES]
-    return [Job(stage, arm, seed=seed) for seed in range(SEEDS if stage == "final" else 1) for arm in arms]
+    if stage == "hacking":
+        return [Job(stage, arm) for arm in arms if arm in HACKED]
+    return [Job(stage, arm, seed=seed) for seed in range(SEEDS) for arm in arms]
 
 
 STAGES = ("fidelity", "sweep", "final", "hacking")
@@ -187,7 +191,7 @@ class FixedStart:
         return self.x
 
 
-def gradients(job: Job, draws: int) -> Any:
+def gradients(job: Job, draws: int, half_way: Path) -> Any:
     """(pairs, draws, weights) float32: d reward / d weights by the arm, each pair's own, computed in float64."""
     import torch
 
@@ -203,7 +207,7 @@ def gradients(job: Job, draws: int) -> Any:
     reward: Any = draftcli.get_reward_model(cfg)
     model.reward_model = reward.to(torch.float64)
     if job.half_way:
-        load_half_way(model)
+        load_half_way(model, half_way)
     prompts, size = read_prompts(cfg.data.validation_prompts), (cfg.sampling.height, cfg.sampling.width)
     found: list[Any] = []
     for pair in range(PAIRS):
@@ -222,22 +226,26 @@ def gradients(job: Job, draws: int) -> Any:
     return torch.stack(found)
 
 
-def load_half_way(model: Any) -> None:
-    """Train the recipe for half of its steps, and take its LoRA."""
+def load_half_way(model: Any, file: Path) -> None:
+    """The LoRA that half of the recipe's steps make: trained by the first that needs it."""
+    from safetensors.torch import load_file, save_file
+
     import draftcli
     from draftcli.core.draftp import SDXLDRaFTPModel
     from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict
     from draftcli.prompts import read_prompts
     from draftcli.training.step import Trainer
 
-    cfg = draftcli.load_config("toy", ["model.device=cpu"])
-    other = SDXLDRaFTPModel(cfg)
-    rewards: Any = draftcli.get_reward_model(cfg)
-    other.reward_model = rewards
-    trainer = Trainer(other, rewards, read_prompts(cfg.data.prompts))
-    for step in range(1, cfg.trainer.max_steps // 2 + 1):
-        trainer.step(step)
-    load_lora_state_dict(model.unet, lora_state_dict(other.unet))
+    if not file.is_file():
+        cfg = draftcli.load_config("toy", ["model.device=cpu"])
+        other = SDXLDRaFTPModel(cfg)
+        rewards: Any = draftcli.get_reward_model(cfg)
+        other.reward_model = rewards
+        trainer = Trainer(other, rewards, read_prompts(cfg.data.prompts))
+        for step in range(1, cfg.trainer.max_steps // 2 + 1):
+            trainer.step(step)
+        save_file({name: t.contiguous() for name, t in lora_state_dict(other.unet).items()}, file)
+    load_lora_state_dict(model.unet, load_file(file))
 
 
 def is_random(arm: str) -> bool:
@@ -250,7 +258,7 @@ def fidelity(job: Job, exact: Path) -> dict[str, Any]:
     import torch
 
     began = time.perf_counter()
-    g = gradients(job, DRAWS if is_random(job.arm) else 1)
+    g = gradients(job, DRAWS if is_random(job.arm) else 1, exact.with_name("half-way.safetensors"))
     seconds = time.perf_counter() - began
     if job.arm == EXACT:
         torch.save(g[:, 0], exact)
