@@ -20,7 +20,7 @@ import torch
 from meter import LiveBytes, clock, quiet_console
 from rich.table import Table
 from torch import Tensor
-from train_step import MOVED, SIZES, TEXTS
+from train_step import SIZES, TEXTS, move_lora
 
 import draftcli
 from draftcli.config import Config
@@ -64,11 +64,7 @@ class Measured:
         else:
             self.model = SDXLDRaFTPModel(cfg, load_parts(cfg.model))
             self.model.reward_model = draftcli.get_reward_model(cfg)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, parameter in self.model.unet.named_parameters():
-                if ".lora_B." in name:
-                    parameter.copy_(MOVED * torch.randn(parameter.shape, generator=generator))
+        move_lora(self.model.unet)
         count, size = cfg.trainer.global_batch_size, (cfg.sampling.height, cfg.sampling.width)
         prompts = [TEXTS[i % len(TEXTS)] for i in range(count)]
         self.batch = Batch(prompts, list(range(count)), size, [None] * count)
@@ -130,10 +126,10 @@ def main() -> None:
     ):
         table.add_column(title, justify="left" if title in ("lever", "both sides") else "right")
     for lever, both in [(lever, "") for lever in options.lever] or LEVERS:
-        cfg = [*settings, *_settings(both)]
+        cfg = [*settings, *settings_of(both)]
         plain, pulled = (
             Measured(draftcli.load_config(preset, overrides), options.preset == "sdxl")
-            for overrides in (cfg, [*cfg, *_settings(lever)])
+            for overrides in (cfg, [*cfg, *settings_of(lever)])
         )
         for _ in range(options.rounds):
             plain.seconds()
@@ -147,7 +143,7 @@ def main() -> None:
     console.print(table)
 
 
-def _settings(text: str) -> list[str]:
+def settings_of(text: str) -> list[str]:
     """`a=1,b=[2;3]` -> settings; a semicolon stands for a comma in a value."""
     return [setting.replace(";", ",") for setting in text.split(",") if setting]
 

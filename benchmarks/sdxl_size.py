@@ -6,7 +6,7 @@ The tokenizers are bytes: what the text encoders compute does not cost more or l
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -43,6 +43,12 @@ class Bytes:
             text = torch.tensor([BOS, *prompt.encode()[:75]])
             row[: len(text)] = text
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+    added_tokens_encoder: ClassVar[dict[str, int]] = {}
+
+    def tokenize(self, prompt: str) -> list[str]:
+        """What diffusers looks through for the names of textual inversions."""
+        return prompt.split()
 
     def batch_decode(self, ids: Tensor) -> list[str]:
         return [""] * len(ids)

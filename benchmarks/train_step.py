@@ -55,7 +55,7 @@ NOT_IN_THE_PLAIN_LOOP = {
     "draftp": ("low_variance_samples",),
     "peft": ("alpha",),
 }
-MOVED = 0.02  # the LoRA's B, away from zero: a LoRA at its start has no gradient on A
+MOVED = 0.02  # standard deviation of the LoRA's B
 TEXTS = ["a red circle", "two blue squares on a lawn", "a small green triangle on the left", "night"]
 Phase = Callable[[str], AbstractContextManager[Any]]
 
@@ -117,11 +117,7 @@ def make_sides(
         micro_batch_size=cfg.trainer.micro_batch_size,
         checkpointing=checkpointing,
     )
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in model.unet.named_parameters():
-            if ".lora_B." in name:
-                parameter.copy_(MOVED * torch.randn(parameter.shape, generator=generator))
+    move_lora(model.unet)
     load_lora_state_dict(plain.unet, lora_state_dict(model.unet))
     count, size = cfg.trainer.global_batch_size, (cfg.sampling.height, cfg.sampling.width)
     prompts, seeds = [TEXTS[i % len(TEXTS)] for i in range(count)], list(range(count))
@@ -141,6 +137,15 @@ def make_sides(
         "ours": Side([*model.parts.modules.values(), *judge], ours),
         "plain": Side([*their_networks, *judge], theirs),
     }
+
+
+def move_lora(unet: nn.Module) -> None:
+    """Move the LoRA's B away from zero, from a fixed seed: a LoRA at its start has no gradient on A."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if ".lora_B." in name:
+                parameter.copy_(MOVED * torch.randn(parameter.shape, generator=generator))
 
 
 def measure(sides: dict[str, Side], read: Callable[[], float], rounds: int) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from draftcli.core.denoise import Predict
 from draftcli.core.engine import sharding
 from draftcli.core.engine.eight_bit import quantize_blocks
 from draftcli.core.engine.folding import folded
+from draftcli.core.engine.fused import fused
 from draftcli.core.engine.prompt_cache import PromptCache
 from draftcli.core.engine.residency import JUDGES, UNET, Residency
 from draftcli.core.engine.runtime import choose_runtime
@@ -157,17 +158,20 @@ class PlacedNetworks:
 
     @contextmanager
     def without_gradient(self) -> Iterator[None]:
-        """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (engine/folding.py)."""
+        """Inside, the tuned network is as quick as it can be without gradient: its LoRA folded (engine/folding.py), or
+        added in one operation a layer (engine/fused.py).
+        """
         settings = self.cfg.sharding
-        with torch.no_grad():
-            if self.base_unet is not None or not settings.fold_lora:
-                yield
-                return
+        with torch.no_grad(), ExitStack() as stack:
             self.residency.need(UNET)
-            with folded(self.unet, settings.fold_tolerance) as done:
+            done = self.base_unet is not None
+            if settings.fold_lora and not done:
+                done = stack.enter_context(folded(self.unet, settings.fold_tolerance))
                 if not done and "fold_lora" in settings.model_fields_set:
                     warnings.warn(NOT_FOLDED, stacklevel=1)
-                yield
+            if not done and not settings.compile:  # compiled code has the layers' own forward in it
+                stack.enter_context(fused(self.unet, self.runtime.dtype))
+            yield
 
     # --------------------------------------------------------------------------------- what stands before and behind
 

@@ -1,0 +1,360 @@
+"""The gradient modes compared in the toy world: against the exact gradient, and against the truth.
+
+    python benchmarks/estimators.py runs/estimators              everything that is not there yet, two processes
+    python benchmarks/estimators.py runs/estimators --jobs 14    on more cores
+    python benchmarks/estimators.py runs/estimators --stage sweep --arm last_k_1 --arm sparse
+
+Each job is one file in OUTPUT/jobs, written when it is done; the same command goes on where it was left. At the end all
+of them are gathered in OUTPUT/estimators.json, from which benchmarks/estimators_page.py makes the tables and the plot
+of docs/estimators.md. Stages, in this order:
+
+- `fidelity`: gradients in float64 of PAIRS captions and seeds, by each mode with DRAWS draws of its own randomness, and
+  exactly (last_k with K = N), at the untouched LoRA and at one that the recipe has trained half way. Reward alone, no
+  penalty: they are estimators of the reward's gradient.
+- `sweep`: every arm from the same start with each learning rate of RATES, seed 0, half the budget; the rate with the
+  highest learned reward on held-out captions is taken, which is what a user without an oracle can see.
+- `final`: with that rate, SEEDS seeds, the whole budget, held-out pictures at each quarter of it.
+- `hacking`: the same without a penalty (draftp.kl_coeff 0), one seed.
+
+The budget is in UNet evaluations, forward 1 and backward 2, the base's passes included: that of the recipe `toy`, 60
+steps of eight images with K = 4. So an arm with cheaper steps takes more of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ARMS: dict[str, list[str]] = {
+    "last_k_1": ["draftp.truncation_steps=1"],
+    "last_k_4": ["draftp.truncation_steps=4"],
+    "last_k_10": ["draftp.truncation_steps=10"],
+    "low_variance": ["draftp.truncation_steps=1", "draftp.gradient={mode: low_variance, samples: 2}"],
+    "random_k": ["draftp.gradient=random_k"],
+    "refl": ["draftp.gradient=refl"],
+    "drtune": ["draftp.gradient=drtune"],
+    "sparse": ["draftp.gradient=sparse"],
+    "sparse_late": ["draftp.gradient={mode: sparse, steps: 2, tail: 0.4, rescale: 0}"],
+    "matching": ["draftp.gradient=matching", "draftp.kl_coeff=0"],
+    "last_k_1_detached": ["draftp.truncation_steps=1", "draftp.detach_uncond=true"],
+    "last_k_4_detached": ["draftp.truncation_steps=4", "draftp.detach_uncond=true"],
+    "last_k_1_prefix_5": ["draftp.truncation_steps=1", "draftp.prefix_steps=5"],
+    "last_k_4_prefix_4": ["draftp.truncation_steps=4", "draftp.prefix_steps=4"],
+}
+EXACT = "last_k_10"  # K = N
+RATES = (3e-4, 1e-3, 3e-3)
+SEEDS = 3
+PAIRS, DRAWS = 64, 4
+HELD_OUT = 2  # pictures of each held-out caption
+ANALYTIC = ("brightness", "saturation", "compressibility")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One file of results.
+
+    Attributes:
+        stage: see above.
+        arm: of ARMS.
+        seed: of the run, or of nothing.
+        rate: learning rate; None: the sweep's best, known once the sweep is done.
+        half_way: fidelity alone: at the LoRA trained half way.
+    """
+
+    stage: str
+    arm: str
+    seed: int = 0
+    rate: float | None = None
+    half_way: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        parts = [self.stage, self.arm]
+        parts += ["half"] if self.half_way else []
+        parts += (
+            [f"{self.rate:g}"] if self.stage == "sweep" else [f"seed{self.seed}"] if self.stage != "fidelity" else []
+        )
+        return "-".join(parts)
+
+
+def jobs_of(stage: str, arms: Sequence[str]) -> list[Job]:
+    """The jobs of a stage, the most expensive arms first."""
+    if stage == "fidelity":
+        return [Job(stage, arm, half_way=half) for half in (False, True) for arm in arms if "prefix" not in arm]
+    if stage == "sweep":
+        return [Job(stage, arm, rate=rate) for arm in arms for rate in RATES]
+    return [Job(stage, arm, seed=seed) for seed in range(SEEDS if stage == "final" else 1) for arm in arms]
+
+
+STAGES = ("fidelity", "sweep", "final", "hacking")
+
+
+# ------------------------------------------------------------------------------------------------------- training
+
+
+def budget_of_the_recipe() -> float:
+    """UNet evaluations of the recipe `toy`, backward passes counted twice."""
+    import draftcli
+
+    cfg = draftcli.load_config("toy", [])
+    return image_cost(cfg) * cfg.trainer.global_batch_size * cfg.trainer.max_steps
+
+
+def image_cost(cfg: Any) -> float:
+    """UNet evaluations of an image in training: forward 1, backward 2, the base's passes included."""
+    from draftcli.planning.plan import count_evaluations
+
+    counts = count_evaluations(cfg)
+    return counts["forward"] + counts["base"] + 2 * counts["with_gradient"]
+
+
+def train(job: Job, budget: float, points: int) -> dict[str, Any]:
+    """Train an arm, and judge held-out pictures at `points` equal shares of the budget."""
+    import draftcli
+    from draftcli.core.draftp import SDXLDRaFTPModel
+    from draftcli.prompts import read_prompts
+    from draftcli.training.step import Trainer
+
+    settings = [*ARMS[job.arm], f"optim.lr={job.rate}", f"trainer.seed={1234 + job.seed}", "model.device=cpu"]
+    if job.stage == "hacking":
+        settings += ["draftp.kl_coeff=0"]
+    cfg = draftcli.load_config("toy", settings)
+    cost = image_cost(cfg) * cfg.trainer.global_batch_size
+    steps = round(budget / cost)
+    model = SDXLDRaFTPModel(cfg)
+    rewards: Any = draftcli.get_reward_model(cfg)
+    model.reward_model = rewards
+    trainer = Trainer(model, rewards, read_prompts(cfg.data.prompts))
+    stops = {max(1, round(steps * (i + 1) / points)) for i in range(points)}
+    curve: list[dict[str, Any]] = [] if job.stage == "sweep" else [{"steps": 0, "evaluations": 0.0, "seconds": 0.0}]
+    if curve:
+        curve[0] |= judge(model)
+    seconds = 0.0
+    for step in range(1, steps + 1):
+        began = time.perf_counter()
+        trainer.step(step)
+        seconds += time.perf_counter() - began
+        if step in stops:
+            with trainer.ema.in_place() if trainer.ema else contextlib.nullcontext():
+                curve.append({"steps": step, "evaluations": step * cost, "seconds": seconds, **judge(model)})
+    return {"evaluations_an_image": image_cost(cfg), "curve": curve}
+
+
+def judge(model: Any) -> dict[str, Any]:
+    """What 128 held-out pictures score, one value a picture, and each caption's diversity."""
+    import torch
+
+    from draftcli.metrics.diversity import cosine_diversity
+    from draftcli.prompts import read_prompts
+    from draftcli.rewards import load_reward
+    from draftcli.sampling.draw import draw, plan
+    from draftcli.toy.features import reading
+
+    prompts = read_prompts(model.cfg.data.validation_prompts)
+    pictures = plan(prompts, HELD_OUT, 99, (model.cfg.sampling.height, model.cfg.sampling.width))
+    drawn = list(draw(model, pictures, "tuned", 64))
+    images, texts = torch.cat([part for part, _ in drawn]), [text for _, some in drawn for text in some]
+    with torch.no_grad():
+        found = {n: load_reward(n)(images, texts).tolist() for n in ("toy", "toy_oracle", *ANALYTIC)}
+        features = reading()(images).double().numpy().reshape(len(prompts), HELD_OUT, -1)
+    return {**found, "diversity": [cosine_diversity(rows) for rows in features]}
+
+
+# ------------------------------------------------------------------------------------------------------- fidelity
+
+
+class FixedStart:
+    """Networks whose walks start from given noise, so that a batch's seeds decide the mode's own draws alone."""
+
+    def __init__(self, nets: Any, x: Any) -> None:
+        self.nets, self.x = nets, x
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.nets, name)
+
+    def start(self, batch: Any) -> Any:
+        """x_T, whatever the seeds are."""
+        return self.x
+
+
+def gradients(job: Job, draws: int) -> Any:
+    """(pairs, draws, weights) float32: d reward / d weights by the arm, each pair's own, computed in float64."""
+    import torch
+
+    import draftcli
+    from draftcli.core.backward import Work
+    from draftcli.core.batch import Batch, derived_seed
+    from draftcli.core.draftp import SDXLDRaFTPModel, training_step
+    from draftcli.prompts import read_prompts
+
+    settings = [*ARMS[job.arm], "draftp.kl_coeff=0", "draftp.log_kl=false", "model.precision=fp64", "model.device=cpu"]
+    cfg = draftcli.load_config("toy", [*settings, "trainer.micro_batch_size=1", "trainer.global_batch_size=1"])
+    model = SDXLDRaFTPModel(cfg)
+    reward: Any = draftcli.get_reward_model(cfg)
+    model.reward_model = reward.to(torch.float64)
+    if job.half_way:
+        load_half_way(model)
+    prompts, size = read_prompts(cfg.data.validation_prompts), (cfg.sampling.height, cfg.sampling.width)
+    found: list[Any] = []
+    for pair in range(PAIRS):
+        text = prompts[pair % len(prompts)].text
+        start = model.networks.start(Batch([text], [derived_seed("pair", pair)], size))
+        nets: Any = FixedStart(model.networks, start)
+        rows: list[Any] = []
+        for draw in range(draws):
+            batch = Batch([text], [derived_seed("draw", pair, draw)], size)
+            work = Work.of(cfg, model.mode.recomputes)
+            training_step(nets, reward, model.mode, model.penalty, model.sampler, batch, work)
+            weights = model.trainable_parameters
+            rows.append(torch.cat([-p.grad.flatten() for p in weights if p.grad is not None]).float())
+            model.unet.zero_grad(set_to_none=True)
+        found.append(torch.stack(rows))
+    return torch.stack(found)
+
+
+def load_half_way(model: Any) -> None:
+    """Train the recipe for half of its steps, and take its LoRA."""
+    import draftcli
+    from draftcli.core.draftp import SDXLDRaFTPModel
+    from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict
+    from draftcli.prompts import read_prompts
+    from draftcli.training.step import Trainer
+
+    cfg = draftcli.load_config("toy", ["model.device=cpu"])
+    other = SDXLDRaFTPModel(cfg)
+    rewards: Any = draftcli.get_reward_model(cfg)
+    other.reward_model = rewards
+    trainer = Trainer(other, rewards, read_prompts(cfg.data.prompts))
+    for step in range(1, cfg.trainer.max_steps // 2 + 1):
+        trainer.step(step)
+    load_lora_state_dict(model.unet, lora_state_dict(other.unet))
+
+
+def is_random(arm: str) -> bool:
+    """Whether an arm's gradient depends on draws of its own."""
+    return not arm.startswith("last_k")
+
+
+def fidelity(job: Job, exact: Path) -> dict[str, Any]:
+    """How an arm's gradients lie to the exact ones, pair by pair, and by their sums."""
+    import torch
+
+    began = time.perf_counter()
+    g = gradients(job, DRAWS if is_random(job.arm) else 1)
+    seconds = time.perf_counter() - began
+    if job.arm == EXACT:
+        torch.save(g[:, 0], exact)
+    true = torch.load(exact, weights_only=True)
+    mean = g.mean(1)
+    cosines = torch.cosine_similarity(mean.double(), true.double(), dim=1)
+    ratios = mean.double().norm(dim=1) / true.double().norm(dim=1)
+    # The mode's own variance, as a share of the squared norm of what it expects.
+    own = (g - mean[:, None]).double().square().sum(2).sum(1) / max(1, g.shape[1] - 1)
+    gram = mean.double() @ true.double().T
+    return {
+        "cosine": cosines.tolist(),
+        "ratio": ratios.tolist(),
+        "own_variance": (own / mean.double().square().sum(1)).tolist() if g.shape[1] > 1 else None,
+        # For the cosine of the sum over any resampled set of pairs.
+        "gram": gram.tolist(),
+        "gram_mode": (mean.double() @ mean.double().T).tolist(),
+        "gram_exact": (true.double() @ true.double().T).tolist() if job.arm == EXACT else None,
+        "seconds_a_gradient": seconds / (PAIRS * g.shape[1]),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- jobs
+
+
+def run(job: Job, folder: Path) -> str:
+    """Do a job in a process of its own, and write its file."""
+    import torch
+
+    from draftcli.cli.console import open_console
+
+    torch.set_num_threads(1)
+    open_console(quiet=True, debug=False)
+    began = time.perf_counter()
+    if job.stage == "fidelity":
+        result = fidelity(job, folder / f"exact-{'half' if job.half_way else 'start'}.pt")
+    else:
+        whole = budget_of_the_recipe()
+        result = train(job, whole / 2, 1) if job.stage == "sweep" else train(job, whole, 4)
+    _write(folder / f"{job.name}.json", {**asdict(job), **result, "job_seconds": time.perf_counter() - began})
+    return f"{job.name}: {time.perf_counter() - began:.0f} s"
+
+
+def best_rate(arm: str, folder: Path) -> float | None:
+    """The sweep's rate with the highest learned reward; None: the sweep is not done."""
+    found: dict[float, float] = {}
+    for job in jobs_of("sweep", [arm]):
+        file = folder / f"{job.name}.json"
+        if not file.is_file():
+            return None
+        scores = json.loads(file.read_text(encoding="utf-8"))["curve"][-1]["toy"]
+        assert job.rate is not None
+        found[job.rate] = sum(scores) / len(scores)
+    return max(found, key=lambda rate: found[rate])
+
+
+def waiting(stages: Sequence[str], arms: Sequence[str], folder: Path) -> Iterator[list[Job]]:
+    """What is to be done, in groups that need what the group before has written."""
+    for stage in stages:
+        left = [job for job in jobs_of(stage, arms) if not (folder / f"{job.name}.json").is_file()]
+        if stage == "fidelity":
+            yield [job for job in left if job.arm == EXACT]
+            yield [job for job in left if job.arm != EXACT]
+        elif stage == "sweep":
+            yield left
+        else:
+            rated = [Job(job.stage, job.arm, job.seed, best_rate(job.arm, folder)) for job in left]
+            yield [job for job in rated if job.rate is not None]
+
+
+def gather(folder: Path) -> dict[str, Any]:
+    """All jobs' results by name."""
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--stage", action="append", choices=STAGES, help="these alone; may be given several times")
+    parser.add_argument("--arm", action="append", choices=[*ARMS], help="these alone; may be given several times")
+    parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after so many no job is begun")
+    options = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    folder, began = options.output / "jobs", time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+        for group in waiting(options.stage or STAGES, options.arm or [*ARMS], folder):
+            for line in pool.map(run_in_time, [(job, folder, began + 60 * options.minutes) for job in group]):
+                print(line, flush=True)
+    _write(options.output / "estimators.json", gather(folder))
+
+
+def run_in_time(task: tuple[Job, Path, float]) -> str:
+    """The job, unless its time is over."""
+    job, folder, until = task
+    return run(job, folder) if time.monotonic() < until else f"{job.name}: left for the next time"
+
+
+def _write(path: Path, content: Any) -> None:
+    aside = path.with_suffix(".part")
+    aside.write_text(json.dumps(content), encoding="utf-8")
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    main()

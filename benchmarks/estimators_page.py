@@ -1,0 +1,246 @@
+"""Tables and plot of docs/estimators.md, from what estimators.py measured.
+
+    python benchmarks/estimators_page.py runs/estimators/estimators.json docs/estimators.md
+
+Each table of the page stands between `<!-- NAME -->` and `<!-- end -->` and is written anew; the plot is
+docs/images/estimators.svg. Needs the extra `plots`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from estimators import ANALYTIC, ARMS, EXACT, HELD_OUT, SEEDS
+
+from draftcli.metrics.statistics import estimate, paired, ratio
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+
+mpl.rcParams["svg.fonttype"] = "none"  # letters as letters
+mpl.rcParams["svg.hashsalt"] = "estimators"  # the same file for the same figures
+
+RECIPE, FIRST = "last_k_4", "last_k_1"
+NAMES = {
+    "last_k_1": "`last_k`, K = 1 (DRaFT-1)",
+    "last_k_4": "`last_k`, K = 4 (the recipe `toy`)",
+    "last_k_10": "`last_k`, K = N (DRaFT, exact)",
+    "low_variance": "`low_variance`, K = 1, 2 samples (DRaFT-LV)",
+    "random_k": "`random_k`, 1 to N",
+    "refl": "`refl`, last 4 steps",
+    "drtune": "`drtune`, 3 steps",
+    "sparse": "`sparse`, 4 steps",
+    "sparse_late": "`sparse`, 2 of the last 4, no rescaling",
+    "matching": "`matching`",
+    "last_k_1_detached": "`last_k`, K = 1, `detach_uncond`",
+    "last_k_4_detached": "`last_k`, K = 4, `detach_uncond`",
+    "last_k_1_prefix_5": "`last_k`, K = 1, `prefix_steps` 5",
+    "last_k_4_prefix_4": "`last_k`, K = 4, `prefix_steps` 4",
+}
+Results = dict[str, dict[str, Any]]
+
+
+def runs(results: Results, arm: str, stage: str = "final") -> list[dict[str, Any]]:
+    """The finished runs of an arm, by seed."""
+    found = (results.get(f"{stage}-{arm}-seed{seed}") for seed in range(SEEDS))
+    return [run for run in found if run is not None]
+
+
+def mean_over_seeds(some: Sequence[dict[str, Any]], point: int, key: str) -> np.ndarray:
+    """One value a picture (or a caption, for diversity): the mean of the seeds."""
+    return np.mean([run["curve"][point][key] for run in some], axis=0)
+
+
+def curve(some: Sequence[dict[str, Any]], key: str) -> np.ndarray:
+    """(points,) means over pictures and seeds."""
+    return np.array([mean_over_seeds(some, i, key).mean() for i in range(len(some[0]["curve"]))])
+
+
+def at_reward(some: Sequence[dict[str, Any]], reward: float, key: str) -> float:
+    """A figure where the learned reward first reaches `reward`, between two points in proportion; NaN: it does not."""
+    rewards = curve(some, "toy")
+    values = np.array([p[key] for p in some[0]["curve"]]) if key == "evaluations" else curve(some, key)
+    for i in range(1, len(rewards)):
+        if rewards[i - 1] < reward <= rewards[i]:
+            share = (reward - rewards[i - 1]) / (rewards[i] - rewards[i - 1])
+            return float(values[i - 1] + share * (values[i] - values[i - 1]))
+    return float("nan")
+
+
+def head(*titles: str) -> list[str]:
+    """The first two lines of a table."""
+    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
+
+
+def number(value: float, form: str = ".3f", otherwise: str = "not reached") -> str:
+    return otherwise if np.isnan(value) else format(value, form)
+
+
+def interval(value: float, low: float, high: float, form: str = ".3f") -> str:
+    return f"{value:{form}} ({low:{form}} to {high:{form}})"
+
+
+def sum_cosine(found: dict[str, Any], exact: dict[str, Any]) -> str:
+    """Cosine of the sums of gradients over all pairs, with the interval over resampled pairs."""
+    gram, own, true = (np.array(g) for g in (found["gram"], found["gram_mode"], exact["gram_exact"]))
+    draw = np.random.default_rng(0)
+    counts = np.vstack([np.ones(len(gram)), draw.multinomial(len(gram), np.ones(len(gram)) / len(gram), 2000)])
+    products = [np.einsum("bi,ij,bj->b", counts, g, counts) for g in (gram, own, true)]
+    cosines = products[0] / np.sqrt(products[1] * products[2])
+    return interval(cosines[0], *np.percentile(cosines[1:], [2.5, 97.5]), form=".2f")
+
+
+def fidelity(results: Results) -> list[str]:
+    """Against the exact gradient, at both places."""
+    lines: list[str] = []
+    for half, title in (("", "at the untouched LoRA"), ("-half", "half way through the recipe")):
+        exact = results.get(f"fidelity-{EXACT}{half}")
+        if exact is None:
+            continue
+        lines += head(title, "cosine, one picture", "cosine, sum of 64", "norm, of the exact one's", "own variance")
+        for arm, name in NAMES.items():
+            found = results.get(f"fidelity-{arm}{half}")
+            if found is None:
+                continue
+            cosine, size = estimate(found["cosine"]), estimate(found["ratio"])
+            own = found["own_variance"]
+            cells = [
+                interval(cosine.mean, cosine.low, cosine.high, ".2f"),
+                sum_cosine(found, exact),
+                interval(size.mean, size.low, size.high, ".2f"),
+                "none" if own is None else f"{np.median(own):.2f}",
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+        lines.append("")
+    return lines
+
+
+def efficiency(results: Results) -> list[str]:
+    """Evaluations to the recipe's reward, and what oracle and diversity are there."""
+    target = curve(runs(results, RECIPE), "toy")[-1]
+    to, of, there = f"evaluations to {target:.2f}", "of DRaFT-1's", ("oracle there", "diversity there, of the base's")
+    lines = head("mode", "rate", "evaluations an image", to, of, *there, "seconds for 1,000 evaluations")
+    first = at_reward(runs(results, FIRST), target, "evaluations")
+    for arm, name in NAMES.items():
+        some = runs(results, arm)
+        if not some:
+            continue
+        needed = at_reward(some, target, "evaluations")
+        base = curve(some, "diversity")[0]
+        kept = at_reward(some, target, "diversity") / base
+        cells = [
+            f"{some[0]['rate']:g}",
+            f"{some[0]['evaluations_an_image']:g}",
+            number(needed, ",.0f"),
+            number(needed / first, ".0%", ""),
+            number(at_reward(some, target, "toy_oracle"), ".3f", ""),
+            number(kept, ".0%", ""),
+            f"{1000 * np.mean([run['curve'][-1]['seconds'] / run['curve'][-1]['evaluations'] for run in some]):.1f}",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def end(results: Results) -> list[str]:
+    """At the end of equal budgets, beside the recipe, in pairs."""
+    recipe = runs(results, RECIPE)
+    groups = np.repeat(np.arange(len(recipe[0]["curve"][0]["diversity"])), HELD_OUT)  # pictures of one caption
+    less = "less the recipe's"
+    lines = head("mode", "learned reward", less, "oracle", less, "diversity, of the base's")
+    base = recipe[0]["curve"][0]
+    lines.append(f"| base | {np.mean(base['toy']):.3f} | | {np.mean(base['toy_oracle']):.3f} | | 100% |")
+    for arm, name in NAMES.items():
+        some = runs(results, arm)
+        if not some:
+            continue
+        cells: list[str] = []
+        for key in ("toy", "toy_oracle"):
+            found = paired(mean_over_seeds(recipe, -1, key), mean_over_seeds(some, -1, key), groups)
+            cells.append(f"{found['tuned']:.3f}")
+            cells.append("" if arm == RECIPE else interval(found["difference"], found["low"], found["high"], "+.3f"))
+        kept = ratio(mean_over_seeds(some, 0, "diversity"), mean_over_seeds(some, -1, "diversity"))
+        cells.append(f"{kept.mean:.0%} ({kept.low:.0%} to {kept.high:.0%})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def hacking(results: Results) -> list[str]:
+    """Oracle and diversity at equal learned reward, with the penalty and without."""
+    target = curve(runs(results, RECIPE), "toy")[-1]
+    figures = (f"oracle at {target:.2f}", "diversity there", "oracle at the end")
+    lines = head("mode", *(f"{what}, KL {kl}" for what in figures for kl in ("on", "off")))
+    for arm, name in NAMES.items():
+        both = [runs(results, arm, stage)[:1] for stage in ("final", "hacking")]
+        if not all(both):
+            continue
+        oracle = [number(at_reward(some, target, "toy_oracle"), ".3f", "") for some in both]
+        kept = [number(at_reward(s, target, "diversity") / curve(s, "diversity")[0], ".0%", "") for s in both]
+        last = [f"{curve(some, 'toy_oracle')[-1]:.3f}" for some in both]
+        lines.append(f"| {name} | {' | '.join([*oracle, *kept, *last])} |")
+    return lines
+
+
+def protocol(results: Results) -> list[str]:
+    """Trained on the learned reward, judged by everything else."""
+    keys = ("toy", "toy_oracle", *ANALYTIC)
+    lines = head("trained on `toy`", *keys)
+    base = runs(results, RECIPE)[0]["curve"][0]
+    lines.append(f"| base | {' | '.join(f'{np.mean(base[key]):.3f}' for key in keys)} |")
+    for arm, name in NAMES.items():
+        if some := runs(results, arm):
+            lines.append(f"| {name} | {' | '.join(f'{curve(some, key)[-1]:.3f}' for key in keys)} |")
+    return lines
+
+
+TABLES = {"fidelity": fidelity, "efficiency": efficiency, "end": end, "hacking": hacking, "protocol": protocol}
+
+
+def draw(results: Results, picture: Path) -> None:
+    """Learned reward against evaluations, and the oracle against the learned reward."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), constrained_layout=True)
+    colours = plt.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
+    for i, arm in enumerate(ARMS):
+        some = runs(results, arm)
+        if not some:
+            continue
+        evaluations = [point["evaluations"] / 1000 for point in some[0]["curve"]]
+        style = {"color": colours[i % 20], "marker": "o", "markersize": 3, "linewidth": 2 if arm == RECIPE else 1.3}
+        left.plot(evaluations, curve(some, "toy"), label=NAMES[arm].replace("`", ""), **style)
+        right.plot(curve(some, "toy"), curve(some, "toy_oracle"), **style)
+    left.axhline(curve(runs(results, RECIPE), "toy")[-1], color="grey", linewidth=0.8, linestyle="--")
+    left.set_xlabel("UNet evaluations, thousands (forward 1, backward 2)")
+    left.set_ylabel("learned reward, held-out captions")
+    right.set_xlabel("learned reward, held-out captions")
+    right.set_ylabel("oracle: the truth")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.savefig(picture, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", type=Path)
+    parser.add_argument("page", type=Path)
+    options = parser.parse_args()
+    results: Results = json.loads(options.figures.read_text(encoding="utf-8"))
+    text = options.page.read_text(encoding="utf-8")
+    for name, table in TABLES.items():
+        block = "\n".join(table(results)).strip()
+        text = re.sub(
+            rf"(<!-- {name} -->\n).*?(<!-- end -->)",
+            lambda m, block=block: f"{m[1]}\n{block}\n\n{m[2]}",
+            text,
+            flags=re.S,
+        )
+    options.page.write_text(text, encoding="utf-8")
+    draw(results, options.page.parent / "images" / "estimators.svg")
+
+
+if __name__ == "__main__":
+    main()
