@@ -11,6 +11,7 @@ from draftcli.errors import brief
 MAY_CHANGE = (
     *("trainer.max_steps", "trainer.val_check_interval", "trainer.save_interval", "trainer.keep_checkpoints"),
     *("trainer.micro_batch_size", "model.offload_text_encoders", "ema.device"),  # memory alone, as all of sharding
+    "data.validation_cache",  # where figures are kept that are the same anywhere
 )
 MAY_CHANGE_SECTIONS = ("logging", "sharding")
 # Files that may be edited where they are: a checkpoint knows their prompts, and a warning says that they are others.

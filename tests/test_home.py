@@ -10,7 +10,7 @@ from tests.command import draftp
 
 SETTINGS = [
     *("model.pretrained", "model.config", "model.vae", "data.prompts", "data.validation_prompts"),
-    *("sharding.prompt_cache", "rewards.aesthetic.pretrained", "rewards.aesthetic.backbone"),
+    *("data.validation_cache", "sharding.prompt_cache", "rewards.aesthetic.pretrained", "rewards.aesthetic.backbone"),
     "held_out_rewards.clip.pretrained",
 ]
 

@@ -165,6 +165,7 @@ def _yaml(value: object) -> str:
 
 
 def _print_plan(cfg: Config, ranks: int, console: Console) -> None:
+    from draftcli.planning.ledger import ledger_lines
     from draftcli.planning.memory import memory_lines
     from draftcli.planning.plan import make_plan
     from draftcli.rewards import check_names
@@ -196,6 +197,7 @@ def _print_plan(cfg: Config, ranks: int, console: Console) -> None:
     if sys.stderr.isatty():
         print("memory is worked out now, on tensors without data: for SDXL some seconds", file=sys.stderr)
     console.print("\n".join(memory_lines(cfg, plan.folder, ranks)))
+    console.print("\n".join(ledger_lines(cfg, plan.folder)))
 
 
 def _print_result(result: TrainingResult, folder: Path, console: Console) -> None:

@@ -100,6 +100,8 @@ def _idle_schedule(cfg: Config) -> Iterator[str]:
         yield f"trainer.val_check_interval {trainer.val_check_interval} {beyond}: validation at start and end only"
     if "val_check_interval" in given and trainer.val_check_interval > 0 and not cfg.data.validation_prompts:
         yield "trainer.val_check_interval has no effect: data.validation_prompts is empty"
+    if cfg.data.validation_cache is not None and not validates:
+        yield "data.validation_cache has no effect without validation"
     if cfg.held_out_rewards and not validates:
         yield "held_out_rewards have no effect without validation"
 

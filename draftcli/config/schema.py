@@ -230,6 +230,9 @@ class DataConfig(Section):
     """Held-out prompts, likewise; empty: no validation."""
     validation_images: Count = 1
     """Pictures per validation prompt, at seeds trainer.seed, trainer.seed + 1, ..."""
+    validation_cache: LocalPath | None = None
+    """Folder that keeps the base's part of validations, pictures and scores, for other runs of the same base that ask
+    the same rewards about the same pictures; each run keeps its own anyway."""
 
 
 class SchedConfig(Section):
@@ -237,6 +240,7 @@ class SchedConfig(Section):
 
     name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_steps: CountFromZero = 0
+    """The rate rises to optim.lr over so many steps, the first of which takes 1 / warmup_steps of it."""
 
 
 class OptimConfig(Section):

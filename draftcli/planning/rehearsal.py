@@ -41,7 +41,7 @@ from draftcli.training.optimizer import moment_bytes
 
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
-_Rewards = tuple[tuple[str, RewardSource], ...]  # a run's rewards by name, in an order that does not depend on the run
+NamedRewards = tuple[tuple[str, RewardSource], ...]  # rewards by name, in an order that does not depend on the run
 
 _REMEMBERED: list[dict[Any, Any]] = []
 
@@ -195,11 +195,11 @@ def largest(cfg: Config) -> tuple[int, int]:
     return max(cfg.sampling.sizes or [(cfg.sampling.height, cfg.sampling.width)], key=lambda size: size[0] * size[1])
 
 
-def _named(rewards: Mapping[str, RewardSource]) -> _Rewards:
+def _named(rewards: Mapping[str, RewardSource]) -> NamedRewards:
     return tuple(sorted(rewards.items()))
 
 
-def _remembered(piece: Callable[_P, _T]) -> Callable[_P, _T]:
+def remembered(piece: Callable[_P, _T]) -> Callable[_P, _T]:
     """Cache what `piece` returns; as functools.cache, which a Config cannot be a key of, as it has lists in it."""
     found: dict[tuple[Any, ...], _T] = {}
     _REMEMBERED.append(found)
@@ -232,7 +232,7 @@ def stand_ins(cfg: Config, folder: Path) -> Parts:
     return _stand_ins(check_config({**sections, "sharding": kept}), folder)
 
 
-@_remembered
+@remembered
 def _stand_ins(cfg: Config, folder: Path) -> Parts:
     with _quiet():
         parts = blank_parts(folder, cfg)
@@ -252,8 +252,8 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@_remembered
-def _rewards(rewards: _Rewards) -> BlankRewards:
+@remembered
+def _rewards(rewards: NamedRewards) -> BlankRewards:
     with _quiet():
         return BlankRewards(dict(rewards))
 
@@ -270,10 +270,26 @@ def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
         yield model
 
 
+def of_one_evaluation(cfg: Config) -> tuple[Config, NamedRewards]:
+    """What the work of one UNet evaluation, of a decode and of the rewards depends on, and nothing else."""
+    draftp = {**_LAST_STEP, "kl_coeff": 0.0, "log_kl": False, "detach_uncond": False}
+    sharding = {**_PLAIN, "activation_checkpointing": cfg.sharding.activation_checkpointing}
+    return _relevant(cfg, 1, draftp=draftp, sampling={**_SHORT, "scale": 1.0}, sharding=sharding), _named(cfg.rewards)
+
+
+@contextmanager
+def one_image(
+    cfg: Config, folder: Path, rewards: NamedRewards
+) -> Iterator[tuple[SDXLDRaFTPModel, Batch, BlankRewards]]:
+    """The model, the batch and the rewards of one image, all without data, by what `of_one_evaluation` gives."""
+    with _model(cfg, folder) as model:
+        yield model, _batch(cfg), _rewards(rewards)
+
+
 # ------------------------------------------------------------------------------------------------------- the pieces
 
 
-@_remembered
+@remembered
 def _prefix(cfg: Config, folder: Path, with_lora: bool) -> dict[Phase, int]:
     with _model(cfg, folder) as model:
         batch, prefix = _batch(cfg), make_prefix(cfg, cfg.sampling.steps - 1, make_schedule(cfg.sampling.steps))
@@ -284,8 +300,8 @@ def _prefix(cfg: Config, folder: Path, with_lora: bool) -> dict[Phase, int]:
             return passing()
 
 
-@_remembered
-def _steps(cfg: Config, folder: Path, k: int, rewards: _Rewards) -> dict[Phase, int]:
+@remembered
+def _steps(cfg: Config, folder: Path, k: int, rewards: NamedRewards) -> dict[Phase, int]:
     cfg = _changed(cfg, draftp={"truncation_steps": k}, sampling={"steps": k})
     with _model(cfg, folder) as model:
         if cfg.sharding.two_stage:
@@ -304,8 +320,8 @@ def _steps(cfg: Config, folder: Path, k: int, rewards: _Rewards) -> dict[Phase, 
     return {name: size for name, size in found.items() if (name == Phase.ALL) != cfg.sharding.two_stage}
 
 
-@_remembered
-def _judging(cfg: Config, folder: Path, rewards: _Rewards, training: bool) -> dict[Phase, int]:
+@remembered
+def _judging(cfg: Config, folder: Path, rewards: NamedRewards, training: bool) -> dict[Phase, int]:
     with _model(cfg, folder) as model:
         batch, reward = _batch(cfg), _rewards(rewards)
         model.reward_model, prompts = reward, list(batch.prompts)
@@ -319,7 +335,7 @@ def _judging(cfg: Config, folder: Path, rewards: _Rewards, training: bool) -> di
             return passing()
 
 
-@_remembered
+@remembered
 def _optimizer_step(count: int, dtype: torch.dtype, on_gpu: bool) -> int:
     weight = nn.Parameter(torch.empty(count, dtype=dtype, device="meta"))
     weight.grad = torch.empty_like(weight)

@@ -49,8 +49,8 @@ class Judged:
 class Validation:
     """Draws the base once and the tuned network each time; no random state of the training is touched.
 
-    The base's part is kept in samples/base.safetensors, so that a resumed run does not draw it again. Several processes
-    share the pictures.
+    The base's part is kept in samples/base.safetensors, so that a resumed run does not draw it again, and where
+    data.validation_cache is a folder in there, for other runs. Several processes share the pictures.
 
     Args:
         model: tuned and base.
@@ -95,10 +95,13 @@ class Validation:
         """
         if self._base is None:
             made_by = _made_by(self.model, self.pictures, list(self.rewards))
-            self._base = self._kept(run.base, made_by) or self._judge("base", progress, give_up_if_late)
+            places = [run.base, *self._shared(made_by)]
+            found = next(filter(None, (self._kept(path, made_by) for path in places)), None)
+            self._base = found or self._judge("base", progress, give_up_if_late)
             with self.ranks.all_or_none():
-                if self.ranks.is_main and not run.base.is_file():
-                    self._keep(run.base, self._base, made_by)
+                for path in places if self.ranks.is_main else ():
+                    if not path.is_file():
+                        self._keep(path, self._base, made_by)
         # Before the first step the tuned network is the base: there is nothing to draw.
         base = self._base
         tuned = self._judge("tuned", progress, give_up_if_late) if step else base
@@ -149,14 +152,20 @@ class Validation:
             for _ in draw(self.model, self.pictures[:1], kind, 1):
                 pass
 
+    def _shared(self, made_by: str) -> list[Path]:
+        """The file that other runs find the base's part in, where a folder is given for it."""
+        folder = self.model.cfg.data.validation_cache
+        return [] if folder is None else [Path(folder) / f"{made_by[:32]}.safetensors"]
+
     def _keep(self, path: Path, base: Judged, made_by: str) -> None:
         tensors = {"scores": base.scores, "thumbnails": base.thumbnails}
         tensors |= {f"shown.{i}": picture for i, picture in base.shown.items()}
         with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             write_aside(path, lambda aside: save_file(tensors, aside, metadata={"made_by": made_by}))
 
     def _kept(self, path: Path, made_by: str) -> Judged | None:
-        """The base's part from a former session, if it was made by the same settings from the same weights."""
+        """The base's part from a former session or another run, if the same settings made it from the same weights."""
         found = None
         if path.is_file():
             try:

@@ -124,6 +124,32 @@ def test_the_bases_pictures_are_made_once_in_a_run(tiny_sdxl, monkeypatch):
     assert kinds[3:] == ["base", "tuned"]
 
 
+def test_runs_of_the_same_base_share_its_part_of_validation(tiny_sdxl, monkeypatch):
+    """By what its pictures and scores depend on: not by training, but by seeds; and a run has its own in any case."""
+    from draftcli.training import validation
+
+    kinds, plain = [], validation.draw
+    monkeypatch.setattr(validation, "draw", lambda model, pictures, kind, size: kinds.append(kind) or plain(
+        model, pictures, kind, size))  # fmt: skip
+    data = {**WITH_VALIDATION, "validation_cache": "shared/base"}
+    preset = recipe(tiny_sdxl, data=data, trainer={"val_check_interval": 2, "max_steps": 2})
+    train(preset, "first")
+    (kept,) = Path("shared/base").iterdir()
+    train(preset, "second", "--set", "optim.lr=0.02")
+    assert kinds == ["base", "tuned", "tuned"]
+    assert kept.read_bytes() == Path("first/samples/base.safetensors").read_bytes()
+    bases = [
+        [entry["rewards"]["tests.example_rewards:red"]["base"] for entry in Run(Path(run)).validations()]
+        for run in ("first", "second")
+    ]
+    assert bases[0] == bases[1]
+    kept.write_bytes(b"damaged")
+    train(preset, "third")
+    train(preset, "fourth", "--set", "trainer.seed=5")
+    assert kinds[3:] == ["base", "tuned"] * 2
+    assert len(list(Path("shared/base").iterdir())) == 2
+
+
 def test_validation_pictures_may_have_sizes_of_their_own(tiny_sdxl):
     rows = [{"prompt": "a fox", "size": [64, 96]}, {"prompt": "an owl"}, {"prompt": "a cat", "size": [96, 64]}]
     Path("held.jsonl").write_text("\n".join(map(json.dumps, rows)))
