@@ -240,7 +240,6 @@ class SchedConfig(Section):
 
     name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     warmup_steps: CountFromZero = 0
-    """The rate rises to optim.lr over so many steps, the first of which takes 1 / warmup_steps of it."""
 
 
 class OptimConfig(Section):

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor
 
-from draftcli.config import OptimConfig, SchedConfig
+from draftcli.config import OptimConfig
 from draftcli.core.engine.eight_bit import BLOCK, bitsandbytes
 
 SMALLEST = 4096  # elements: a tensor with fewer keeps its moments in float32
@@ -30,26 +29,6 @@ def make_optimizer(weights: Sequence[Tensor], settings: OptimConfig) -> torch.op
     if settings.name == "adamw":
         return torch.optim.AdamW(weights, **options)
     return bitsandbytes("optim.name adamw8bit").optim.AdamW8bit(weights, **options, min_8bit_size=SMALLEST)
-
-
-def make_scheduler(
-    optimizer: torch.optim.Optimizer, settings: SchedConfig, steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """The learning rate over `steps` steps.
-
-    diffusers begins a warm-up at 0, with which a step changes nothing; here it begins one step further on, so that the
-    rates of w warm-up steps are 1/w, 2/w, ... 1 of optim.lr, and every step counts.
-    """
-    warms_up = settings.name != "constant" and settings.warmup_steps > 0
-    for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])
-    return get_scheduler(
-        settings.name,
-        optimizer,
-        num_warmup_steps=settings.warmup_steps,
-        num_training_steps=steps + warms_up,
-        last_epoch=0 if warms_up else -1,
-    )
 
 
 def moment_bytes(weights: Sequence[Tensor], name: str) -> int:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftcli.config import OptimConfig, SchedConfig, check_config
+from draftcli.config import OptimConfig, check_config
 from draftcli.errors import InputError
-from draftcli.training.optimizer import SMALLEST, make_optimizer, make_scheduler, moment_bytes
+from draftcli.training.optimizer import SMALLEST, make_optimizer, moment_bytes
 from tests.command import draftp, recipe
 from tests.ranks import train_in_ranks
 
@@ -43,33 +43,6 @@ def steps(name: str, count: int) -> tuple[list[torch.Tensor], torch.optim.Optimi
             weight.grad = 1e-4 * (weight.detach() - goal)
         optimizer.step()
     return [weight.detach() for weight in weights], optimizer
-
-
-@pytest.mark.parametrize(
-    ("name", "warmup", "expected"),
-    [
-        ("constant", 0, [1, 1, 1, 1]),
-        ("constant_with_warmup", 0, [1, 1, 1, 1]),
-        ("constant_with_warmup", 1, [1, 1, 1, 1]),
-        ("constant_with_warmup", 3, [1 / 3, 2 / 3, 1, 1]),
-        ("constant_with_warmup", 8, [1 / 8, 2 / 8, 3 / 8, 4 / 8]),
-        ("linear", 0, [1, 3 / 4, 2 / 4, 1 / 4]),
-        ("linear", 2, [1 / 2, 1, 2 / 3, 1 / 3]),
-        ("cosine", 2, [1 / 2, 1, 3 / 4, 1 / 4]),
-    ],
-)
-def test_every_step_of_a_schedule_moves_the_weights(name, warmup, expected):
-    """The rates of four steps, as shares of optim.lr; none is 0, in a warm-up or at the end."""
-    weight = torch.ones(1, requires_grad=True)
-    optimizer = make_optimizer([weight], OptimConfig(lr=0.5))
-    schedule = make_scheduler(optimizer, SchedConfig(name=name, warmup_steps=warmup), len(expected))
-    found = []
-    for _ in expected:
-        found.append(optimizer.param_groups[0]["lr"] / 0.5)
-        weight.grad = torch.ones(1)
-        optimizer.step()
-        schedule.step()
-    assert found == pytest.approx(expected)
 
 
 @needs_it
