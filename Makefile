@@ -5,12 +5,13 @@
 # make extras     the tests of the optional packages: Weights & Biases, datasets, bitsandbytes
 # make faults     a training killed 200 times: nothing may be lost
 # make oldest     a part of the tests with the oldest releases that pyproject.toml allows, in .venv-oldest
+# make estimators every gradient mode against the exact gradient and the truth, docs/estimators.md: an hour on two cores
 # make real-size  SDXL at its true shapes with random weights on a CPU: 24 GiB of memory, 25 GB of disk, an hour
 # make check  ruff, basedpyright (also of what needs an extra)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-eval test browser extras slow faults oldest real-size check docs clean
+.PHONY: demo demo-eval test browser extras slow faults oldest estimators real-size check docs clean
 
 demo: .venv/.installed
 	$(BIN)/draftp train --preset toy
@@ -40,6 +41,11 @@ faults: .venv/.installed-test
 # Old releases warn of what newer ones of others have changed: warnings are no errors here.
 oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 -W default --disable-warnings -m "not slow and not browser" $(OLDEST)
+
+estimators: .venv/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plots]"
+	PYTHONPATH=. $(BIN)/python benchmarks/estimators.py runs/estimators
+	PYTHONPATH=. $(BIN)/python benchmarks/estimators_page.py runs/estimators/estimators.json docs/estimators.md
 
 real-size: .venv/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch

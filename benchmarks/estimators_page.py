@@ -148,7 +148,7 @@ def efficiency(results: Results) -> list[str]:
     return lines
 
 
-def end(results: Results) -> list[str]:
+def end_of_budget(results: Results) -> list[str]:
     """At the end of equal budgets, beside the recipe, in pairs."""
     recipe = runs(results, RECIPE)
     groups = np.repeat(np.arange(len(recipe[0]["curve"][0]["diversity"])), HELD_OUT)  # pictures of one caption
@@ -199,7 +199,13 @@ def protocol(results: Results) -> list[str]:
     return lines
 
 
-TABLES = {"fidelity": fidelity, "efficiency": efficiency, "end": end, "hacking": hacking, "protocol": protocol}
+TABLES = {
+    "fidelity": fidelity,
+    "efficiency": efficiency,
+    "end_of_budget": end_of_budget,
+    "hacking": hacking,
+    "protocol": protocol,
+}
 
 
 def draw(results: Results, picture: Path) -> None:
