@@ -52,6 +52,7 @@ check: .venv/.installed-lint
 
 docs: .venv/.installed
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_settings.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	@echo "installing into .venv, a few minutes"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +70,23 @@ def escape_unencodable() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
+    """Print columns of text. A terminal folds long cells; in a file or a pipe every row is one line."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+def print_json(value: object, console: Console) -> None:
+    """Print `value` as JSON, and nothing else, for other programs."""
+    console.print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
 def quoted(path: Path) -> str:

@@ -7,14 +7,26 @@ from typing import Annotated
 
 import typer
 
+from draftcli.cli.completion import complete_presets, complete_settings
+
 
 def doctor(
     preset: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="The recipe whose model and precision are checked.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="The recipe whose model and precision are checked.",
+            autocompletion=complete_presets,
+        ),
     ] = "toy",
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a setting, as in train. Repeatable.",
+            autocompletion=complete_settings,
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would be stored.")] = Path("runs"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and failures only.")] = False,

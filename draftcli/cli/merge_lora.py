@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
+from draftcli.cli.completion import complete_runs
+
 
 def merge_lora(
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN | LORA[=SCALE]]...", help="Runs and LoRA files.  [default: the newest run]"),
+        typer.Argument(
+            metavar="RUN|LORA[=SCALE]",
+            help="Runs and LoRA files.  [default: the newest run]",
+            autocompletion=complete_runs,
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Folder, hub id or .safetensors.  [default: the run's]")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from draftcli.cli.completion import complete_runs, complete_settings
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
 
 RunName = Annotated[
     str | None,
-    typer.Argument(metavar="RUN", help="A run's folder or one of its checkpoints.  [default: the newest run]"),
+    typer.Argument(
+        metavar="RUN",
+        help="A run's folder or one of its checkpoints.  [default: the newest run]",
+        autocompletion=complete_runs,
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -75,7 +81,12 @@ BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Picture
 Format = Annotated[str, typer.Option("--format", metavar="NAME", help="png, jpg or webp.")]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as model.device=cuda:1. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other setting, such as model.device=cuda:1. Repeatable.",
+        autocompletion=complete_settings,
+    ),
 ]
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder for the pictures.  [default: in the run's folder]")

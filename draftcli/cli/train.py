@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from draftcli.cli.completion import complete_presets, complete_rewards, complete_settings
 from draftcli.cli.console import busy, literal_console, open_console, quoted
 from draftcli.errors import warn
 
@@ -27,12 +28,19 @@ NEXT = ("draftp sample {}", "draftp anneal {} --weight linear", "draftp eval {}"
 def train(
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="A recipe that ships with draftp, or a YAML file.  [default: toy]"),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A recipe that ships with draftp, or a YAML file.  [default: toy]",
+            autocompletion=complete_presets,
+        ),
     ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a setting, such as trainer.max_steps=300. Repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a setting, such as trainer.max_steps=300. Repeatable; draftp settings lists them.",
+            autocompletion=complete_settings,
         ),
     ] = None,
     prompts: Annotated[
@@ -44,13 +52,18 @@ def train(
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=WEIGHT]", help="Reward to train on, in place of the preset's. Repeatable."),
+        typer.Option(
+            metavar="NAME[=WEIGHT]",
+            help="Reward to train on, in place of the preset's. Repeatable.",
+            autocompletion=complete_rewards,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's folder.  [default: runs/NAME-OF-PRESET]")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Train with so many processes on this machine, as torchrun starts them.")
+        int,
+        typer.Option(min=1, metavar="N", help="Train with so many processes on this machine, as torchrun starts them."),
     ] = 1,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the settings and what they amount to; touch nothing.")
