@@ -14,6 +14,7 @@ ALLOWED = {
     "errors": set(),
     "disk": {"umask"},
     "changes": set(),
+    "progress": set(),
     "contents": set(),
     "lines": set(),
     "config": set(),
@@ -30,7 +31,7 @@ ALLOWED = {
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
     "training": {
         *("export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"),
-        "disk",
+        *("disk", "progress"),
     },
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {
@@ -48,6 +49,7 @@ ALLOWED = {
         "config",
         "prompts",
         "run_states",
+        "progress",
         "__init__",
     },
     "toy": {"rewards", "core", "umask", "__init__"},

@@ -46,7 +46,7 @@ def doctor(
 
     `draftp doctor --preset sdxl-lora --set model.vae_precision=fp16`
     """
-    from draftcli.cli.console import busy, open_console
+    from draftcli.cli.console import open_console
     from draftcli.config import load_config
 
     cfg = load_config(preset, override or [])
@@ -55,8 +55,9 @@ def doctor(
     from rich.text import Text
 
     from draftcli.planning.doctor import examine
+    from draftcli.progress import busy
 
-    with busy(console, "looking"):
+    with busy(console, "checking this machine and the model"):
         findings = list(examine(cfg, output))
     colours = {"ok": "green", "warning": "yellow", "failed": "red"}
     table = Table(box=None, show_header=False, pad_edge=False)

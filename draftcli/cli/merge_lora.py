@@ -69,8 +69,9 @@ def merge_lora(
     `draftp merge-lora style.safetensors --base checkpoint.safetensors --format single-file`
     """
     from draftcli.cli.console import open_console
-    from draftcli.export.arguments import check_arguments
+    from draftcli.export.arguments import check_arguments, check_options
 
+    check_options(format_, scale, dtype, verify)
     check_arguments(inputs or (), base)
     console = open_console(quiet, debug)
     from draftcli.export.merge import MergeRequest, merge
