@@ -41,8 +41,8 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help=".txt, .jsonl, .tar, folder of .txt, built-in set or a dataset such as nateraw/parti-prompts.  "
-            "[default: the run's validation prompts]",
+            help=".txt, .jsonl, .tar, .csv, .parquet, folder of .txt, built-in set or a dataset such as "
+            "nateraw/parti-prompts.  [default: the run's validation prompts]",
         ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures per prompt; diversity needs 2.")] = 4,

@@ -48,7 +48,8 @@ def train(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Prompts to train on: .txt, .jsonl, .tar, folder of .txt, built-in set, or a dataset's id.",
+            help="Prompts to train on: .txt, .jsonl, .tar, .csv, .parquet, folder of .txt, built-in set, or a "
+            "dataset's id.",
         ),
     ] = None,
     reward: Annotated[

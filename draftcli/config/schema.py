@@ -223,8 +223,8 @@ class DataConfig(Section):
     """Prompts."""
 
     prompts: LocalPath | Annotated[list[str], Field(min_length=1)] = "toy-train"
-    """A .txt, .jsonl or .tar file, a folder of .txt files, the name of a built-in set, a dataset's id
-    (owner/name:column), or a list."""
+    """A .txt, .jsonl, .tar, .csv, .tsv or .parquet file, a folder of .txt files, the name of a built-in set, a
+    dataset's id (owner/name:column), or a list."""
     validation_prompts: LocalPath | list[str] = []
     """Held-out prompts, likewise; empty: no validation."""
     validation_images: Count = 1
