@@ -54,4 +54,4 @@ def anneal(
     from draftcli.sampling.job import run as run_job
 
     console = open_console(options.quiet, options.debug)
-    print_result(run_job(options.job("anneal", source, kinds, stochastic), console), console)
+    print_result(run_job(options.job("anneal", source, kinds, stochastic, page=True), console), console)

@@ -141,8 +141,10 @@ class DrawingOptions:
 
         check_drawing(source, kinds, self.prompt or (), self.prompts, self.format_)
 
-    def job(self, name: str, source: DrawingSource, kinds: Sequence[str], stochastic: bool = False) -> Job:
-        """What the command `name` draws: a column for each of the annealing weights `kinds`."""
+    def job(
+        self, name: str, source: DrawingSource, kinds: Sequence[str], stochastic: bool = False, page: bool = False
+    ) -> Job:
+        """What the command `name` draws: a column for each of the annealing weights `kinds`. See `Job`."""
         from draftcli.sampling.job import Job
 
         return Job(
@@ -157,6 +159,7 @@ class DrawingOptions:
             batch_size=self.batch_size,
             suffix=self.format_,
             output=self.output,
+            page=page,
         )
 
 
