@@ -48,7 +48,8 @@ def anneal(
 
     source = options.source()
     kinds = [kind.strip() for text in weight or ["linear"] for kind in text.split(",")]
-    kinds = between_base_and_tuned(kinds) if not only else ["base", *kinds] if options.base else kinds
+    kinds = ["base", *kinds] if options.base else kinds
+    kinds = kinds if only or not source.is_tuned else between_base_and_tuned(kinds)
     options.check(source, kinds)
     from draftcli.cli.console import open_console
     from draftcli.sampling.job import run as run_job
