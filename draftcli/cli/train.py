@@ -122,6 +122,8 @@ def train(
     if process.is_main and not dry_run:
         _announce(cfg, folder, preset, literal_console(quiet=quiet))
     console = open_console(quiet or not process.is_main, debug, in_logs=not dry_run)
+    if process.is_main and verbose and not dry_run:
+        warn("--verbose has no effect without --dry-run")
     if process.is_main:
         _warn(cfg, processes, process.size)
     found = None

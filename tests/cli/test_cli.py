@@ -75,7 +75,9 @@ def test_a_dry_run_prints_the_settings_when_it_is_asked_to():
 
 
 def test_a_training_says_at_once_what_it_does(tiny_sdxl):
-    lines = draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run").out.splitlines()
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run", "--verbose")
+    assert result.err == "warning: --verbose has no effect without --dry-run\n"
+    lines = result.out.splitlines()
     assert lines[0] == f"run run: {tiny_sdxl}, 4 steps"
     assert lines[1] == "loading torch, diffusers and transformers"
     assert lines[2].startswith("loaded in ")
