@@ -24,7 +24,7 @@ browser: .venv/.installed-browser
 	$(BIN)/python -m pytest -m browser
 
 extras: .venv/.installed-extras
-	$(BIN)/python -m pytest tests/test_prompts.py tests/training/test_ema_and_best.py -k "dataset or wandb"
+	$(BIN)/python -m pytest tests/test_prompts.py tests/test_prompt_tables.py tests/training/test_ema_and_best.py -k "dataset or wandb"
 	$(BIN)/python -m pytest -n 2 tests/core/test_eight_bit.py tests/training/test_optimizer.py
 	$(BIN)/python -m pytest tests/planning/test_memory.py -k 8-bit
 	$(BIN)/python -m pytest tests/sampling/test_identity.py -k quantize
@@ -58,6 +58,7 @@ check: .venv/.installed-lint
 
 docs: .venv/.installed
 	$(BIN)/python docs/make_cli.py
+	$(BIN)/python docs/make_settings.py
 
 .venv/.installed: pyproject.toml constraints.txt
 	@echo "installing into .venv, a few minutes"

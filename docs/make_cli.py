@@ -7,7 +7,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-COMMANDS = ("train", "sample", "anneal", "eval", "merge-lora", "rewards list", "rewards check", "doctor")
+COMMANDS = (
+    "train",
+    "sample",
+    "anneal",
+    "eval",
+    "merge-lora",
+    "rewards list",
+    "rewards check",
+    "doctor",
+    "presets",
+    "runs",
+    "settings",
+)
 
 
 def cli_page() -> str:

@@ -107,6 +107,11 @@ def test_cli_page_is_what_the_commands_say():
     assert (ROOT / "docs" / "cli.md").read_text(encoding="utf-8") == made, "run `make docs`"
 
 
+def test_settings_page_is_what_the_schema_says():
+    made = runpy.run_path(str(ROOT / "docs" / "make_settings.py"))["settings_page"]()
+    assert (ROOT / "docs" / "settings.md").read_text(encoding="utf-8") == made, "run `make docs`"
+
+
 def test_the_python_example_of_the_readme_runs(capsys):
     example = next(block for block in blocks(ROOT / "README.md", "python") if "get_loss_and_metrics" in block)
     names: dict = {}

@@ -14,6 +14,7 @@ ALLOWED = {
     "errors": set(),
     "disk": {"umask"},
     "changes": set(),
+    "progress": set(),
     "contents": set(),
     "lines": set(),
     "config": set(),
@@ -22,6 +23,7 @@ ALLOWED = {
     "pictures": set(),
     "umask": set(),
     "runs": {"changes", "config", "contents", "disk", "lines"},
+    "run_states": {"disk", "lines", "runs"},
     "core": {"config", "runs", "umask", "file_kinds"},
     "rewards": {"config", "file_kinds"},
     "metrics": {"core"},
@@ -29,7 +31,7 @@ ALLOWED = {
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
     "training": {
         *("export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"),
-        "disk",
+        *("disk", "progress"),
     },
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {
@@ -46,6 +48,8 @@ ALLOWED = {
         "rewards",
         "config",
         "prompts",
+        "run_states",
+        "progress",
         "__init__",
     },
     "toy": {"rewards", "core", "umask", "__init__"},

@@ -105,9 +105,12 @@ def sparse_archive() -> bytes:
         ("two.tar", archive(FOX) + archive(OWL), "more follows what looks like its end; of several archives in one"),
         ("torn.tar", archive(FOX)[:1024] + b"x" * 512 + archive(OWL), "more follows what looks like its end"),
         ("sparse.tar", sparse_archive(), "member '1.txt' is sparse"),
-        ("data/p.csv", b"prompt\na fox\n", "a .csv is not read; expected a .txt, .jsonl or .tar file, a folder of"),
-        ("p.parquet", b"PAR1", "a .parquet is not read"),
-        ("data/p.json", b"[]", "a .json is not read"),
+        (
+            "data/p.json",
+            b"[]",
+            "a .json is not read; expected a .txt, .jsonl, .tar, .csv, .tsv or .parquet file, a folder",
+        ),
+        ("p.xlsx", b"PK\3\4", "a .xlsx is not read"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",  # packed bytes hold the time
 )

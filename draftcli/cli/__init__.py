@@ -13,32 +13,37 @@ import sys
 import typer
 
 from draftcli import __version__
-from draftcli.cli import anneal, doctor, eval, merge_lora, rewards, sample, train
+from draftcli.cli import anneal, doctor, eval, merge_lora, presets, rewards, runs, sample, settings, train
 from draftcli.cli.console import escape_unencodable, literal_console
+from draftcli.cli.help import PlainCommand, PlainGroup
 from draftcli.errors import DraftpError, InputError
 
 app = typer.Typer(
     name="draftp",
+    cls=PlainGroup,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune Stable Diffusion XL on differentiable rewards with DRaFT+.\n\n"
     "New here? `draftp train --preset toy` trains a tiny SDXL on this computer (73 seconds on two cores).",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 _TEXTS = ("--prompt", "--negative-prompt", "--set")  # options whose words are no paths, or hold them inside
 
-app.command("train")(train.train)
-app.command("sample")(sample.sample)
-app.command("anneal")(anneal.anneal)
-app.command("eval")(eval.evaluate)
-app.command("merge-lora")(merge_lora.merge_lora)
-app.command("doctor")(doctor.doctor)
+app.command("train", cls=PlainCommand)(train.train)
+app.command("sample", cls=PlainCommand)(sample.sample)
+app.command("anneal", cls=PlainCommand)(anneal.anneal)
+app.command("eval", cls=PlainCommand)(eval.evaluate)
+app.command("merge-lora", cls=PlainCommand)(merge_lora.merge_lora)
+app.command("doctor", cls=PlainCommand)(doctor.doctor)
 app.add_typer(rewards.app, name="rewards")
+app.command("presets", cls=PlainCommand)(presets.presets)
+app.command("runs", cls=PlainCommand)(runs.runs)
+app.command("settings", cls=PlainCommand)(settings.settings)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and leave.")) -> None:
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     if version:
         literal_console().print(f"draftp {__version__}")
         raise typer.Exit

@@ -7,14 +7,26 @@ from typing import Annotated
 
 import typer
 
+from draftcli.cli.completion import complete_presets, complete_settings
+
 
 def doctor(
     preset: Annotated[
-        str, typer.Option(metavar="NAME|FILE", help="The recipe whose model and precision are checked.")
+        str,
+        typer.Option(
+            metavar="NAME|FILE",
+            help="The recipe whose model and precision are checked.",
+            autocompletion=complete_presets,
+        ),
     ] = "toy",
     override: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, as in train. Repeatable."),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a setting, as in train. Repeatable.",
+            autocompletion=complete_settings,
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would be stored.")] = Path("runs"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and failures only.")] = False,
@@ -34,7 +46,7 @@ def doctor(
 
     `draftp doctor --preset sdxl-lora --set model.vae_precision=fp16`
     """
-    from draftcli.cli.console import busy, open_console
+    from draftcli.cli.console import open_console
     from draftcli.config import load_config
 
     cfg = load_config(preset, override or [])
@@ -43,8 +55,9 @@ def doctor(
     from rich.text import Text
 
     from draftcli.planning.doctor import examine
+    from draftcli.progress import busy
 
-    with busy(console, "looking"):
+    with busy(console, "checking this machine and the model"):
         findings = list(examine(cfg, output))
     colours = {"ok": "green", "warning": "yellow", "failed": "red"}
     table = Table(box=None, show_header=False, pad_edge=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from draftcli.cli.completion import complete_rewards, complete_runs
 from draftcli.cli.sample import BatchSize, Debug, Override, Quiet, Seed
 
 if TYPE_CHECKING:
@@ -19,8 +20,9 @@ def evaluate(
     names: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...",
+            metavar="RUN",
             help="Runs, checkpoints of runs, folders of pictures with an index.jsonl.  [default: the newest run]",
+            autocompletion=complete_runs,
         ),
     ] = None,
     weight: Annotated[
@@ -39,15 +41,19 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="FILE",
-            help=".txt, .jsonl, .tar, folder of .txt, built-in set or a dataset such as nateraw/parti-prompts.  "
-            "[default: the run's validation prompts]",
+            help=".txt, .jsonl, .tar, .csv, .parquet, folder of .txt, built-in set or a dataset such as "
+            "nateraw/parti-prompts.  [default: the run's validation prompts]",
         ),
     ] = None,
     num_images: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures per prompt; diversity needs 2.")] = 4,
     seed: Seed = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="A judge beside the run's trained and held-out rewards. Repeatable."),
+        typer.Option(
+            metavar="NAME",
+            help="A judge beside the run's trained and held-out rewards. Repeatable.",
+            autocompletion=complete_rewards,
+        ),
     ] = None,
     features: Annotated[
         str | None,

@@ -7,11 +7,17 @@ from typing import Annotated
 
 import typer
 
+from draftcli.cli.completion import complete_runs
+
 
 def merge_lora(
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN | LORA[=SCALE]]...", help="Runs and LoRA files.  [default: the newest run]"),
+        typer.Argument(
+            metavar="RUN|LORA[=SCALE]",
+            help="Runs and LoRA files.  [default: the newest run]",
+            autocompletion=complete_runs,
+        ),
     ] = None,
     base: Annotated[
         str | None, typer.Option(metavar="MODEL", help="Folder, hub id or .safetensors.  [default: the run's]")
@@ -63,8 +69,9 @@ def merge_lora(
     `draftp merge-lora style.safetensors --base checkpoint.safetensors --format single-file`
     """
     from draftcli.cli.console import open_console
-    from draftcli.export.arguments import check_arguments
+    from draftcli.export.arguments import check_arguments, check_options
 
+    check_options(format_, scale, dtype, verify)
     check_arguments(inputs or (), base)
     console = open_console(quiet, debug)
     from draftcli.export.merge import MergeRequest, merge

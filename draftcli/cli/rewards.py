@@ -6,10 +6,15 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Which rewards there are, and whether one is fit to train on.", no_args_is_help=True)
+from draftcli.cli.completion import complete_rewards
+from draftcli.cli.help import PlainCommand, PlainGroup
+
+app = typer.Typer(
+    cls=PlainGroup, help="Which rewards there are, and whether one is fit to train on.", no_args_is_help=True
+)
 
 
-@app.command("list")
+@app.command("list", cls=PlainCommand)
 def list_rewards(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the names only.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -43,9 +48,16 @@ def list_rewards(
     out.print("More: docs/rewards.md")
 
 
-@app.command("check")
+@app.command("check", cls=PlainCommand)
 def check(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A name, package.module:object or file.py:object.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A name, package.module:object or file.py:object.",
+            autocompletion=complete_rewards,
+        ),
+    ],
     pretrained: Annotated[
         str | None, typer.Option(metavar="ID|PATH", help="Its weights: hub id, local folder or file.")
     ] = None,
@@ -53,7 +65,7 @@ def check(
         str | None, typer.Option(metavar="ID|PATH", help="What its weights stand on, where it is elsewhere.")
     ] = None,
     size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Of the pictures that are scored.")] = "256x192",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or mps.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N or mps.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict only.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:

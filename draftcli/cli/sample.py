@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from draftcli.cli.completion import complete_runs, complete_settings
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,7 +21,11 @@ if TYPE_CHECKING:
 
 RunName = Annotated[
     str | None,
-    typer.Argument(metavar="RUN", help="A run's folder or one of its checkpoints.  [default: the newest run]"),
+    typer.Argument(
+        metavar="RUN",
+        help="A run's folder or one of its checkpoints.  [default: the newest run]",
+        autocompletion=complete_runs,
+    ),
 ]
 Model = Annotated[
     str | None,
@@ -75,7 +81,12 @@ BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Picture
 Format = Annotated[str, typer.Option("--format", metavar="NAME", help="png, jpg or webp.")]
 Override = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Any other setting, such as model.device=cuda:1. Repeatable."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Any other setting, such as model.device=cuda:1. Repeatable.",
+        autocompletion=complete_settings,
+    ),
 ]
 Output = Annotated[
     Path | None, typer.Option(metavar="DIR", help="Folder for the pictures.  [default: in the run's folder]")
@@ -130,8 +141,10 @@ class DrawingOptions:
 
         check_drawing(source, kinds, self.prompt or (), self.prompts, self.format_)
 
-    def job(self, name: str, source: DrawingSource, kinds: Sequence[str], stochastic: bool = False) -> Job:
-        """What the command `name` draws: a column for each of the annealing weights `kinds`."""
+    def job(
+        self, name: str, source: DrawingSource, kinds: Sequence[str], stochastic: bool = False, page: bool = False
+    ) -> Job:
+        """What the command `name` draws: a column for each of the annealing weights `kinds`. See `Job`."""
         from draftcli.sampling.job import Job
 
         return Job(
@@ -146,6 +159,7 @@ class DrawingOptions:
             batch_size=self.batch_size,
             suffix=self.format_,
             output=self.output,
+            page=page,
         )
 
 

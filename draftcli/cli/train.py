@@ -9,13 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from draftcli.cli.console import busy, literal_console, open_console, quoted
+from draftcli.cli.completion import complete_presets, complete_rewards, complete_settings
+from draftcli.cli.console import literal_console, open_console, print_table, quoted
 from draftcli.errors import warn
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from draftcli.config import Config
+    from draftcli.planning.fit import Fit
     from draftcli.training.result import TrainingResult
 
 
@@ -27,33 +29,49 @@ NEXT = ("draftp sample {}", "draftp anneal {} --weight linear", "draftp eval {}"
 def train(
     preset: Annotated[
         str | None,
-        typer.Option(metavar="NAME|FILE", help="A recipe that ships with draftp, or a YAML file.  [default: toy]"),
+        typer.Option(
+            metavar="NAME|FILE",
+            help="A recipe that ships with draftp, or a YAML file.  [default: toy]",
+            autocompletion=complete_presets,
+        ),
     ] = None,
     override: Annotated[
         list[str] | None,
         typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override a setting, such as trainer.max_steps=300. Repeatable."
+            "--set",
+            metavar="KEY=VALUE",
+            help="Override a setting, such as trainer.max_steps=300. Repeatable; draftp settings lists them.",
+            autocompletion=complete_settings,
         ),
     ] = None,
     prompts: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Prompts to train on: .txt, .jsonl, .tar, folder of .txt, built-in set, or a dataset's id.",
+            help="Prompts to train on: .txt, .jsonl, .tar, .csv, .parquet, folder of .txt, built-in set, or a "
+            "dataset's id.",
         ),
     ] = None,
     reward: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME[=WEIGHT]", help="Reward to train on, in place of the preset's. Repeatable."),
+        typer.Option(
+            metavar="NAME[=WEIGHT]",
+            help="Reward to train on, in place of the preset's. Repeatable.",
+            autocompletion=complete_rewards,
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The run's folder.  [default: runs/NAME-OF-PRESET]")
     ] = None,
     processes: Annotated[
-        int, typer.Option(min=1, help="Train with so many processes on this machine, as torchrun starts them.")
+        int,
+        typer.Option(min=1, metavar="N", help="Train with so many processes on this machine, as torchrun starts them."),
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the settings and what they amount to; touch nothing.")
+        bool, typer.Option("--dry-run", help="Print what a step computes and the memory it needs; touch nothing.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="With --dry-run: print every setting as YAML too.")
     ] = False,
     fit: Annotated[
         str | None,
@@ -76,11 +94,12 @@ def train(
 
     `draftp train --preset sdxl-lora --reward pickscore=1.0 --set draftp.kl_coeff=0.2`
 
-    `draftp train --preset sdxl-full --dry-run`
+    `draftp train --preset sdxl-full --dry-run` (what a step computes, and its memory)
 
     `draftp train --preset sdxl-lora --fit 16GB --dry-run`
     """
-    from draftcli.config import dump_config, load_config, parse_reward
+    from draftcli.config import load_config, parse_reward
+    from draftcli.planning.size import parse_size
 
     values: dict[str, object] = {}
     if prompts:
@@ -90,6 +109,7 @@ def train(
     recipe = preset or DEFAULT_PRESET
     cfg = load_config(recipe, override or [], values)
     folder = output or Path("runs") / Path(recipe).stem
+    size = parse_size(fit) if fit else None
     if "RANK" not in os.environ:  # of several processes, open_run lets one speak for all
         from draftcli.training.starting import check_start
 
@@ -99,23 +119,26 @@ def train(
     process = this_process(processes)
     if process.is_launcher and not dry_run:
         raise typer.Exit(_launch(cfg, processes, fits=fit is not None))
-    console = open_console(quiet or not process.is_main, debug)
+    if process.is_main and not dry_run:
+        _announce(cfg, folder, preset, literal_console(quiet=quiet))
+    console = open_console(quiet or not process.is_main, debug, in_logs=not dry_run)
+    if process.is_main and verbose and not dry_run:
+        warn("--verbose has no effect without --dry-run")
     if process.is_main:
         _warn(cfg, processes, process.size)
-    if fit:
+    found = None
+    if size is not None:
         given = frozenset(text.partition("=")[0].strip() for text in override or [])
         with process.one_speaker():
-            cfg = _fitted(cfg, fit, given, process.size, console)
+            found = _fitted(cfg, size, given, process.size, console)
+        cfg = found.cfg
     if dry_run:
-        out = literal_console()
-        out.print(dump_config(cfg))
-        _print_plan(cfg, process.size, out)
+        _print_plan(cfg, found, process.size, verbose)
         return
+    if found is not None:
+        _print_choices(found, console)
     from draftcli.training.loop import train as run_training
 
-    if preset is None:
-        console.print(f"preset {recipe}, as no --preset was given")
-    console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps")
     _print_result(run_training(cfg, folder, console), folder, console)
 
 
@@ -137,37 +160,49 @@ def _warn(cfg: Config, processes: int, started: int) -> None:
         warn(f"--processes {processes} has no effect: the launcher has started {started}")
 
 
-def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, console: Console) -> Config:
-    from draftcli.planning.fit import fit, parse_size
+def _announce(cfg: Config, folder: Path, preset: str | None, console: Console) -> None:
+    if preset is None:
+        console.print(f"preset {DEFAULT_PRESET}, as no --preset was given")
+    console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps")
+
+
+def _fitted(cfg: Config, size: int, given: frozenset[str], ranks: int, console: Console) -> Fit:
+    from draftcli.planning.fit import fit
     from draftcli.planning.memory import GB, MemoryPlan, memory_plan
     from draftcli.planning.plan import configuration_folder
+    from draftcli.progress import busy
 
-    bytes_there, folder, tried = parse_size(size), configuration_folder(cfg), 0
-    with busy(literal_console(stderr=True, quiet=console.quiet), "working out what fits") as status:
+    folder, tried = configuration_folder(cfg), 0
+    asked = f"working out what fits {size / GB:.4g} GB"
+    with busy(literal_console(stderr=True, quiet=console.quiet), asked) as activity:
 
         def plan(some: Config) -> MemoryPlan:
             nonlocal tried
             tried += 1
-            status.update(f"working out what fits {size}: settings {tried}")
-            return memory_plan(some, folder, ranks)
+            found = memory_plan(some, folder, ranks)
+            activity.update(f"{asked}: settings {tried} need {found.needed / GB:.1f} GB")
+            return found
 
-        found = fit(cfg, bytes_there, plan, given, ranks)
-    if not console.quiet:
-        out = literal_console()
-        out.print(f"fit {size}: needs {found.plan.needed / GB:.1f} GB")
-        for choice in found.choices:
-            out.print(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.cost}")
-    return found.cfg
+        return fit(cfg, size, plan, given, ranks)
+
+
+def _print_choices(found: Fit, console: Console) -> None:
+    from draftcli.planning.memory import GB
+
+    console.print(f"these settings need {found.plan.needed / GB:.1f} GB")
+    for choice in found.choices:
+        console.print(f"  {choice.setting}={_yaml(choice.value)}  costs {choice.cost}")
 
 
 def _yaml(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _print_plan(cfg: Config, ranks: int, console: Console) -> None:
-    from draftcli.planning.ledger import ledger_lines
-    from draftcli.planning.memory import memory_lines
-    from draftcli.planning.plan import make_plan
+def _print_plan(cfg: Config, found: Fit | None, ranks: int, verbose: bool) -> None:
+    """Everything is worked out before the first line is printed, so that an error stands alone."""
+    from draftcli.config import dump_config
+    from draftcli.planning.overview import plan_tables
+    from draftcli.progress import busy
     from draftcli.rewards import check_names
     from draftcli.training.prompt_sets import read_prompt_sets
 
@@ -175,33 +210,24 @@ def _print_plan(cfg: Config, ranks: int, console: Console) -> None:
     prompts = read_prompt_sets(cfg)
     for text in prompts.notes_for(cfg.sampling):
         warn(text)
-    plan = make_plan(cfg)
-    total = plan.images * (plan.forward + plan.base + plan.again)
-    lines = [
-        f"model        {cfg.model.pretrained} (counted from {plan.source})",
-        f"prompts      {len(prompts.training)} from {cfg.data.prompts}",
-        f"rewards      {', '.join(cfg.rewards) or 'none'}; held out: {', '.join(cfg.held_out_rewards) or 'none'}",
-        f"trainable    {plan.trainable:,} parameters",
-        f"frozen       {sum(plan.frozen.values()):,} parameters",
-        *(f"             {count:>13,} {name}" for name, count in plan.frozen.items()),
-        f"a step       {plan.images} images; {total:,.6g} UNet evaluations",
-        (
-            f"an image     {plan.forward:.4g} UNet evaluations in {cfg.sampling.steps} steps "
-            "(a guided one counts twice), "
-            f"{plan.with_gradient:.4g} of them with gradient, and {plan.base:.4g} of the base"
-            + (f"; {plan.again:.4g} again in backward" if plan.again else "")
-        ),
-        f"the run      {cfg.trainer.max_steps} steps, {cfg.trainer.max_steps * plan.images:,} images",
-    ]
-    console.print("\n".join(lines))
-    if sys.stderr.isatty():
-        print("memory is worked out now, on tensors without data: for SDXL some seconds", file=sys.stderr)
-    console.print("\n".join(memory_lines(cfg, plan.folder, ranks)))
-    console.print("\n".join(ledger_lines(cfg, plan.folder)))
+    with busy(literal_console(stderr=True), "working out a step and its memory, on tensors without data"):
+        tables = plan_tables(cfg, prompts, ranks)
+    out = literal_console()
+    if verbose:
+        out.print(dump_config(cfg))
+    if found is not None:
+        _print_choices(found, out)
+        out.print()
+    for table in tables:
+        numbers = range(1, len(table.headings)) if any(table.headings) else ()
+        print_table(table.headings, table.rows, out, numbers)
+        out.print(f"{table.note}\n" if table.note else "")
+    if not verbose:
+        out.print("--verbose prints the settings as well")
 
 
 def _print_result(result: TrainingResult, folder: Path, console: Console) -> None:
-    from draftcli.training.live import duration
+    from draftcli.progress import duration
 
     if result.already_done:
         console.print(f"{folder} is finished ({result.step} steps); raise trainer.max_steps to go on")

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from draftcli.config.listing import (
+    Setting,
+    SettingsSection,
+    all_settings,
+    find_settings,
+    section_names,
+    settings_schema,
+    settings_sections,
+)
+from draftcli.config.presets import Preset, find_preset, list_presets
 from draftcli.config.reading import (
     check_config,
     dump_config,
@@ -41,22 +51,32 @@ __all__ = [
     "OptimConfig",
     "PeftConfig",
     "Precision",
+    "Preset",
     "Purpose",
     "RelativeConfig",
     "RewardConfig",
     "RewardSource",
     "SamplingConfig",
     "SchedConfig",
+    "Setting",
+    "SettingsSection",
     "ShardingConfig",
     "TrainerConfig",
+    "all_settings",
     "check_batch_size",
     "check_config",
     "conflicts",
     "dump_config",
     "expand_home",
+    "find_preset",
+    "find_settings",
+    "list_presets",
     "load_config",
     "parse_reward",
     "preset_names",
     "presets_folder",
+    "section_names",
+    "settings_schema",
+    "settings_sections",
     "without_effect",
 ]

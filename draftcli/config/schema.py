@@ -70,11 +70,13 @@ class SamplingConfig(Section):
     """How pictures are drawn, in training as in validation."""
 
     height: Edge = 1024
+    """Of the images, in pixels."""
     width: Edge = 1024
+    """Of the images, in pixels."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 25
     """N, sampler steps."""
     scale: Annotated[float, Field(le=100)] = 5.0
-    """Classifier-free guidance; 1 is none."""
+    """Classifier-free guidance, 1 to 100; 1 is none."""
     sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "euler"
     """heun takes two evaluations a step; heun and dpmpp_2m draw only, training is with euler or ddim."""
     schedule: Literal["trailing", "leading"] = "trailing"
@@ -85,6 +87,7 @@ class SamplingConfig(Section):
     """First and last part of the steps with guidance, [from, to) in shares of N; outside, scale 1 at half the price
     (Kynkäänniemi et al. 2024). It changes the pictures, and other programs that draw with the LoRA must do the same."""
     negative_prompt: str | None = None
+    """What the images should not show; null: nothing in particular, as diffusers does without one."""
     sizes: list[tuple[Edge, Edge]] = []
     """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
 
@@ -195,6 +198,7 @@ class RewardConfig(RewardSource):
     """One reward's part in the sum."""
 
     weight: float = 1.0
+    """Factor of this reward in the sum that is trained on. Negative: lower scores are wanted."""
     normalise: Literal["none", "std", "range"] = "none"
     """Divide by what the scores of the training so far span: their deviation over about the last hundred steps, or
     largest minus smallest. The first step of a run only measures."""
@@ -224,8 +228,8 @@ class DataConfig(Section):
     """Prompts."""
 
     prompts: LocalPath | Annotated[list[str], Field(min_length=1)] = "toy-train"
-    """A .txt, .jsonl or .tar file, a folder of .txt files, the name of a built-in set, a dataset's id
-    (owner/name:column), or a list."""
+    """A .txt, .jsonl, .tar, .csv, .tsv or .parquet file, a folder of .txt files, the name of a built-in set, a
+    dataset's id (owner/name:column), or a list."""
     validation_prompts: LocalPath | list[str] = []
     """Held-out prompts, likewise; empty: no validation."""
     validation_images: Count = 1
@@ -239,7 +243,9 @@ class SchedConfig(Section):
     """Learning rate over time, by diffusers.optimization.get_scheduler."""
 
     name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
+    """How the learning rate changes; linear and cosine fall to 0 at trainer.max_steps."""
     warmup_steps: CountFromZero = 0
+    """Steps in which the learning rate rises from 0 to optim.lr; constant has none."""
 
 
 class OptimConfig(Section):
@@ -249,8 +255,11 @@ class OptimConfig(Section):
     """adamw8bit keeps the moments in 8 bits, 2 bytes a weight instead of 8, for full fine-tuning; needs the extra
     `bitsandbytes`."""
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Learning rate."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay of AdamW's two moments."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay."""
     sched: SchedConfig = SchedConfig()
 
 
@@ -258,6 +267,7 @@ class TrainerConfig(Section):
     """The loop."""
 
     max_steps: Count = 300
+    """Optimizer steps of the whole run."""
     micro_batch_size: Count = 1
     """Images per backward."""
     global_batch_size: Count = 16
@@ -272,6 +282,7 @@ class TrainerConfig(Section):
     """The newest so many stay, and the best by the first of held_out_rewards (else by the trained reward on held-out
     prompts)."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
+    """Of everything random in a training, and of the images in validation."""
 
 
 class EmaConfig(Section):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,16 @@ def named_weighing(kind: str) -> tuple[str, Weighing]:
         return kind.replace(":", "."), _imported(kind)
     name, curve = _parse(kind)
     return name, _by_progress(curve)
+
+
+def between_base_and_tuned(kinds: Sequence[str]) -> list[str]:
+    """`kinds` with base before them and tuned after them, where they are not among them.
+
+    Raises:
+        InputError: as `weighing`.
+    """
+    names = {named_weighing(kind)[0] for kind in kinds}
+    return [*(["base"] if "base" not in names else []), *kinds, *(["tuned"] if "tuned" not in names else [])]
 
 
 def _parse(kind: str) -> tuple[str, Curve]:

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
+from draftcli.config import Precision
 from draftcli.core.models.places import checked_file, is_single_file
 from draftcli.errors import InputError
 from draftcli.runs import find_run, split_scale
+
+FORMAT_NAMES = ("diffusers", "single-file", "lora", "kohya")  # the classes are in formats.OUTPUT_FORMATS
+VERIFICATIONS = ("keys", "forward")
+
+
+def check_options(format_: str, scale: float, dtype: str | None, verify: str) -> None:
+    """See that each option is one of those allowed.
+
+    Args:
+        format_: --format.
+        scale: --scale.
+        dtype: --dtype; None: not given.
+        verify: --verify.
+
+    Raises:
+        InputError: one is not.
+    """
+    for option, given, allowed in (
+        ("--format", format_, FORMAT_NAMES),
+        ("--dtype", dtype, get_args(Precision)),
+        ("--verify", verify, VERIFICATIONS),
+    ):
+        if given is not None and given not in allowed:
+            raise InputError(f"{option} {given}: allowed are {', '.join(allowed)}")
+    if scale == 0 or not math.isfinite(scale):
+        raise InputError(f"--scale {scale:g} would change nothing; give a finite number that is not 0")
 
 
 def check_arguments(inputs: Sequence[str], base: str | None) -> None:

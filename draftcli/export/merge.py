@@ -17,6 +17,7 @@ from draftcli import __version__
 from draftcli.core.lora.files import Shapes
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
+from draftcli.export.arguments import check_options
 from draftcli.export.base import Base, family_shapes, open_base
 from draftcli.export.card import merge_card, push_to_hub
 from draftcli.export.formats import OUTPUT_FORMATS, MergeJob, OutputFormat
@@ -25,8 +26,6 @@ from draftcli.export.lineage import lineage_of_merge
 from draftcli.export.report import NO_BASE, REPORT, MergeReport, ReportedInput
 from draftcli.export.tensors import Wrote, close_files
 from draftcli.runs import disk_errors
-
-VERIFICATIONS = ("keys", "forward")
 
 
 @dataclass(frozen=True)
@@ -71,16 +70,9 @@ class MergeRequest:
         Raises:
             InputError: one is not.
         """
-        if self.format not in OUTPUT_FORMATS:
-            raise InputError(f"--format {self.format}: allowed are {', '.join(OUTPUT_FORMATS)}")
+        check_options(self.format, self.scale, self.dtype, self.verify)
         if self.rank is not None and not OUTPUT_FORMATS[self.format].is_lora:
             warnings.warn(f"--rank has no effect with --format {self.format}: a merged model has no rank", stacklevel=3)
-        if self.scale == 0 or not abs(self.scale) < float("inf"):
-            raise InputError(f"--scale {self.scale:g} would change nothing; give a finite number that is not 0")
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise InputError(f"--dtype {self.dtype}: allowed are {', '.join(DTYPES)}")
-        if self.verify not in VERIFICATIONS:
-            raise InputError(f"--verify {self.verify}: allowed are {', '.join(VERIFICATIONS)}")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from draftcli.core.phase import Phase
 from draftcli.core.prefix import evaluations_per_step
 from draftcli.core.rollout import Rollout
 from draftcli.core.schedule import make_schedule
-from draftcli.planning.rehearsal import NamedRewards, largest, of_one_evaluation, one_image, remembered, weights_of
+from draftcli.planning.rehearsal import NamedRewards, of_one_evaluation, one_image, remembered, weights_of
 from draftcli.planning.repeated_layers import RepeatedLayers
 from draftcli.planning.without_data import WithoutData
 
@@ -157,24 +157,6 @@ def make_ledger(cfg: Config, folder: Path) -> Ledger:
         Phase.BACKWARD: with_gradient,
     }
     return Ledger(evaluations, flop, _moved(cfg, folder))
-
-
-def ledger_lines(cfg: Config, folder: Path) -> list[str]:
-    """The ledger for people: FLOP of an image by phase, and the seconds that they take at some rates."""
-    ledger, (height, width) = make_ledger(cfg, folder), largest(cfg)
-    unit, size, rates = ("TFLOP", 1e12, RATES) if ledger.total >= 1e12 else ("GFLOP", 1e9, SMALL_RATES)
-
-    def line(flop: float, name: str) -> str:
-        seconds = "".join(f"{flop / size / rate:>10.3f}" for rate in rates)
-        return f"{flop / size:>19.2f}{seconds}   {name}"
-
-    named = f"{', '.join(map(str, rates[:-1]))} and {rates[-1]} {unit}/s"
-    lines = [f"work         {unit} of an image at {height} x {width}, and seconds for them at {named}; not measured"]
-    lines += [line(flop, phase) for phase, flop in ledger.flop.items() if flop]
-    lines.append(line(ledger.total, "in all"))
-    if ledger.moved:
-        lines.append(f"{ledger.moved / 1e9:>19.2f} GB of weights go to the GPU and from it in each step")
-    return lines
 
 
 def count_flop(work: Callable[[], Any]) -> FlopCounterMode:

@@ -17,7 +17,7 @@ from draftcli.config import Config, check_batch_size
 from draftcli.core.backward import Work
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.phase import JUDGING_PHASES, Phase
-from draftcli.planning.rehearsal import judging_of, largest, prefix_of, steps_of, validates, weights_of
+from draftcli.planning.rehearsal import judging_of, prefix_of, steps_of, validates, weights_of
 from draftcli.planning.shares import per_rank
 
 GB = 1e9
@@ -154,31 +154,3 @@ def _passing(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
 
 def _prefix_batch(cfg: Config, images: int) -> int:
     return min(images, Work.of(cfg).prefix if cfg.sharding.two_stage else cfg.trainer.micro_batch_size)
-
-
-def memory_lines(cfg: Config, folder: Path, ranks: int = 1) -> list[str]:
-    """The plan for people: what is held all the time, the peak of each phase, and the table over ranks under fsdp."""
-    plan = memory_plan(cfg, folder, ranks)
-    size = largest(cfg)
-    where = "on a CPU" if cfg.model.device == "cpu" else "on a GPU"
-    whose = "of the process" if ranks == 1 else f"of each of {ranks} processes"
-    always, digits = sum(plan.resident.values()), 2 if plan.peak > GB else 3
-
-    def line(bytes_: int, name: str) -> str:
-        return f"{bytes_ / GB:>19.{digits}f} {name}"
-
-    lines = [f"memory       GB (10^9 bytes) {whose} {where} at {size[0]} x {size[1]}, worked out, not measured"]
-    lines.append(line(always, "load, there all the time:"))
-    lines += [line(part, f"  {name}") for name, part in plan.resident.items() if part >= 0.005 * always]
-    lines += [line(most, name) for name, most in plan.phases.items()]
-    lines.append(line(plan.needed, f"needed: the largest, and {plan.allowance / GB:.2f} for context and fragmentation"))
-    if plan.uncounted:
-        lines.append(f"             not counted: the networks of {', '.join(plan.uncounted)}")
-    if cfg.sharding.strategy == "fsdp":
-        lines.append("fsdp         GB of each process: trained, gradient, AdamW, frozen, whole (VAE, text, rewards)")
-        counts = [count for count in (1, 2, 4, 8, 16) if count == 1 or count % (cfg.sharding.shard_size or 1) == 0]
-        for count, share in per_rank(cfg, folder, counts).items():
-            trained = share["trained"] / GB
-            parts = (trained, trained, 2 * trained, share["frozen"] / GB, share["whole"] / GB)
-            lines.append(f"{count:>9} ranks" + "".join(f"{part:>8.2f}" for part in parts) + f"   sum {sum(parts):.2f}")
-    return lines

@@ -178,7 +178,7 @@ def _from_text(raw: bytes) -> tuple[Prompt, list[str]]:
     if "\0" in text:
         raise ValueError("not text, as it holds zero bytes; if it is UTF-16, save it as UTF-8")
     item, left_out = read_switches(re.sub(r"\r\n|[\r\n]", " ", text).strip())
-    return _from_item(item), left_out
+    return prompt_from_item(item), left_out
 
 
 def _from_json(raw: bytes) -> tuple[Prompt, list[str]]:
@@ -192,10 +192,16 @@ def _from_json(raw: bytes) -> tuple[Prompt, list[str]]:
     unknown = sorted(item.keys() - set(_KEYS))
     if unknown:
         raise ValueError(f"unknown key {unknown[0]!r}; known are {', '.join(_KEYS)}")
-    return _from_item(item), []
+    return prompt_from_item(item), []
 
 
-def _from_item(item: Mapping[str, Any]) -> Prompt:
+def prompt_from_item(item: Mapping[str, Any]) -> Prompt:
+    """The prompt that prompt, negative_prompt, seed and size ([height, width]) say.
+
+    Raises:
+        ValueError: one of them is not what it can be.
+        InputError: as `Prompt`.
+    """
     negative, seed, size = item.get("negative_prompt"), item.get("seed"), item.get("size")
     if negative is not None and not isinstance(negative, str):
         raise ValueError("negative_prompt must be text")

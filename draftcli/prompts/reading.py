@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from draftcli.errors import InputError
 from draftcli.prompts.files import PROMPT_FILES, PromptFile, read_folder
 from draftcli.prompts.notation import Notation
 from draftcli.prompts.prompt import Prompt, PromptList, PromptSequence
+from draftcli.prompts.tables import TABLE_FILES, read_table
 
 _DATASET = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w .-]+)?(@[\w.:%\[\]-]+)?")
 _PACKED_FILES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
 # Endings of files that a dataset's id does not have, though a full stop may stand in one.
-_OTHER_FILES = {".csv", ".tsv", ".parquet", ".json", ".arrow", ".xlsx", ".yaml", ".yml", ".toml", ".md", ".text"}
+_OTHER_FILES = {".json", ".arrow", ".xlsx", ".yaml", ".yml", ".toml", ".md", ".text"}
 _COLUMNS = ("prompt", "Prompt", "text", "caption")  # of a dataset, the first that is there
 
 
@@ -49,7 +50,7 @@ def read_prompts(source: str | Sequence[str], setting: str = "data.prompts") -> 
         prompts = _dataset(source, where)
     else:
         try:
-            prompts = read_folder(path, where) if path.is_dir() else PromptFile(path, where)
+            prompts = _reader(path)(path, where)
         except OSError as error:
             raise InputError(f"{where}: cannot be read ({error.strerror}){_named(error, path)}") from None
     if not prompts:
@@ -67,7 +68,7 @@ def find_prompts(source: str, setting: str = "data.prompts") -> Path | None:
     where = f"{setting} {source}"
     if os.path.isdir(path):  # noqa: PTH112, as Path.is_dir raises for what cannot be a name
         return path
-    if path.suffix.lower() in PROMPT_FILES:
+    if path.suffix.lower() in (*PROMPT_FILES, *TABLE_FILES):
         try:
             path.stat()
         except OSError as error:
@@ -80,9 +81,16 @@ def find_prompts(source: str, setting: str = "data.prompts") -> Path | None:
     if _DATASET.fullmatch(source) and path.suffix.lower() not in _PACKED_FILES | _OTHER_FILES and not path.is_file():
         return None
     raise InputError(
-        f"{setting} {source!r}: {_why_not(source, path)}expected a .txt, .jsonl or .tar file, a folder of "
-        f".txt files, a dataset's id (owner/name), or one of the sets {', '.join(built_in_sets())}"
+        f"{setting} {source!r}: {_why_not(source, path)}expected a .txt, .jsonl, .tar, .csv, .tsv or .parquet "
+        f"file, a folder of .txt files, a dataset's id (owner/name), or one of the sets {', '.join(built_in_sets())}"
     )
+
+
+def _reader(path: Path) -> Callable[[Path, str], PromptSequence]:
+    """What reads a file or folder."""
+    if path.is_dir():
+        return read_folder
+    return read_table if path.suffix.lower() in TABLE_FILES else PromptFile
 
 
 def _named(error: OSError, path: Path) -> str:
@@ -114,7 +122,7 @@ def _dataset(source: str, where: str) -> PromptSequence:
     except ImportError:
         raise InputError(
             f"{where}: a dataset of the Hugging Face hub needs one more package: pip install 'draftp[datasets]'; "
-            "for a file, give its whole name (.txt, .jsonl, .tar)"
+            "for a file, give its whole name (.txt, .jsonl, .tar, .csv, .tsv, .parquet)"
         ) from None
     place, _, split = source.partition("@")
     name, _, column = place.partition(":")
@@ -122,7 +130,9 @@ def _dataset(source: str, where: str) -> PromptSequence:
         rows = datasets.load_dataset(name, split=split or "train")
     except Exception as error:  # the hub, its mirror, its formats and its network have an exception each
         reason = str(error).partition("\n")[0]
-        raise InputError(f"{where}: no such dataset at hand ({reason}); or give a .txt, .jsonl or .tar file") from None
+        raise InputError(
+            f"{where}: no such dataset at hand ({reason}); or give a .txt, .jsonl, .tar, .csv or .parquet file"
+        ) from None
     texts = [c for c in rows.column_names if getattr(rows.features[c], "dtype", None) in ("string", "large_string")]
     found = next((c for c in ([column] if column else _COLUMNS) if c in texts), None)
     if found is None:

@@ -48,6 +48,7 @@ class Job:
         batch_size: pictures drawn together; None: by their size.
         suffix: png, jpg or webp.
         output: folder; None: in the source's.
+        page: write compare.html for one column too; for several it is written anyway.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Job:
     batch_size: int | None = None
     suffix: str = "png"
     output: Path | None = None
+    page: bool = False
 
 
 @dataclass
@@ -181,7 +183,7 @@ def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, result: Drawi
     with disk_errors(sheet):
         _write_overview(sheet, written, rows, title, settings, key)
         result.written |= {"index": written.index, "sheet": sheet}
-        if len(written.evaluations) > 1:
+        if job.page or len(written.evaluations) > 1:
             result.written["page"] = free_path(folder, "compare", ".html", key, read_page_key)
             write_page(result.written["page"], written, title, f"{settings} {_cost()}", key)
 

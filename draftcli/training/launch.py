@@ -1,4 +1,7 @@
-"""How many processes train, which one this is, and starting several on this machine by torchrun's own launcher."""
+"""How many processes train, which one this is, and starting several on this machine by torchrun's own launcher.
+
+Torch is imported where it is needed: a process alone knows its place without.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-from draftcli.core.engine.ranks import world_size
 from draftcli.errors import DraftpError, InputError
 
 
@@ -53,8 +51,11 @@ def this_process(asked: int) -> ThisProcess:
     """
     if asked > 1 and "RANK" not in os.environ:
         return ThisProcess(asked, is_main=True, is_launcher=True)
-    size = world_size() if "WORLD_SIZE" in os.environ else asked
-    return ThisProcess(size, is_main=os.environ.get("RANK", "0") == "0", is_launcher=False)
+    if "WORLD_SIZE" in os.environ:
+        from draftcli.core.engine.ranks import world_size
+
+        asked = world_size()
+    return ThisProcess(asked, is_main=os.environ.get("RANK", "0") == "0", is_launcher=False)
 
 
 def launch(count: int, arguments: Sequence[str], patience: int) -> int:
@@ -71,6 +72,10 @@ def launch(count: int, arguments: Sequence[str], patience: int) -> int:
     Raises:
         DraftpError: one was killed.
     """
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(patience))
     launcher = ["--standalone", "--nproc-per-node", str(count), "-m", "draftcli", *arguments]
     try:

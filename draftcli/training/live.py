@@ -17,8 +17,11 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from draftcli.progress import duration
+
 PLAIN_LINES = 20  # how many progress lines a run prints where the output is no terminal
 BARS, ASCII_BARS = "▁▂▃▄▅▆▇█", "._-=+*%#"
+ENDINGS = {"finished": ("✓", "*", "green"), "stopped": ("■", "=", "yellow"), "failed": ("✗", "x", "red")}
 CURVE = 24  # characters
 RECENT_STEPS = 20  # whose mean says how long a step takes
 
@@ -52,6 +55,7 @@ class LiveView:
         self._validate_every, self._validation_seconds, self._validated_at = validate_every, 0.0, first
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._unicode = console.encoding.startswith("utf")
+        self._ending = ""
         self._spinner = Spinner("dots" if self._unicode else "line")
         self._stack = ExitStack()
 
@@ -62,7 +66,9 @@ class LiveView:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._note = "" if kind is None else "stopped"
+        is_failure = kind is not None and kind is not KeyboardInterrupt
+        self._ending = "failed" if is_failure else "finished" if self._at >= self.last else "stopped"
+        self._note = "" if self._ending == "finished" else f"{self._ending} after step {self._at}"
         self._stack.__exit__(kind, error, trace)
 
     def print(self, text: str) -> None:
@@ -113,12 +119,19 @@ class LiveView:
         every, done = self._validate_every, self._at if self._validated_at == self._at else self._at - 1
         return -(-self.last // every) - done // every if every else 0
 
+    def _sign(self) -> RenderableType:
+        """A spinner, and at the end what happened."""
+        if not self._ending:
+            return self._spinner if self._at < self.last or self._note else Text(" ")
+        sign, in_ascii, colour = ENDINGS[self._ending]
+        return Text(sign if self._unicode else in_ascii, style=colour)
+
     def __rich__(self) -> RenderableType:
         """What the terminal shows now."""
         elapsed = duration(time.monotonic() - self._began)
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            self._spinner if self._at < self.last or self._note else Text(" "),
+            self._sign(),
             Text(self.name, style="bold", no_wrap=True),
             ProgressBar(total=self.last, completed=self._at, width=30),
             Text(f"step {self._at}/{self.last}", no_wrap=True),
@@ -142,13 +155,3 @@ def curve(values: Sequence[float], width: int, bars: str = BARS) -> str:
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(cuts)]
     low, high = min(means), max(means)
     return "".join(bars[round((m - low) / (high - low) * (len(bars) - 1)) if high > low else 0] for m in means)
-
-
-def duration(seconds: float) -> str:
-    """In two units at most: 42 s, 3 min 20 s, 2 h 5 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
@@ -76,13 +77,22 @@ def written_files(run: Run) -> dict[str, list[Path]]:
     return {what: paths for what, paths in existing.items() if paths}
 
 
-def validation_in_words(line: ValidationLine) -> str:
-    """A validation as one line for people."""
-    changes = [_change(name, figures) for name, figures in line["rewards"].items()]
+def validation_in_words(line: ValidationLine, held_out: Collection[str] = ()) -> str:
+    """A validation for people: a headline, then a row for each reward and one for diversity.
+
+    Args:
+        line: of validation.jsonl.
+        held_out: rewards that are not trained on; one that has fallen is marked.
+    """
+    rows = [("reward", "base", "tuned", "change (95 % interval)")]
+    rows += [(name, *_row(figures, name in held_out)) for name, figures in line["rewards"].items()]
     diversity, kept = line["diversity"], diversity_kept(line)
-    change = f"diversity in pixels {diversity['base']:.3f} -> {diversity['tuned']:.3f}"
-    changes.append(change if kept is None or not line["step"] else f"{change}, {kept.words} of the base's")
-    return f"validation after step {line['step']}, {line['images']} pictures, base -> tuned: {'; '.join(changes)}"
+    share = "" if kept is None or not line["step"] else f"{kept.words} of the base's"
+    rows.append(("diversity in pixels", f"{diversity['base']:.3f}", f"{diversity['tuned']:.3f}", share))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:3], widths[1:]), row[3]]) for row in rows]
+    headline = f"validation after step {line['step']}, {line['images']} images"
+    return "\n  ".join([headline, *(text.rstrip() for text in lines)])
 
 
 def diversity_kept(line: ValidationLine) -> DiversityKept | None:
@@ -108,7 +118,12 @@ def diversity_warning(line: ValidationLine) -> str | None:
     )
 
 
-def _change(name: str, figures: dict[str, float]) -> str:
-    interval = f", 95 % {figures['low']:+.3f} to {figures['high']:+.3f}"
-    known = interval if has_interval(figures["low"], figures["high"]) else ""
-    return f"{name} {figures['base']:.3f} -> {figures['tuned']:.3f} ({figures['difference']:+.3f}{known})"
+def _row(figures: dict[str, float], is_held_out: bool) -> tuple[str, str, str]:
+    """Base, tuned and the change with its interval, of one reward."""
+    low, high = figures["low"], figures["high"]
+    known = has_interval(low, high)
+    change = f"{figures['difference']:+.3f}" + (f" ({low:+.3f} to {high:+.3f})" if known else "")
+    if is_held_out:
+        falls = "" if figures["difference"] >= 0 else ", falls" if known and high < 0 else ", falls (not certain)"
+        change += f"  held out{falls}"
+    return f"{figures['base']:.3f}", f"{figures['tuned']:.3f}", change

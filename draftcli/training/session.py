@@ -119,7 +119,7 @@ class Session:
                 result["score"] = validation_score(result, weights, list(self.cfg.held_out_rewards))
                 result["training_reward"] = self._recent_reward(step)
                 self.log.validation(result, sheet)
-                self.live.print(validation_in_words(result))
+                self.live.print(validation_in_words(result, self.cfg.held_out_rewards))
                 self.live.validated(time.monotonic() - began)
                 for warning in (training_warning(self.run.validations(), list(weights)), diversity_warning(result)):
                     if warning is not None:

@@ -60,9 +60,27 @@ def test_dry_run_works_offline_for_every_preset_and_touches_nothing(preset):
     result = draftp("train", "--preset", preset, "--dry-run")
     assert result.code == 0, result.err
     assert result.err == "", "a preset of ours gives no warning"
-    for word in ("trainable", "frozen", "UNet evaluations", "images", "rewards", "kl_coeff"):
+    for word in ("trainable", "frozen", "UNet evaluations", "images", "rewards", "with gradient", "needed"):
         assert word in result.out
+    assert "kl_coeff" not in result.out
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_dry_run_prints_the_settings_when_it_is_asked_to():
+    result = draftp("train", "--preset", "toy", "--dry-run", "--verbose")
+    assert "kl_coeff: 12.0" in result.out
+    told = draftp("train", "--preset", "toy", "--verbose", "--dry-run", "--set", "sampling.sampler=heun")
+    assert (told.code, told.out) == (2, ""), "an error stands alone"
+    assert told.err.count("\n") == 1
+
+
+def test_a_training_says_at_once_what_it_does(tiny_sdxl):
+    result = draftp("train", "--preset", recipe(tiny_sdxl), "--output", "run", "--verbose")
+    assert result.err == "warning: --verbose has no effect without --dry-run\n"
+    lines = result.out.splitlines()
+    assert lines[0] == f"run run: {tiny_sdxl}, 4 steps"
+    assert lines[1] == "loading torch, diffusers and transformers"
+    assert lines[2].startswith("loaded in ")
 
 
 def test_dry_run_counts_sdxl_as_it_is():
@@ -107,9 +125,10 @@ def test_reward_replaces_those_of_the_preset_and_set_wins_over_the_file():
         "--set",
         "optim.lr=3e-4",
         "--dry-run",
+        "--verbose",
     )
     assert result.code == 0
-    assert "rewards      pickscore, clip;" in result.out
+    assert "rewards    pickscore, clip;" in result.out
     assert "lr: 0.0003" in result.out
 
 

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from draftcli.core.models.sdxl import SDXL_BASE
+from draftcli.export.arguments import FORMAT_NAMES
 from draftcli.export.base import open_base
 from draftcli.export.card import merge_card, opening
 from draftcli.export.formats import OUTPUT_FORMATS
@@ -31,6 +32,10 @@ def merge(run, name, *arguments):
 
 def weight_files(path):
     return sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+
+
+def test_the_command_line_knows_every_format():
+    assert tuple(OUTPUT_FORMATS) == FORMAT_NAMES
 
 
 @every_format

@@ -83,13 +83,15 @@ def test_bare_commands_draw_the_newest_run(runs):
         "0001-a-blue-bird-s1234-tuned.png",
         "0002-a-green-cat-asleep-on-a-windowsill-s1234-tuned.png",
     ]
-    result = run("anneal", "--weight", "linear")
+    result = run("anneal", "--weight", "linear", "--only")
     assert "linear: 10 UNet evaluations a picture" in result.out  # the first of 3 steps has weight 0
     assert len(by_column("runs/tiny/anneal", "linear")) == len(pictures("runs/tiny/anneal")) == 3
     assert Path("runs/tiny/anneal/anneal-sheet.png").is_file()
-    run("anneal")
-    assert len(pictures("runs/tiny/anneal")) == 9
     assert Path("runs/tiny/anneal/compare.html").is_file()
+    run("anneal", "--weight", "linear")
+    assert [len(by_column("runs/tiny/anneal", name)) for name in ("base", "linear", "tuned")] == [3, 3, 3]
+    assert len(pictures("runs/tiny/anneal")) == 9
+    assert "9 pictures, 9 of them there already" in run("anneal").out
 
 
 def test_the_newest_run_is_the_one_that_was_started_last(runs, lora_run):
@@ -173,7 +175,7 @@ def two_processes(*arguments):
 
 
 def test_two_processes_leave_the_same_files_as_one(lora_run):
-    options = ("anneal", lora_run, "--weight", "base,linear", "--num-images", 2)
+    options = ("anneal", lora_run, "--weight", "base,linear", "--only", "--num-images", 2)
     run(*options, "--output", "alone", "--batch-size", 2)
     assert two_processes(*options, "--output", "together", "--batch-size", 2) == [0, 0], Path("rank1.txt").read_text()
     equal(pictures("alone"), pictures("together"))
@@ -218,7 +220,7 @@ def changed_times(folder="out"):
 
 
 def test_what_is_there_is_not_drawn_again(lora_run, monkeypatch):
-    options = ("anneal", lora_run, "--weight", "base,linear", "--output", "out")
+    options = ("anneal", lora_run, "--weight", "base,linear", "--only", "--output", "out")
     run(*options)
     before, first = changed_times(), pictures()
     with monkeypatch.context() as patch:

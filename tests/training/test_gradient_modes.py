@@ -56,7 +56,7 @@ def test_a_run_of_every_mode(tiny_sdxl, name):
     assert all(parts[0][key].equal(whole[0][key]) for key in whole[0])
     assert any(tensor.abs().max() > 0 for key, tensor in whole[0].items() if "lora_B" in key), "it learned something"
     assert "sampler steps" in (Path("whole") / "final" / "README.md").read_text()
-    assert "of them with gradient" in draftp("train", "--preset", preset, "--dry-run").out
+    assert "tuned, with gradient" in draftp("train", "--preset", preset, "--dry-run").out
     assert draftp("sample", "whole", "--prompt", "a red circle", "--output", "drawn").code == 0
     merged = draftp("merge-lora", "whole", "--format", "kohya", "--output", "lora.safetensors", "--verify", "keys")
     assert merged.code == 0, merged.err

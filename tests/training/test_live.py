@@ -4,6 +4,7 @@ import io
 import os
 import pty
 import sys
+from contextlib import suppress
 from pathlib import Path
 from unittest import mock
 
@@ -11,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from draftcli.cli import main
-from draftcli.training.live import LiveView, curve, duration
+from draftcli.progress import duration
+from draftcli.training.live import LiveView, curve
 from tests.command import WITH_VALIDATION, draftp, in_child, recipe
 
 METRICS = {
@@ -46,6 +48,22 @@ def test_the_view_shows_where_a_run_is():
 def test_the_view_fits_a_narrow_terminal_and_one_without_unicode():
     assert "step 30/40" in frames(60)
     assert "#" in frames(120, "ascii")
+
+
+@pytest.mark.parametrize(
+    ("last", "error", "shown"),
+    [(3, None, "✓"), (9, None, "■"), (9, KeyboardInterrupt, "stopped after step 3"), (9, ValueError, "✗")],
+)
+def test_the_view_ends_with_what_happened(last, error, shown):
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    console = Console(file=file, force_terminal=True, width=160, legacy_windows=False)
+    with suppress(KeyboardInterrupt, ValueError), LiveView(console, "run", 0, last) as view:
+        for step in range(1, 4):
+            view.step({**METRICS, "step": step}, skipped=0)
+        if error is not None:
+            raise error
+    at_the_end = file.buffer.getvalue().decode().rsplit("run", 1)
+    assert shown in at_the_end[0][-20:] + at_the_end[1]
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,12 @@ def validation(step, base, tuned, low, high):
 
 NAN = math.nan
 CASES = [  # base, tuned and the interval of their ratio; what is said; whether it is warned about
-    ((0.06, 0.03, 0.417, 0.583), "0.060 -> 0.030, 50 % (95 % interval 41.7 to 58.3) of the base's", True),
+    ((0.06, 0.03, 0.417, 0.583), "0.060  0.030  50 % (95 % interval 41.7 to 58.3) of the base's", True),
     ((0.06, 0.05, 0.667, 1.17), "83.3 % (95 % interval 66.7 to 117, not distinguishable from the base)", False),
     ((0.06, 0.03, 0.2, 1.1), "not distinguishable from the base", False),
     ((0.06, 0.054, 0.867, 0.933), "90 % (95 % interval 86.7 to 93.3)", False),
     ((0.06, 0.03, NAN, NAN), "50 % (no interval)", False),
-    ((NAN, NAN, NAN, NAN), "diversity in pixels nan -> nan", False),
+    ((NAN, NAN, NAN, NAN), "diversity in pixels   nan    nan", False),
 ]
 
 
@@ -36,3 +36,25 @@ def test_a_line_of_the_file_has_null_where_nothing_is_known():
     for unknown in ({"kept_low": None, "kept_high": None}, {"kept": None}):
         line["diversity"] |= unknown
         assert diversity_warning(line) is None
+
+
+HELD_OUT = [  # the change of a held-out reward and its interval; what its row ends with
+    ((0.06, 0.04, 0.08), "+0.060 (+0.040 to +0.080)  held out"),
+    ((-0.06, -0.08, -0.04), "-0.060 (-0.080 to -0.040)  held out, falls"),
+    ((-0.06, -0.18, 0.04), "-0.060 (-0.180 to +0.040)  held out, falls (not certain)"),
+    ((-0.06, NAN, NAN), "-0.060  held out, falls (not certain)"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), HELD_OUT)
+def test_each_reward_has_a_row_and_a_held_out_one_that_falls_is_marked(change, words):
+    line = validation(40, 0.06, 0.05, 0.7, 0.9)
+    difference, low, high = change
+    figures = {"base": 0.7, "tuned": 0.7 + difference, "difference": difference, "low": low, "high": high, "n": 8}
+    line["rewards"] = {"toy": {**figures, "difference": -1.0}, "toy_oracle": figures}
+    headline, names, trained, held_out, diversity = validation_in_words(line, ["toy_oracle"]).splitlines()
+    assert headline == "validation after step 40, 16 images"
+    assert names.split() == ["reward", "base", "tuned", "change", "(95", "%", "interval)"]
+    assert held_out.endswith(words)
+    assert "falls" not in trained
+    assert held_out.index("0.700") == trained.index("0.700") == diversity.index("0.060")
