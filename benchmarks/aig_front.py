@@ -40,7 +40,7 @@ def evaluate(folder: Path, prompts: int, images: int, features: str) -> None:
     from draftcli.evaluation.evaluate import Request
     from draftcli.evaluation.evaluate import evaluate as run_evaluation
     from draftcli.evaluation.plot import scatter
-    from draftcli.evaluation.report import reward_points
+    from draftcli.evaluation.report import reward_label, reward_points
     from draftcli.toy.world import COLOURS, SHAPES, Scene, caption
 
     scenes = [caption(Scene(shape, colour)) for shape in SHAPES for colour in COLOURS]
@@ -62,7 +62,8 @@ def evaluate(folder: Path, prompts: int, images: int, features: str) -> None:
     assert result is not None  # one process, so this is the main one
     for reward in result.comparison.rewards:
         path = folder / f"aig-front-{reward}.svg"
-        path.write_text(scatter(reward_points(result.comparison, reward), "diversity", reward), encoding="utf-8")
+        points, label = reward_points(result.comparison, reward), reward_label(result.comparison, reward)
+        path.write_text(scatter(points, "diversity kept, % of base", label, base_lines=True), encoding="utf-8")
         print(path, "front:", ", ".join(result.comparison.fronts[reward]))
 
 

@@ -5,6 +5,7 @@ runs/NAME/
     contents.json        hashes of the files that the settings name
     metrics.jsonl        one line a step
     validation.jsonl     one line a validation
+    training.html        both as a page, rewritten at each validation
     tensorboard/         the same figures, where logging.trackers has it
     samples/             base beside tuned, same seeds
     step-000200/         a checkpoint
@@ -88,6 +89,7 @@ class Run:
         self.contents = folder / "contents.json"
         self.metrics = folder / "metrics.jsonl"
         self.validation = folder / "validation.jsonl"
+        self.page = folder / "training.html"
         self.samples = folder / "samples"
         self.final = folder / "final"
         self.base = self.samples / "base.safetensors"

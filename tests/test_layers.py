@@ -21,21 +21,23 @@ ALLOWED = {
     "prompts": {"config", "file_kinds"},
     "file_kinds": set(),
     "pictures": set(),
+    "pages": {"__init__"},
     "umask": set(),
     "runs": {"changes", "config", "contents", "disk", "lines"},
     "run_states": {"disk", "lines", "runs"},
     "core": {"config", "runs", "umask", "file_kinds"},
     "rewards": {"config", "file_kinds"},
     "metrics": {"core"},
-    "sampling": {"pictures", "metrics", "core", "config", "prompts", "runs", "lines", "__init__"},
+    "sampling": {"pages", "pictures", "metrics", "core", "config", "prompts", "runs", "lines", "__init__"},
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
     "training": {
         *("export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"),
-        *("disk", "progress"),
+        *("disk", "progress", "pages"),
     },
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {
-        *("pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "lines", "__init__"),
+        *("pages", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "lines"),
+        "__init__",
     },
     "export": {"core", "config", "runs", "file_kinds", "__init__"},
     "cli": {

@@ -138,7 +138,7 @@ def _print_result(result: EvaluationResult, console: Console) -> None:
     for name, figures in comparison.figures.items():
         kept = figures.diversity.diversity_kept
         diversity = "100 %" if name == comparison.base else "-" if kept is None else kept.words
-        table.add_row(name, *(cell(figures[metric], metric.digits) for metric in shown), diversity)
+        table.add_row(name, *(cell(figures[metric]) for metric in shown), diversity)
     console.print(table)
     console.print(f"diversity in percent of {comparison.base}'s: 1 - cosine on {result.features}")
     trained = ", ".join(comparison.trained) or "none of these"

@@ -204,12 +204,12 @@ def warnings(
         lines += [f"{name}: {line}." for line in _diversity_warnings(figure)]
         ratios = {sign: _ratio(figure[sign], figures[base][sign]) for sign in SIGN_METRICS}
         drifted = [
-            f"{sign.label} {ratio:.2g}"
+            f"{sign.label} is {ratio:.2g} times the base's"
             for sign, ratio in ratios.items()
             if ratio is not None and abs(ratio - 1) > LARGE_DRIFT and figure[sign].direction != 0
         ]
         if drifted:
-            lines.append(f"{name}: as a multiple of the base's: {', '.join(drifted)}.")
+            lines.append(f"{name}: {', '.join(drifted)}.")
     return lines
 
 

@@ -6,24 +6,27 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
+from draftcli import __version__
 from draftcli.config import RewardSource
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
-from draftcli.core.models.places import unread_prompts
+from draftcli.core.models.places import BUILT_IN, unread_prompts
 from draftcli.errors import InputError, warn
+from draftcli.evaluation.citations import bibtex
 from draftcli.evaluation.compare import ColumnComparison, compare
 from draftcli.evaluation.features import choose_features
 from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
 from draftcli.evaluation.pictures import Gallery, Item, folder_gallery, items_of, read_entries, read_picture
 from draftcli.evaluation.report import About
-from draftcli.evaluation.request import Request, check_request, find_compared, find_judges
+from draftcli.evaluation.request import Request, check_request, command_line, find_compared, find_judges
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
 from draftcli.rewards.first_call import ask_once
@@ -85,7 +88,7 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
             return None
         comparison = compare(galleries, items, measured, trained, judge, request.prefer, judges.features.caution)
         settings = _settings(request, sources, items, judges, trained)
-        about = About(_title(labels[0], judges), settings)
+        about = About(_title(labels[0], judges), settings, _bibtex(request, sources, judges))
         written = write_outputs(output, comparison, about, items, measured)
         return EvaluationResult(comparison, judges.features.name, written)
 
@@ -114,7 +117,7 @@ def load_judges(rewards: dict[str, RewardSource], features: str | None, sources:
 
 def _title(label: str, judges: Judges) -> str:
     """The report's headline, which says so where diversity is measured in what was trained on."""
-    title = f"{label}: what the tuning bought and what it cost"
+    title = f"{label}: fine-tuned against base"
     shared = " and ".join(judges.features.trained_on)
     return f"{title} (diversity in features of {shared}, which was or may have been trained on)" if shared else title
 
@@ -261,4 +264,15 @@ def _settings(
             "guidance": cfg.sampling.scale,
             "precision": cfg.model.precision,
         }
-    return settings | {"torch": str(torch.__version__)}
+    return settings | {"command": command_line(request), "versions": _versions()}
+
+
+def _versions() -> str:
+    """Of everything that makes or scores an image."""
+    packages = ("torch", "diffusers", "transformers", "peft", "numpy", "scipy")
+    return ", ".join([f"draftp {__version__}", *(f"{name} {version(name)}" for name in packages)])
+
+
+def _bibtex(request: Request, sources: Sequence[DrawingSource], judges: Judges) -> str:
+    in_sdxl = any(source.cfg.model.pretrained not in BUILT_IN for source in sources)
+    return bibtex(judges.rewards, judges.features.name, bool(sources), bool(sources and request.weights), in_sdxl)

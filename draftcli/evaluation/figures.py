@@ -241,7 +241,7 @@ def _diversities(here: Measured, base: Measured | None, groups: np.ndarray) -> d
 def _distances(here: Measured, base: Measured | None, groups: np.ndarray) -> dict[Metric, Figure]:
     """Where the column is as seen from the base's pictures."""
     if base is None:
-        return {metric: Figure(why="the others are measured against it") for metric in (*NEIGHBOURHOODS, *DISTANCES)}
+        return {metric: Figure(why="reference") for metric in (*NEIGHBOURHOODS, *DISTANCES)}
     count, width = here.features.shape
     figures: dict[Metric, Figure] = {}
     if count < ENOUGH:

@@ -1,4 +1,4 @@
-"""The files that an evaluation leaves: metrics.json, metrics.csv, pictures.csv and report.html."""
+"""The files that an evaluation leaves: metrics.json, metrics.csv, pictures.csv, report.html and hero.png."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ from typing import Any
 from draftcli import __version__
 from draftcli.evaluation.compare import ColumnComparison
 from draftcli.evaluation.figures import Figure
+from draftcli.evaluation.hero import write_hero
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Item
-from draftcli.evaluation.report import About, finite, render_page
+from draftcli.evaluation.report import About, render_page
+from draftcli.evaluation.verdict import find_verdict
+from draftcli.pages.page import finite
 from draftcli.runs import disk_errors, write_aside
 
 FORMAT, VERSION = "draftp-eval", 1
+HERO = "hero.png"
 
 
 def write_outputs(
@@ -41,18 +45,22 @@ def write_outputs(
     Raises:
         DraftpError: the disk refuses.
     """
+    prompts = len({item.prompt for item in items})
+    verdict = find_verdict(comparison, prompts, len(items) // prompts)
+    table = _table(comparison)
     everything = finite(_everything(folder, comparison, about, items, measured))
     texts = {
         "metrics": ("metrics.json", json.dumps(everything, indent=1, ensure_ascii=False) + "\n"),
-        "table": ("metrics.csv", _table(comparison)),
+        "table": ("metrics.csv", table),
         "pictures": ("pictures.csv", _pictures(comparison, items, measured)),
-        "report": ("report.html", render_page(comparison, about, items, measured)),
+        "report": ("report.html", render_page(comparison, about, items, measured, verdict, table)),
     }
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.values():
             write_aside(folder / name, lambda aside, text=text: aside.write_text(text, encoding="utf-8"))
-    return {what: folder / name for what, (name, _) in texts.items()}
+        write_hero(folder / HERO, comparison, about.title, verdict, items, measured)
+    return {**{what: folder / name for what, (name, _) in texts.items()}, "hero": folder / HERO}
 
 
 def _everything(

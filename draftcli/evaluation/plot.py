@@ -1,4 +1,4 @@
-"""Plots as SVG text: sharp at any size, small enough to stand in the page, light or dark as the reader has it."""
+"""The plots of the report: a reward against diversity, and small intervals in its tables."""
 
 from __future__ import annotations
 
@@ -7,21 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 540, 390
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 14, 50  # margins, in pixels
-CHARACTER, LINE = 7.0, 16  # of a label, in pixels
+from draftcli.pages.chart import Frame
+from draftcli.pages.numbers import significant
 
-STYLE = """
-.plot text{font:13px system-ui,sans-serif;fill:#52525b}.plot .name{fill:#18181b}.plot .axis{font-weight:600}
-.plot .grid{stroke:#e4e4e7}.plot .bar{stroke:#a1a1aa;stroke-width:1.2}.plot .dot{fill:#a1a1aa}
-.plot .front .dot{fill:#2563eb}.plot .front .bar{stroke:#93b4f5}.plot .base .dot{fill:#18181b}
-.plot .front .name{font-weight:600}.plot .line{fill:none;stroke:#2563eb;stroke-width:1.5;stroke-dasharray:5 4}
-.plot .ring{fill:none;stroke:#2563eb;stroke-width:2}
-@media (prefers-color-scheme:dark){.plot text{fill:#a1a1aa}.plot .name{fill:#f4f4f5}.plot .grid{stroke:#33333a}
-.plot .bar{stroke:#71717a}.plot .front .dot{fill:#7aa2ff}.plot .front .bar{stroke:#3f5fa8}.plot .base .dot{fill:#f4f4f5}
-.plot .line,.plot .ring{stroke:#7aa2ff}}
-@media print{.plot text{fill:#52525b}.plot .name{fill:#18181b}}
-"""
+WIDTH, HEIGHT = 600, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 14, 14, 50  # margins, in pixels
+CHARACTER, LINE = 7.0, 16  # of a label, in pixels
 
 
 @dataclass(frozen=True)
@@ -36,40 +27,35 @@ class Point:
     recommended: bool = False
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Points with intervals and names, the Pareto front as a dashed line. An `<svg>` element that stands alone."""
-    x_axis = _Axis([v for p in points for v in p.x], _LEFT, WIDTH - _RIGHT)
-    y_axis = _Axis([v for p in points for v in p.y], HEIGHT - _BOTTOM, _TOP)
-    label = f"{escape(y_label)} against {escape(x_label)}"
-    parts = [
-        f'<svg class="plot" xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" ',
-        f'aria-label="{label}"><style>{STYLE}</style>',
-    ]
-    for value in x_axis.ticks:
-        at = x_axis(value)
-        parts.append(f'<path class="grid" d="M{at:.1f} {_TOP}V{HEIGHT - _BOTTOM}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{HEIGHT - _BOTTOM + 18}" text-anchor="middle">{x_axis.text(value)}</text>')
-    for value in y_axis.ticks:
-        at = y_axis(value)
-        parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{WIDTH - _RIGHT}"/>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">{y_axis.text(value)}</text>')
-    parts.append(
-        f'<text class="axis" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
-        f'<text class="axis" transform="translate(14 {(_TOP + HEIGHT - _BOTTOM) / 2}) rotate(-90)" '
-        'text-anchor="middle">'
-        f"{escape(y_label)}</text>"
-    )
-    front = sorted((p for p in points if p.on_front), key=lambda p: p.x[0])
-    if len(front) > 1:
+def scatter(points: Sequence[Point], x_label: str, y_label: str, base_lines: bool = False) -> str:
+    """Points with intervals and names, the Pareto front as a dashed line where it is more than noise.
+
+    Args:
+        points: at least one.
+        x_label: of the horizontal axis, with its unit.
+        y_label: of the vertical axis, likewise.
+        base_lines: whether lines go through the base on both axes.
+
+    Returns:
+        an `<svg>` element that stands alone.
+    """
+    frame = Frame(
+        (WIDTH, HEIGHT), (_LEFT, _RIGHT, _TOP, _BOTTOM), [v for p in points for v in p.x],
+        [v for p in points for v in p.y], (x_label, y_label),
+    )  # fmt: skip
+    x_axis, y_axis = frame.x, frame.y
+    parts = [frame.opened(f"{y_label} against {x_label}: {'; '.join(map(_in_words, points))}")]
+    base = next((p for p in points if p.is_base), None)
+    if base_lines and base is not None:
+        parts.append(frame.zero_line(base.x[0], base.y[0]))
+    front = clear_front(points)
+    if front:
         line = "L".join(f"{x_axis(p.x[0]):.1f} {y_axis(p.y[0]):.1f}" for p in front)
         parts.append(f'<path class="line" d="M{line}"/>')
     places = [(x_axis(p.x[0]), y_axis(p.y[0])) for p in points]
     labels = _place([p.name for p in points], places)
     for point, (x, y), (left, baseline) in zip(points, places, labels, strict=True):
-        kind = " ".join(
-            word for word, yes in (("point", True), ("front", point.on_front), ("base", point.is_base)) if yes
-        )
+        kind = "base" if point.is_base else "front" if point in front else ""
         parts.append(f'<g class="{kind}"><title>{escape(_in_words(point))}</title>')
         if not math.isnan(sum(point.x)):
             parts.append(f'<path class="bar" d="M{x_axis(point.x[1]):.1f} {y:.1f}H{x_axis(point.x[2]):.1f}"/>')
@@ -80,6 +66,23 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
         parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4.5"/>')
         parts.append(f'<text class="name" x="{left:.1f}" y="{baseline:.1f}">{escape(point.name)}</text></g>')
     return "".join([*parts, "</svg>"])
+
+
+def clear_front(points: Sequence[Point]) -> list[Point]:
+    """The points of the Pareto front by x, where two of them differ on both axes by more than their intervals; else
+    none: such a front would be noise. The base is what others are measured from, and has no interval.
+    """
+    front = sorted((p for p in points if p.on_front), key=lambda p: p.x[0])
+    pairs = [(a, b) for i, a in enumerate(front) for b in front[i + 1 :]]
+    return front if any(_apart(a.x, b.x) and _apart(a.y, b.y) for a, b in pairs) else []
+
+
+def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
+    """Whether two intervals do not touch."""
+    (a_low, a_high), (b_low, b_high) = (
+        (value, value) if math.isnan(low + high) else (low, high) for value, low, high in (a, b)
+    )
+    return a_high < b_low or b_high < a_low
 
 
 def forest(value: float, low: float, high: float, reach: float, kind: str) -> str:
@@ -95,27 +98,6 @@ def forest(value: float, low: float, high: float, reach: float, kind: str) -> st
         f'<path class="bar" d="M{at(low):.1f} {middle}H{at(high):.1f}"/>'
         f'<circle class="dot" cx="{at(value):.1f}" cy="{middle}" r="3.2"/></svg>'
     )
-
-
-class _Axis:
-    """A linear scale from values to pixels, with some room on either side and round ticks."""
-
-    def __init__(self, values: Sequence[float], start: float, end: float) -> None:
-        known = [value for value in values if math.isfinite(value)]
-        low, high = min(known), max(known)
-        room = 0.08 * (high - low) or abs(high) * 0.1 or 1.0
-        self.low, self.high, self.start, self.end = low - room, high + room, start, end
-        rough = (self.high - self.low) / 6
-        unit = 10 ** math.floor(math.log10(rough))
-        self.step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough)
-        first, last = math.ceil(self.low / self.step), math.floor(self.high / self.step)
-        self.ticks = [i * self.step for i in range(first, last + 1)]
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def text(self, value: float) -> str:
-        return f"{value:.{max(0, -math.floor(math.log10(self.step) + 1e-9))}f}".replace("-", "−")
 
 
 def _place(names: Sequence[str], places: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -145,4 +127,4 @@ def _overlap(a: tuple[float, float, float, float], b: tuple[float, float, float,
 
 
 def _in_words(point: Point) -> str:
-    return f"{point.name}: {point.y[0]:.4g} at diversity {point.x[0]:.4g}"
+    return f"{point.name}: {significant(point.y[0])} at {significant(point.x[0])}"

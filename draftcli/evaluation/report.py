@@ -1,48 +1,47 @@
 """report.html: the page as one file.
 
-Pictures, styles and script are inside, nothing is loaded from anywhere, and its content security policy forbids it.
-Names and prompts are text, whatever is in them.
+The verdict comes first, then the key table, the plots, the images and every other figure. Names and prompts are text,
+whatever is in them.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import jinja2
 import numpy as np
-from PIL import Image
 
-from draftcli import __version__
 from draftcli.evaluation.compare import ColumnComparison
 from draftcli.evaluation.figures import Figure, Figures, Metric
+from draftcli.evaluation.key_table import key_table
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Item
-from draftcli.evaluation.plot import Point, forest, scatter
+from draftcli.evaluation.plot import Point, clear_front, forest, scatter
+from draftcli.evaluation.verdict import EvaluationVerdict
+from draftcli.metrics.statistics import has_interval
+from draftcli.pages.embed import EMBEDDED_IMAGES, embedded, is_small
+from draftcli.pages.numbers import signed, significant
+from draftcli.pages.page import render_html
 from draftcli.pictures import open_picture
 
-PAGE = Path(__file__).parent / "page"
-EMBEDDED = 600  # pictures in the page, over all columns
-EMBEDDED_EDGE = 512  # longest side of an embedded picture, in pixels
-SMALL_PICTURE = 128  # longest side, in pixels, below which pictures are shown with hard pixels and kept without loss
+_TEMPLATE = Path(__file__).parent / "page" / "report.html"
+SCORE_DIGITS = 5  # significant digits of a score inside the page
 GROUPS = {
-    "reward": ("Rewards", "Higher is better. A reward that was trained on is no judge of its own training."),
-    "diversity": ("Diversity", "Within the pictures of one prompt, on {features}; mean over prompts."),
+    "reward": ("Rewards", "Higher is better. A reward that was trained on cannot judge its own training."),
+    "diversity": ("Diversity", "Among the images of one prompt, on {features}; the mean over prompts."),
     "distance": (
         "Distance from the base",
         (
-            "All pictures against all of the base's, on {features}, k = {k}. Intervals hold the other set fixed; "
-            "distances of whole sets have none. They depend on the number of pictures: compare within one report only."
+            "All images compared with all of {base}, on {features}, k = {k}. The reference set is held fixed when "
+            "resampling; set-level distances have no interval. These figures depend on the number of images: compare "
+            "them within one report only."
         ),
     ),
-    "sign": ("Signs of drift", "Of pixels alone. None is good or bad by itself; a large change is a question to ask."),
-    "cost": ("Cost", "What a picture takes."),
+    "sign": ("Signs of drift", "Measured on pixels alone. A large change is a reason to look at the images."),
+    "cost": ("Cost", "What an image takes."),
 }
 
 
@@ -52,46 +51,53 @@ class About:
 
     Attributes:
         title: of the page.
-        settings: what a reader needs to repeat it, among them "features" and "k" of the neighbourhoods.
+        settings: what a reader needs to repeat it, among them "features" and "k" of the neighbourhoods; also "command"
+            and "versions" where they are known.
+        bibtex: entries of the methods that were used.
     """
 
     title: str
     settings: Mapping[str, str | float]
+    bibtex: str = ""
 
 
 def render_page(
-    comparison: ColumnComparison, about: About, items: Sequence[Item], measured: Mapping[str, Measured]
+    comparison: ColumnComparison,
+    about: About,
+    items: Sequence[Item],
+    measured: Mapping[str, Measured],
+    verdict: EvaluationVerdict,
+    table: str,
 ) -> str:
-    """report.html as text."""
-    script = (PAGE / "page.js").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(PAGE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
+    """report.html as text; `table` is that of metrics.csv, for its button."""
     chosen = choose_items(comparison, items, measured)
     prompts = len({item.prompt for item in items})
-    return environment.get_template("page.html").render(
+    return render_html(
+        _TEMPLATE,
+        about.title,
+        ["viewer.js", "downloads.js"],
+        _page_data(comparison, items, measured, chosen),
         comparison=comparison,
         about=about,
-        version=__version__,
-        css=(PAGE / "page.css").read_text(encoding="utf-8"),
-        js=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        verdict=verdict,
+        key=key_table(comparison),
+        csv=table,
         plots=_plots(comparison),
         groups=_groups(comparison, about),
-        settings=[(name.replace("_", " "), value) for name, value in about.settings.items()],
+        settings=[(name.replace("_", " "), value) for name, value in about.settings.items() if name != "command"],
         prompts=prompts,
         each=len(items) // prompts,
         shown=len(chosen),
         total=len(items),
-        data=finite(_page_data(comparison, items, measured, chosen)),
     )
 
 
 def choose_items(
-    comparison: ColumnComparison, items: Sequence[Item], measured: Mapping[str, Measured], room: int = EMBEDDED
+    comparison: ColumnComparison, items: Sequence[Item], measured: Mapping[str, Measured], room: int = EMBEDDED_IMAGES
 ) -> list[int]:
-    """Which items the page shows: a third where the judge fell most against the base, a third where it rose most, and
-    a third spread between; all of them where there is room. In the order of `items`.
+    """Which items the page shows: all of them where there is room, else a third where the judge's score fell most
+    against the base, a third where it rose most, and a third spread between; of different prompts as far as there are
+    enough. In the order of `items`.
     """
     count = max(3, room // len(measured))
     if len(items) <= count:
@@ -99,63 +105,92 @@ def choose_items(
     judge, base = comparison.judge, comparison.base
     others = [m.scores[judge] for name, m in measured.items() if name != base] or [measured[base].scores[judge]]
     change = np.nan_to_num(np.mean(others, axis=0) - measured[base].scores[judge])
-    order = np.argsort(change, kind="stable")
+    order = np.argsort(change, kind="stable").tolist()
     third = count // 3
-    between = order[third:-third][np.linspace(0, len(items) - 2 * third - 1, count - 2 * third).round().astype(int)]
-    return sorted({*order[:third].tolist(), *order[-third:].tolist(), *between.tolist()})
+    lowest = _of_different_prompts(order, items, third, ())
+    highest = _of_different_prompts(order[::-1], items, third, lowest)
+    left = [i for i in order if i not in {*lowest, *highest}]
+    spread = np.linspace(0, len(left) - 1, min(len(left), count)).round().astype(int)
+    evenly = [*(left[i] for i in spread), *left]
+    between = _of_different_prompts(evenly, items, count - 2 * third, (*lowest, *highest))
+    return sorted({*lowest, *highest, *between})
 
 
-def finite(value: Any) -> Any:
-    """The same JSON value with null for what is not finite: JSON knows no NaN."""
-    if isinstance(value, Mapping):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _of_different_prompts(order: Sequence[int], items: Sequence[Item], count: int, taken: Sequence[int]) -> list[int]:
+    """The first `count` of `order`, one of each prompt that is not among `taken`; where there are too few, more."""
+    seen, chosen = {items[i].prompt for i in taken}, list[int]()
+    for i in order:
+        if items[i].prompt not in seen and len(chosen) < count:
+            chosen.append(i)
+            seen.add(items[i].prompt)
+    more = (i for i in order if i not in {*chosen, *taken})
+    return chosen + [i for i, _ in zip(dict.fromkeys(more), range(count - len(chosen)), strict=False)]
 
 
 def _plots(comparison: ColumnComparison) -> list[dict[str, Any]]:
-    """One a reward, the judge's first."""
+    """One for each reward, the judge's first."""
     plots = []
     for reward in sorted(comparison.rewards, key=lambda reward: reward != comparison.judge):
         points = reward_points(comparison, reward)
         if len(points) > 1:
-            svg = scatter(points, "diversity", reward)
-            plots.append({"reward": reward, "trained": reward in comparison.trained, "svg": svg})
+            y = reward_label(comparison, reward)
+            plots.append(
+                {
+                    "reward": reward,
+                    "trained": reward in comparison.trained,
+                    "svg": scatter(points, f"diversity kept, % of {comparison.base}", y, base_lines=True),
+                    "has_front": bool(clear_front(points)),
+                }
+            )
     return plots
 
 
+def reward_label(comparison: ColumnComparison, reward: str) -> str:
+    """What `reward_points` has on the vertical axis, with its unit."""
+    unit = f"% of {comparison.base}" if _is_positive(comparison, reward) else "in the reward's own unit"
+    return f"change of {reward}, {unit}"
+
+
 def reward_points(comparison: ColumnComparison, reward: str) -> list[Point]:
-    """The columns that have both a reward and a diversity, as points of a plot."""
+    """The columns that have both a reward and a diversity, as points of a plot: diversity kept in percent of the base,
+    and the reward's change, in percent of the base where that is certainly positive. The base is at (100, 0).
+    """
     points = []
+    positive = _is_positive(comparison, reward)
+    before = comparison.figures[comparison.base].reward(reward).value
+    scale = 100 / before if positive and before else 1.0
     for name, figures in comparison.figures.items():
-        x, y = _with_interval(figures.diversity), _with_interval(figures.reward(reward))
-        if x is None or y is None or not math.isfinite(x[0] + y[0]):
+        is_base = name == comparison.base
+        kept, change = figures.diversity.diversity_kept, figures.reward(reward)
+        if is_base and figures.diversity.value is not None and change.value is not None:
+            x, y = (100.0, math.nan, math.nan), (0.0, math.nan, math.nan)
+        elif kept is None or not is_known(change.difference):
             continue
+        else:
+            x = (100 * kept.share, 100 * kept.low, 100 * kept.high)
+            low, high = scale * _or_nan(change.difference_low), scale * _or_nan(change.difference_high)
+            y = (scale * change.difference, low, high)
         points.append(
             Point(
                 name,
                 x,
                 y,
                 on_front=name in comparison.fronts[reward],
-                is_base=name == comparison.base,
+                is_base=is_base,
                 recommended=reward == comparison.judge and name == comparison.recommendation.column,
             )
         )
     return points
 
 
-def _with_interval(figure: Figure) -> tuple[float, float, float] | None:
-    """A value with the interval of its difference to the base, moved to where the value is; the base has none.
+def _is_positive(comparison: ColumnComparison, reward: str) -> bool:
+    """Whether the base's mean is above 0 for certain, so that a share of it means something."""
+    figure = comparison.figures[comparison.base].reward(reward)
+    return figure.value is not None and figure.value > 0 and _or_nan(figure.low) > 0
 
-    How much prompts differ among themselves is in the tables; between columns it says nothing.
-    """
-    if figure.value is None:
-        return None
-    if figure.difference is None or figure.difference_low is None or figure.difference_high is None:
-        return figure.value, math.nan, math.nan
-    shift = figure.value - figure.difference
-    return figure.value, shift + figure.difference_low, shift + figure.difference_high
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _groups(comparison: ColumnComparison, about: About) -> list[dict[str, Any]]:
@@ -165,11 +200,12 @@ def _groups(comparison: ColumnComparison, about: About) -> list[dict[str, Any]]:
         metrics = [metric for metric in comparison.metrics if metric.group == key]
         heads = [_head(metric, comparison) for metric in metrics]
         reaches = [_reach(comparison.figures.values(), metric) for metric in metrics]
-        rows = [
-            {"name": name, "cells": [_cell(found[m], m, reach) for m, reach in zip(metrics, reaches, strict=True)]}
-            for name, found in comparison.figures.items()
-        ]
-        note = text.format(features=about.settings["features"], k=about.settings["k"])
+        rows = []
+        for name, found in comparison.figures.items():
+            cells = [_cell(found[m], m, reach) for m, reach in zip(metrics, reaches, strict=True)]
+            reasons = {cell["why"] for cell in cells}
+            rows.append({"name": name, "cells": cells, "alike": reasons.pop() if len(reasons) == 1 else None})
+        note = text.format(features=about.settings["features"], k=about.settings["k"], base=comparison.base)
         groups.append({"title": title, "about": note, "metrics": heads, "rows": rows})
     return groups
 
@@ -193,20 +229,19 @@ def _cell(figure: Figure, metric: Metric, reach: float) -> dict[str, Any]:
     """The texts of a table's cell."""
     if figure.value is None:
         return {"why": figure.why}
-    digits = metric.digits
-    cell: dict[str, Any] = {"why": None, "value": number(figure.value, digits)}
+    cell: dict[str, Any] = {"why": None, "value": significant(figure.value) if metric.digits else f"{figure.value:g}"}
     cell["interval"] = cell["difference"] = cell["wins"] = None
     cell["kept"] = None if figure.diversity_kept is None else figure.diversity_kept.words
-    if is_known(figure.low) and is_known(figure.high):
-        cell["interval"] = f"{number(figure.low, digits)} to {number(figure.high, digits)}"
+    if is_known(figure.low) and is_known(figure.high) and has_interval(figure.low, figure.high):
+        cell["interval"] = f"{significant(figure.low)} to {significant(figure.high)}"
     value, low, high = figure.difference, figure.difference_low, figure.difference_high
     if is_known(value) and is_known(low) and is_known(high):
-        cell["difference"] = f"{'+' if value > 0 else ''}{number(value, digits)}"
+        cell["difference"] = signed(value)
         better = figure.direction * metric.better
         cell["kind"] = "up" if better > 0 else "down" if better < 0 else ""
         cell["forest"] = forest(value, low, high, reach, cell["kind"])
         if metric.group == "reward" and figure.win_rate is not None:
-            cell["wins"] = f"{100 * figure.win_rate:.0f} %"
+            cell["wins"] = f"{100 * figure.win_rate:.3g} %"
     return cell
 
 
@@ -215,17 +250,11 @@ def is_known(value: float | None) -> TypeGuard[float]:
     return value is not None and not math.isnan(value)
 
 
-def number(value: float, digits: int) -> str:
-    """With `digits` after the point, more where the value is so small that two figures of it would not show."""
-    small = 1 - math.floor(math.log10(abs(value))) if value else 0
-    return f"{value:.{min(8, max(digits, small))}f}".replace("-", "−")
-
-
-def cell(figure: Figure, digits: int) -> str:
+def cell(figure: Figure) -> str:
     """A figure in few letters of ASCII, for any terminal; a star where it differs from the base beyond its interval."""
     if figure.value is None:
         return "-"
-    return number(figure.value, digits).replace("−", "-") + ("*" if figure.direction else " ")
+    return significant(figure.value).replace("−", "-").replace("–", "-") + ("*" if figure.direction else " ")
 
 
 def _page_data(
@@ -234,39 +263,31 @@ def _page_data(
     measured: Mapping[str, Measured],
     chosen: Sequence[int],
 ) -> dict[str, Any]:
-    """What the script of the page needs."""
+    """What the viewer needs: the scores of all items, and the images of the chosen ones."""
     columns = comparison.columns
     names = [column.name for column in columns]
-    small = max(open_picture(columns[0].files[0]).size) < SMALL_PICTURE
+    size = open_picture(columns[0].files[0]).size
+    pictures = {i: [embedded(open_picture(column.files[i])) for column in columns] for i in chosen}
     return {
         "columns": names,
         "rewards": list(comparison.rewards),
         "judge": comparison.judge,
-        "left": comparison.base,
-        "right": comparison.recommendation.column or names[-1],
-        "small": small,
+        "left": 0,
+        "right": names.index(comparison.recommendation.column or names[-1]),
+        "small": size if is_small(size) else None,
+        "view": "pair",
+        "order": "spread",
         "items": [
             {
                 "number": i,
-                "prompt": items[i].prompt,
-                "seed": items[i].seed,
-                "pictures": [embedded(column.files[i]) for column in columns],
+                "prompt": item.prompt,
+                "seed": item.seed,
+                "pictures": pictures.get(i),
                 "scores": {
-                    reward: [float(measured[name].scores[reward][i]) for name in names] for reward in comparison.rewards
+                    reward: [float(f"{measured[name].scores[reward][i]:.{SCORE_DIGITS}g}") for name in names]
+                    for reward in comparison.rewards
                 },
             }
-            for i in chosen
+            for i, item in enumerate(items)
         ],
     }
-
-
-def embedded(path: Path) -> str:
-    """A picture as a data URI: small ones without loss, large ones as WebP at most `EMBEDDED_EDGE` pixels long."""
-    data = io.BytesIO()
-    picture = open_picture(path)
-    picture.thumbnail((EMBEDDED_EDGE, EMBEDDED_EDGE), Image.Resampling.LANCZOS)
-    if max(picture.size) < SMALL_PICTURE:
-        picture.save(data, "WEBP", lossless=True)
-    else:
-        picture.save(data, "WEBP", quality=82)
-    return f"data:image/webp;base64,{base64.b64encode(data.getvalue()).decode()}"

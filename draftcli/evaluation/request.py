@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,26 @@ class Request:
     overrides: Sequence[str] = ()
     batch_size: int | None = None
     output: Path | None = None
+
+
+def command_line(request: Request) -> str:
+    """The command that asks for the same, without what is at its default."""
+    given = {
+        "--weight": [] if tuple(request.weights) == DEFAULT_WEIGHTS else [",".join(request.weights)],
+        "--lora-scale": [",".join(f"{scale:g}" for scale in request.scales)] if request.scales else [],
+        "--prompts": [request.prompts],
+        "--num-images": [None if request.images == Request.images else request.images],
+        "--seed": [request.seed],
+        "--reward": request.rewards,
+        "--features": [request.features],
+        "--judge": [request.judge],
+        "--prefer": [None if request.prefer == Request.prefer else f"{request.prefer:g}"],
+        "--batch-size": [request.batch_size],
+        "--set": request.overrides,
+        "--output": [request.output],
+    }
+    options = [(option, str(value)) for option, values in given.items() for value in values if value is not None]
+    return shlex.join(["draftp", "eval", *request.names, *(part for pair in options for part in pair)])
 
 
 def parse_scales(texts: Sequence[str]) -> list[float]:

@@ -25,11 +25,23 @@ from draftcli.sampling.files import File, Written, write_pictures
 from draftcli.sampling.load import load_source
 from draftcli.sampling.loras import named_loras
 from draftcli.sampling.names import free_path
-from draftcli.sampling.page import read_page_key, write_page
-from draftcli.sampling.sheet import Cell, Heading, Row, spread, write_sheet, write_table
+from draftcli.sampling.page import PageText, read_page_key, write_page
+from draftcli.sampling.scores import KnownScores, known_scores
+from draftcli.sampling.sheet import (
+    Cell,
+    Heading,
+    Row,
+    made_by_line,
+    score_line,
+    sheet_edge,
+    spread,
+    write_sheet,
+    write_table,
+)
 from draftcli.sampling.source import DrawingSource, check_drawing
 
 SHEET_CELLS, SHEET_ROWS, SHEET_ACROSS = 24, 12, 6
+LARGE_EDGE = 320  # longest side on a sheet of an image that is not small, in pixels
 
 
 @dataclass(frozen=True)
@@ -172,63 +184,80 @@ def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[
 
 def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, result: DrawingResult) -> None:
     sampling, source = model.cfg.sampling, job.source
-    rows = written.rows()
-    title = f"{source.name}: " + (
-        "from base to tuned" if len(written.evaluations) > 1 else next(iter(written.evaluations))
-    )
-    settings = f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}."
+    counts = written.evaluations
+    title = f"{source.name}: " + ("from base to tuned" if len(counts) > 1 else next(iter(counts)))
+    settings = f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}"
     folder = written.index.parent
     key = hashlib.sha256(json.dumps([file.key for file in written.files]).encode()).hexdigest()[:16]
     sheet = free_path(folder, f"{job.name}-sheet", ".png", key, read_key)
+    scores, made_by = known_scores(source.folder), made_by_line(source.name, settings)
     with disk_errors(sheet):
-        _write_overview(sheet, written, rows, title, settings, key)
+        _write_overview(sheet, written, scores, title, key, made_by)
         result.written |= {"index": written.index, "sheet": sheet}
-        if job.page or len(written.evaluations) > 1:
+        if job.page or len(counts) > 1:
             result.written["page"] = free_path(folder, "compare", ".html", key, read_page_key)
-            write_page(result.written["page"], written, title, f"{settings} {_cost()}", key)
+            note = f"{len(counts)} columns at the same seeds; {settings}."
+            write_page(result.written["page"], written, PageText(title, job.name, note, made_by), scores, key)
 
 
-def _write_overview(path: Path, written: Written, rows: list[list[File]], title: str, settings: str, key: str) -> None:
-    """Up to two columns as cells, several across; more as a table. Rows are spread over the whole set."""
-    counts = written.evaluations
-    small = all(max(row[0].picture.size) <= 192 for row in rows)
-    edge = 192 if small else 320
+def _write_overview(path: Path, written: Written, scores: KnownScores, title: str, key: str, made_by: str) -> None:
+    """Up to two columns as cells, several across; more as a table. Prompts are spread over the whole set."""
+    counts, rows = written.evaluations, written.rows()
+    edge = max(sheet_edge(row[0].picture.size, LARGE_EDGE) for row in rows)
     if len(counts) > 2:
         shown = [rows[i] for i in spread(len(rows), SHEET_ROWS)]
         headings = [Heading(name, f"{count} evaluations") for name, count in counts.items()]
         lines = [
-            Row(row[0].picture.prompt.text, f"seed {row[0].picture.seed}", [open_picture(file.path) for file in row])
+            Row(
+                row[0].picture.prompt.text,
+                f"seed {row[0].picture.seed}",
+                [open_picture(file.path) for file in row],
+                _notes([""] * len(row), row, scores),
+            )
             for row in shown
         ]
-        write_table(
-            path, headings, lines, title, _with_count(f"{settings} {_cost()}", len(shown), len(rows)), edge, key
-        )
+        note = _with_count(_cost(), len(shown), len(rows), "rows")
+        write_table(path, headings, lines, title, note, edge, key, made_by)
         return
-    if len(counts) == 1:  # a prompt's seeds side by side
-        cells = [
-            [file for row in rows if row[0].number == n for file in row]
-            for n in dict.fromkeys(r[0].number for r in rows)
-        ]
-    else:
-        cells = rows
-    shown = [files[: 2 * SHEET_ACROSS] for files in (cells[i] for i in spread(len(cells), SHEET_CELLS))]
-    across = max(1, SHEET_ACROSS // max(map(len, shown)))
+    prompts = dict.fromkeys(file.number for file in written.files)
+    cells = [[file for row in rows if row[0].number == number for file in row] for number in prompts]
+    cells = [cells[i] for i in spread(len(cells), SHEET_CELLS)]
+    columns = len(counts) if len(counts) > 1 else 0  # the seeds of one column are side by side, those of two below
+    shown = [files[: (columns or 2) * SHEET_ACROSS] for files in cells]
+    across = max(1, SHEET_ACROSS // (columns or max(map(len, shown))))
     write_sheet(
         path,
         [
             Cell(
                 [open_picture(file.path) for file in files],
                 files[0].picture.prompt.text,
-                [(f"{f.column.name}, " if len(counts) > 1 else "") + f"seed {f.picture.seed}" for f in files],
+                _notes([_name(file, columns > 0) for file in files], files, scores),
+                columns,
             )
             for files in shown
         ],
         title,
         across,
         edge,
-        _with_count(f"{settings} {_cost(counts)}", len(shown), len(cells)),
+        _with_count(_cost(counts), len(shown), len(prompts), "prompts"),
         key,
+        made_by,
     )
+
+
+def _name(file: File, with_column: bool) -> str:
+    return (f"{file.column.name}, " if with_column else "") + f"seed {file.picture.seed}"
+
+
+def _notes(names: Sequence[str], files: Sequence[File], scores: KnownScores) -> list[str]:
+    """What is written under images: a name, and the scores, with the change against the base where it is in a row."""
+    base = {file.picture.seed: scores.of(file.key) for file in files if file.column.name == "base"}
+    notes = []
+    for name, file in zip(names, files, strict=True):
+        against = {} if file.column.name == "base" else base.get(file.picture.seed, {})
+        lines = [score_line(reward, score, against.get(reward)) for reward, score in scores.of(file.key).items()]
+        notes.append("\n".join(filter(None, [name, *lines])))
+    return notes
 
 
 def _cost(evaluations: Mapping[str, int] | None = None) -> str:
@@ -239,5 +268,5 @@ def _cost(evaluations: Mapping[str, int] | None = None) -> str:
     return f"UNet evaluations a picture: {each}, guidance counted twice."
 
 
-def _with_count(note: str, shown: int, there: int) -> str:
-    return note if shown == there else f"{note} {shown} of {there} are shown."
+def _with_count(note: str, shown: int, there: int, what: str) -> str:
+    return note if shown == there else f"{note} {shown} of {there} {what} are shown."

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcli.runs import Run, ValidationLine, disk_errors
+from draftcli.training.page import write_train_page
 from draftcli.training.trackers import Trackers
 
 
@@ -35,6 +36,7 @@ class RunLog:
         figures = {f"validation/{name}/{k}": v for name, group in groups.items() for k, v in group.items()}
         self.trackers.log(figures, result["step"])
         self.trackers.log_sheet(sheet, result["step"])
+        write_train_page(self.run)
 
 
 def _append(path: Path, line: Mapping[str, Any]) -> None:

@@ -67,6 +67,7 @@ def written_files(run: Run) -> dict[str, list[Path]]:
         "weights": [run.final / "pytorch_lora_weights.safetensors", run.final / "unet"],
         "for ComfyUI, A1111 and Forge": sorted(run.final.glob("*-kohya.safetensors")),
         "card": [run.final / "README.md"],
+        "page": [run.page],
         "pictures": sheets[-1:],
         "figures": [run.metrics, run.validation],
         "tensorboard": [run.folder / "tensorboard"],

@@ -274,6 +274,8 @@ def open_session(cfg: Config, prepared: Prepared, ranks: Ranks, console: Console
         first = resume(cfg, run, prompts, trainer, console)
         for change in run.begin(prepared.opening) if prepared.opening else ():
             console.print(f"since the last session {change}")
+        if validation is not None:
+            console.print(f"progress page {run.page.resolve().as_uri()} (written at each validation)", soft_wrap=True)
         trackers = Trackers(run, cfg.logging, first)
         past = [line["reward"] for line in run.steps() if isinstance(line.get("reward"), float)]
         every = cfg.trainer.val_check_interval if validation else 0

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from draftcli.rewards import Reward
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, batches, draw, plan
 from draftcli.sampling.identity import Provenance
-from draftcli.sampling.sheet import Cell, spread, write_sheet
+from draftcli.sampling.sheet import Cell, made_by_line, score_line, sheet_edge, spread, to_pil, write_sheet
 
 VALIDATION_CELLS = 12
 
@@ -114,7 +115,7 @@ class Validation:
         sheet = run.samples / f"step-{step:06d}-sheet.png"
         with self.ranks.all_or_none():
             if self.ranks.is_main:
-                self._write_sheet(sheet, step, base, tuned)
+                self._write_sheet(sheet, run, step, base, tuned)
         return {"step": step, "images": len(self.pictures), "rewards": figures, "diversity": diversity}, sheet
 
     def _judge(self, kind: str, progress: Callable[[str], None], give_up_if_late: Callable[[], None]) -> Judged:
@@ -181,21 +182,35 @@ class Validation:
             return None
         return found
 
-    def _write_sheet(self, path: Path, step: int, base: Judged, tuned: Judged) -> None:
-        cells = [
-            Cell(
-                torch.stack([base.shown[i], tuned.shown[i]]).float() / 255,
-                self.pictures[i].prompt.text,
-                [self._note("base", base, i), self._note("tuned", tuned, i)],
-            )
-            for i in self._chosen
-        ]
-        edge = min(512, max(160, *(max(cell.images.shape[-2:]) for cell in cells)))
+    def _write_sheet(self, path: Path, run: Run, step: int, base: Judged, tuned: Judged) -> None:
+        cells = []
+        for prompt, numbers in groupby(self._chosen, lambda i: self.pictures[i].prompt):
+            chosen = list(numbers)
+            images = [judged.shown[i].float() / 255 for i in chosen for judged in (base, tuned)]
+            notes = [
+                note for i in chosen for note in (self._note("base", base, i), self._note("tuned", tuned, i, base))
+            ]
+            cells.append(Cell(list(map(to_pil, images)), prompt.text, notes, across=2))
+        edge = sheet_edge(cells[0].images[0].size, min(512, max(max(i.size) for cell in cells for i in cell.images)))
+        sampling = self.model.cfg.sampling
+        settings = f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}"
+        title = f"base and tuned after {step} steps, same seeds"
+        note = "In brackets the change against the base; higher is better. " + self._shown_of_all()
         with disk_errors(path):
-            write_sheet(path, cells, f"base and tuned after {step} steps, same seeds", edge=edge)
+            footer = made_by_line(run.folder.name, settings)
+            write_sheet(path, cells, title, edge=edge, note=note.strip(), footer=footer)
 
-    def _note(self, who: str, judged: Judged, i: int) -> str:
-        return "  ".join([who, *(f"{float(score):.2f}" for score in judged.scores[i, :2])])
+    def _shown_of_all(self) -> str:
+        shown, count = len(self._chosen), len(self.pictures)
+        return "" if shown == count else f"{shown} of {count} pairs, evenly spread."
+
+    def _note(self, who: str, judged: Judged, i: int, base: Judged | None = None) -> str:
+        """A column's name, and the first two rewards' scores with the change against the base."""
+        lines = [
+            score_line(name, float(judged.scores[i, r]), None if base is None else float(base.scores[i, r]))
+            for r, name in enumerate([*self.rewards][:2])
+        ]
+        return "\n".join([who, *lines])
 
 
 def _made_by(model: SDXLDRaFTPModel, pictures: Sequence[Picture], rewards: Sequence[str]) -> str:

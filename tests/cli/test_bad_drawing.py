@@ -164,7 +164,7 @@ def test_prompts_never_lead_out_of_the_folder_or_into_the_page(lora_run):
     }  # fmt: skip
     page = Path("out/compare.html").read_text(encoding="utf-8")
     assert "alert(1)</script>" not in page
-    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "\\u003cscript\\u003ealert(1)\\u003c/script\\u003e" in page
     assert "{{ 7 * 7 }}" in page
     assert page.count("<script>") == 1
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched"

@@ -47,7 +47,7 @@ def test_bare_eval_compares_the_newest_run(lora_run):
     shutil.copytree(lora_run, "runs/tiny")
     result = run("--num-images", 2)
     output = Path("runs/tiny/eval")
-    for name in ("metrics.json", "metrics.csv", "pictures.csv", "report.html"):
+    for name in ("metrics.json", "metrics.csv", "pictures.csv", "report.html", "hero.png"):
         assert f"{output / name}" in result.out
         assert (output / name).stat().st_size > 500
     data = json.loads((output / "metrics.json").read_text(encoding="utf-8"))
@@ -63,11 +63,11 @@ def test_bare_eval_compares_the_newest_run(lora_run):
 def test_what_is_there_is_not_done_again(lora_run):
     run(lora_run, "--output", "out", "--num-images", 2)
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("out").rglob("*.npz")}
-    drawn = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")}
+    drawn = {path: path.stat().st_mtime_ns for path in Path("out/pictures").rglob("*.png")}
     first = Path("out/metrics.json").read_text()
     run(lora_run, "--output", "out", "--num-images", 2)
     assert {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in Path("out").rglob("*.npz")} == before
-    assert {path: path.stat().st_mtime_ns for path in Path("out").rglob("*.png")} == drawn
+    assert {path: path.stat().st_mtime_ns for path in Path("out/pictures").rglob("*.png")} == drawn
     assert Path("out/metrics.json").read_text() == first
 
 

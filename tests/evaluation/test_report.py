@@ -2,16 +2,24 @@
 
 import csv
 import json
+import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from draftcli.evaluation.citations import bibtex
+from draftcli.evaluation.figures import Figure
+from draftcli.evaluation.key_table import KeyTable, key_table
 from draftcli.evaluation.outputs import write_outputs
-from draftcli.evaluation.plot import Point, scatter
-from draftcli.evaluation.report import choose_items
+from draftcli.evaluation.plot import Point, clear_front, scatter
+from draftcli.evaluation.report import choose_items, reward_points
+from draftcli.evaluation.request import Request, command_line
+from draftcli.evaluation.verdict import find_verdict, reward_change
+from draftcli.pages.numbers import signed, significant
 from tests.evaluation.example import ABOUT, EACH, GALLERIES, NASTY, PROMPTS, example_comparison, make_example
 
 
@@ -98,7 +106,7 @@ def test_the_page_is_one_file_and_prompts_stay_text(written):
     assert [tag for tag, _ in tags.tags].count("script") == 2, "the data and ours; none from a prompt"
     for tag, attributes in tags.tags:
         for name in ("src", "href", "action"):
-            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+            assert attributes.get(name, "data:").startswith(("data:", "#")), (tag, attributes)
     assert not re.search(r"url\(|@import", text)
     assert "&lt;script&gt;document.title" in text
     data = json.loads(tags.scripts[0])
@@ -110,7 +118,7 @@ def test_plots_escape_names_and_give_every_point_a_label():
     points = [Point(f"<b>{i}</b>", (i, i - 0.1, i + 0.1), (i % 3, np.nan, np.nan), on_front=i > 2) for i in range(5)]
     svg = scatter(points, "x & y", '"quoted"')
     assert "<b>" not in svg
-    assert svg.count("&lt;b&gt;") == 10, "a label and a title each"
+    assert svg.count("&lt;b&gt;") == 15, "a label, a title, and a part of the description each"
     assert "nan" not in svg.partition("<style>")[0] + re.sub(r"<title>.*?</title>", "", svg)
 
 
@@ -120,19 +128,130 @@ def test_the_page_shows_worst_best_and_between(written):
     change = np.mean([m.scores["toy_oracle"] for m in others], axis=0) - base
     chosen = choose_items(comparison, items, measured, room=12 * len(GALLERIES))
     assert len(chosen) == 12
-    assert set(np.argsort(change)[:4]) | set(np.argsort(change)[-4:]) <= set(chosen)
+    assert {np.argmin(change), np.argmax(change)} <= set(chosen)
+    assert len({items[i].prompt for i in chosen}) == 12, "each of another prompt"
     assert choose_items(comparison, items, measured) == list(range(len(items)))
 
 
-def test_large_pictures_are_made_smaller(tmp_path: Path):
+def test_large_pictures_are_made_smaller():
     import base64
     import io
 
-    from PIL import Image
+    from draftcli.pages.embed import EMBEDDED_EDGE, embedded
 
-    from draftcli.evaluation.report import EMBEDDED_EDGE, embedded
-
-    Image.new("RGB", (1344, 768), "red").save(tmp_path / "wide.png")
-    uri = embedded(tmp_path / "wide.png")
+    uri = embedded(Image.new("RGB", (1344, 768), "red"))
     with Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))) as picture:
         assert picture.size == (EMBEDDED_EDGE, round(EMBEDDED_EDGE * 768 / 1344))
+
+
+# ------------------------------------------------------------------------------------------------- the verdict
+
+
+def test_the_verdict_quotes_the_figures(written):
+    _, comparison, _ = written
+    verdict = find_verdict(comparison, len(PROMPTS), EACH)
+    figures = comparison.figures["tuned"]
+    held_out, kept = figures.reward("toy_oracle"), figures.diversity.diversity_kept
+    assert verdict.column == "tuned"
+    assert f"toy_oracle (held out) falls from 0.779 to {significant(held_out.value)}" in verdict.sentence
+    assert f"95 % interval {signed(held_out.difference_low)} to {signed(held_out.difference_high)}" in verdict.sentence
+    assert "toy (trained on) rises from 1.98 to 2.97" in verdict.sentence
+    assert f"higher in {100 * figures.reward('toy').win_rate:.3g} % of pairs" in verdict.sentence
+    assert verdict.sentence.endswith(f"It keeps {kept.words} of the diversity of base.")
+    assert [use.column for use in verdict.uses] == [comparison.recommendation.column, "linear", "base"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [
+        (0.05, 0.15, "r (held out) rises from 1.00 to 1.10 (+0.100, 95 % interval +0.0500 to +0.150"),
+        (-0.05, 0.25, "r (held out) does not change measurably (+0.100, 95 % interval −0.0500 to +0.250"),
+        (math.nan, math.nan, "r (held out) goes from 1.00 to 1.10, and there is no interval to judge that by"),
+    ],
+)
+def test_only_what_is_certain_is_called_a_rise(low, high, said):
+    figure = Figure(1.1, difference=0.1, difference_low=low, difference_high=high, win_rate=0.75)
+    assert reward_change("r", figure, "held out").startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.9996, "1.00"), (12_345.0, "12,300"), (7.784, "7.78"), (-0.05612, "−0.0561"), (0.0, "0"), (1.8e-17, "0"),
+        (1.234e-5, "1.23e−05"), (math.nan, "–"),
+    ],
+)  # fmt: skip
+def test_numbers_have_three_significant_digits(value, text):
+    assert significant(value) == text
+
+
+# ----------------------------------------------------------------------------------- tables, plots, citations, panel
+
+
+def test_the_key_table_in_other_formats_escapes_what_is_special_there(written):
+    table = key_table(written[1])
+    assert [row[0] for row in table.rows] == list(GALLERIES)
+    markdown, latex = table.to_markdown(), table.to_latex()
+    assert markdown.splitlines()[1] == "| --- | --- | --- | --- | --- |"
+    assert "toy\\_oracle (held out) & toy (trained on)" in latex
+    assert "100 \\%" in latex
+    assert "−" not in latex
+    odd = KeyTable("a | b", ["x"], [["5 % & {y}_|"]])
+    assert odd.to_markdown().splitlines()[2] == "| 5 % & {y}_\\| |"
+    assert "5 \\% \\& \\{y\\}\\_|" in odd.to_latex()
+
+
+def test_plots_are_in_percent_of_the_base(written):
+    points = {point.name: point for point in reward_points(written[1], "toy_oracle")}
+    figure = written[1].figures["tuned"]
+    assert points["base"].x[0] == 100
+    assert points["base"].y[0] == 0
+    assert points["tuned"].x == pytest.approx(
+        [100 * v for v in (figure.diversity.kept, figure.diversity.kept_low, figure.diversity.kept_high)]
+    )
+    oracle = figure.reward("toy_oracle")
+    assert points["tuned"].y[0] == pytest.approx(100 * oracle.difference / (oracle.value - oracle.difference))
+
+
+@pytest.mark.parametrize(("half", "names"), [(0.1, ["left", "right"]), (3.0, [])], ids=["certain", "noise"])
+def test_a_front_is_drawn_where_it_is_more_than_noise(half, names):
+    def point(name, x, y, on_front=True):
+        return Point(name, (x, x - half, x + half), (y, y - half, y + half), on_front)
+
+    points = [point("right", 3, 1), point("left", 1, 3), point("inside", 1, 1, on_front=False)]
+    assert [p.name for p in clear_front(points)] == names
+    assert ('class="line"' in scatter(points, "x", "y")) is bool(names)
+
+
+def test_bibtex_names_what_was_used_and_nothing_else():
+    entries = bibtex(["pickscore", "hpsv2_1"], "dinov2, facebook/dinov2-base, CLS token", True, True, True)
+    assert re.findall(r"@misc\{(\w+),", entries) == [
+        "clark2024draft", "jena2025aig", "podell2024sdxl", "kirstain2023pickapic", "wu2023hpsv2", "oquab2024dinov2",
+        "friedman2023vendi",
+    ]  # fmt: skip
+    assert re.findall(r"@misc\{(\w+),", bibtex(["toy"], "toy", False, False, False)) == ["friedman2023vendi"]
+    assert entries.count("{") == entries.count("}")
+
+
+def test_the_panel_is_of_the_size_that_links_show(written):
+    with Image.open(written[0]["hero"]) as panel:
+        assert panel.size == (1200, 675)
+        assert len(panel.getcolors(2**20)) > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "command"),
+    [
+        ({}, "draftp eval"),
+        (
+            {"names": ["runs/a b"], "weights": ("linear", "power_2"), "scales": (0.5,), "images": 8, "prefer": 0.7},
+            "draftp eval 'runs/a b' --weight linear,power_2 --lora-scale 0.5 --num-images 8 --prefer 0.7",
+        ),
+        (
+            {"rewards": ["clip", "toy"], "seed": 0, "overrides": ["model.device=cpu"], "output": Path("out")},
+            "draftp eval --seed 0 --reward clip --reward toy --set model.device=cpu --output out",
+        ),
+    ],
+)
+def test_the_command_that_made_it(options, command):
+    assert command_line(Request(**options)) == command

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from draftcli.errors import DraftpError
 from draftcli.runs import Run
+from draftcli.sampling.sheet import FOOTER
 from draftcli.training import checkpoint, nodes
 from tests.command import WITH_VALIDATION, draftp, recipe
 from tests.example_rewards import Red
@@ -45,6 +46,7 @@ def assert_alike(one: str, two: str) -> None:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
     for step in (0, 2):
         pictures = [Image.open(f"{run}/samples/step-{step:06d}-sheet.png") for run in (one, two)]
+        pictures = [image.crop((0, 0, image.width, image.height - FOOTER)) for image in pictures]  # it names the run
         assert max(ImageStat.Stat(ImageChops.difference(*pictures)).mean) < 0.1, step
     for a, b in zip(lines(f"{one}/validation.jsonl"), lines(f"{two}/validation.jsonl"), strict=True):
         figures, others = a["rewards"]["tests.example_rewards:red"], b["rewards"]["tests.example_rewards:red"]

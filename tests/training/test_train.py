@@ -48,7 +48,7 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     result = train(preset, "run", "--set", "trainer.val_check_interval=2")
     run = Path("run")
     folders = {".lock", "samples", "tensorboard", "step-000002", "step-000004", "final"}
-    files = {"config.yaml", "contents.json", "metrics.jsonl", "validation.jsonl"}
+    files = {"config.yaml", "contents.json", "metrics.jsonl", "validation.jsonl", "training.html"}
     assert {p.name for p in run.iterdir()} == folders | files
     steps = lines(run / "metrics.jsonl")
     assert [line["step"] for line in steps] == [1, 2, 3, 4]
@@ -62,7 +62,7 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     assert validations[-1]["rewards"]["tests.example_rewards:red"]["low"] > 0, "training for red makes red"
     assert {p.name for p in (run / "samples").glob("*.png")} == {f"step-00000{n}-sheet.png" for n in (0, 2, 4)}
     assert "tests.example_rewards:red" in (run / "final" / "README.md").read_text()
-    for named in ("weights", "card", "pictures", "figures", "tensorboard", "checkpoints", "settings"):
+    for named in ("weights", "card", "page", "pictures", "figures", "tensorboard", "checkpoints", "settings"):
         paths = next(line.split()[1:] for line in result.out.splitlines() if line.startswith(named))
         assert paths
         assert all(Path(path).exists() for path in paths)

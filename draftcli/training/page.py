@@ -1,0 +1,147 @@
+"""training.html: how a training goes, in one file that is rewritten at each validation.
+
+Everything on it is read from the run's own files, so it shows a resumed run whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import yaml
+from PIL import Image
+
+from draftcli.errors import first_line, warn
+from draftcli.metrics.hacking import training_warning
+from draftcli.pages.curve import StepCurve, curve_chart
+from draftcli.pages.embed import embedded
+from draftcli.pages.numbers import signed, significant
+from draftcli.pages.page import render_html
+from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
+from draftcli.sampling.sheet import spread
+from draftcli.training.result import diversity_kept, diversity_warning
+
+_TEMPLATE = Path(__file__).parent / "training.html"
+SHEETS = 12  # of the validations, at most so many are in the page: the first, the last and some spread between
+SHEET_EDGE = 1600  # longest side of a sheet in the page, in pixels
+_OF_STEPS = {"reward": "reward in training", "kl_penalty": "KL penalty", "grad_norm": "gradient norm"}
+
+
+def write_train_page(run: Run) -> None:
+    """Write the page of a run. A run never fails by this: what goes wrong is a warning."""
+    try:
+        html = train_page(run)
+        with disk_errors(run.page):
+            write_aside(run.page, lambda aside: aside.write_text(html, encoding="utf-8"))
+    except Exception as error:  # whatever it is, the training goes on
+        warn(f"{run.page} was not written ({first_line(error)}); the training itself is not affected")
+
+
+def train_page(run: Run) -> str:
+    """The page as text; the run has had at least one validation."""
+    settings = yaml.safe_load(run.config.read_text(encoding="utf-8-sig"))
+    validations, steps = run.validations(), run.steps()
+    trained = list(settings["rewards"])
+    last = validations[-1]
+    rows = [_reward_row(name, figures, name in trained) for name, figures in last["rewards"].items()]
+    return render_html(
+        _TEMPLATE,
+        f"{run.folder.name}: training",
+        ["downloads.js"],
+        step=steps[-1]["step"] if steps else 0,
+        last_step=settings["trainer"]["max_steps"],
+        when=datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
+        validated=last["step"],
+        images=last["images"],
+        rewards=sorted(rows, key=lambda row: bool(row["trained"])),
+        diversity=None if (kept := diversity_kept(last)) is None else kept.words,
+        best=run.best(),
+        alarms=find_alarms(validations, steps, trained),
+        charts=[*_validation_charts(validations, trained), *_step_charts(steps)],
+        sheets=_sheets(run),
+        settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
+    )
+
+
+def find_alarms(
+    validations: Sequence[ValidationLine], steps: Sequence[Mapping[str, Any]], trained: Sequence[str]
+) -> list[str]:
+    """What the run has warned of, in its order: signs of reward hacking, lost diversity, steps that were skipped."""
+    found: list[tuple[int, str]] = []
+    for history in accumulate(([line] for line in validations), lambda before, now: before + now):
+        step = history[-1]["step"]
+        if (text := training_warning(history, trained)) is not None:
+            found.append((step, f"step {step}: {text}"))
+        if (text := diversity_warning(history[-1])) is not None:
+            found.append((step, text))
+    found += [(line["step"], f"step {line['step']} was skipped") for line in steps if "skipped" in line]
+    return [text for _, text in sorted(found, key=lambda alarm: alarm[0])]
+
+
+def _reward_row(name: str, figures: Mapping[str, float | None], is_trained: bool) -> dict[str, str | bool]:
+    values = {key: _or_nan(figures[key]) for key in ("base", "tuned", "difference", "low", "high")}
+    has_fallen = values["high"] < 0
+    interval = f"{signed(values['low'])} to {signed(values['high'])}" if math.isfinite(values["low"]) else "none"
+    return {
+        "name": name,
+        "role": "trained on" if is_trained else "held out",
+        "trained": is_trained,
+        "base": significant(values["base"]),
+        "tuned": significant(values["tuned"]),
+        "change": signed(values["difference"]),
+        "interval": interval,
+        "kind": "up" if values["low"] > 0 else "down" if has_fallen else "",
+    }
+
+
+def _validation_charts(validations: Sequence[ValidationLine], trained: Sequence[str]) -> list[dict[str, str]]:
+    """Each reward on the held-out prompts, the held-out ones first, and the diversity kept."""
+    steps = [line["step"] for line in validations]
+    charts = []
+    names = dict.fromkeys(name for line in validations for name in line["rewards"])
+    for name in sorted(names, key=lambda name: name in trained):
+        figures = [line["rewards"].get(name, {}) for line in validations]
+        values, base = ([_or_nan(f.get(key)) for f in figures] for key in ("tuned", "base"))
+        low, high = ([b + _or_nan(f.get(key)) for f, b in zip(figures, base, strict=True)] for key in ("low", "high"))
+        level = next((value for value in reversed(base) if math.isfinite(value)), None)
+        role = "trained on" if name in trained else "held out"
+        text = f"{name} ({role}) on validation prompts. Line: the base. Band: the 95 % interval of the change."
+        charts.append(_chart(StepCurve(steps, values, low, high, level, marked=True), name, text))
+    kept = [diversity_kept(line) for line in validations]
+    known = [(math.nan,) * 3 if k is None else (k.share, k.low, k.high) for k in kept]
+    shares = [[100 * share for share in some] for some in zip(*known, strict=True)]
+    text = "Diversity in pixels, in percent of the base. The band is the 95 % interval."
+    charts.append(_chart(StepCurve(steps, *shares, level=100.0, marked=True), "diversity kept, %", text))
+    return [chart for chart in charts if chart["svg"]]
+
+
+def _step_charts(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    numbers = [line["step"] for line in steps]
+    charts = []
+    for key, label in _OF_STEPS.items():
+        values = [math.nan if "skipped" in line else _or_nan(line.get(key)) for line in steps]
+        charts.append(_chart(StepCurve(numbers, values), label, f"{label[0].upper()}{label[1:]}, every step."))
+    return [chart for chart in charts if chart["svg"]]
+
+
+def _chart(curve: StepCurve, label: str, text: str) -> dict[str, str]:
+    return {"svg": curve_chart(curve, label), "text": text, "name": label}
+
+
+def _sheets(run: Run) -> list[dict[str, Any]]:
+    """The sheets of the validations, the newest first."""
+    paths = sorted(run.samples.glob("step-*-sheet.png"))
+    sheets = []
+    for path in (paths[i] for i in reversed(spread(len(paths), SHEETS) if paths else [])):
+        with Image.open(path) as image:
+            source = embedded(image.convert("RGB"), SHEET_EDGE)
+        sheets.append({"step": int(path.name.split("-")[1]), "source": source})
+    return sheets
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
