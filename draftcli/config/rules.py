@@ -11,8 +11,21 @@ from draftcli.errors import InputError
 Purpose = Literal["training", "drawing"]
 
 
+def contradictions(cfg: Config) -> Iterator[str]:
+    """Which settings cannot stand together, whether one trains or draws, each reason in one line."""
+    sampling = cfg.sampling
+    if sampling.timesteps and sampling.steps != len(sampling.timesteps):
+        yield (
+            f"sampling.steps is {sampling.steps}, and sampling.timesteps names {len(sampling.timesteps)} of them: make "
+            "them agree, or set timesteps to [] for the grid of sampling.schedule"
+        )
+    if sampling.s_churn > 0 and sampling.sampler in ("euler_ancestral", "lcm"):
+        yield f"sampling.s_churn is {sampling.s_churn:g}; {sampling.sampler} adds noise of its own: set it to 0"
+
+
 def conflicts(cfg: Config) -> Iterator[str]:
     """Why the settings cannot train, each reason in one line."""
+    yield from contradictions(cfg)
     steps, k, sharding = cfg.sampling.steps, cfg.draftp.truncation_steps, cfg.sharding
     if k > steps:
         yield f"draftp.truncation_steps is {k}, sampling.steps {steps}: K can be at most {steps}"
@@ -121,6 +134,8 @@ def _idle_sampling(cfg: Config) -> Iterator[str]:
         yield "draftp.detach_uncond has no effect at sampling.scale 1, which has no unconditional half"
     if sampling.scale == 1 and sampling.guidance_interval != (0, 1):
         yield "sampling.guidance_interval has no effect at sampling.scale 1"
+    if sampling.timesteps and sampling.schedule == "leading":
+        yield "sampling.schedule has no effect: sampling.timesteps says which steps are taken"
     edge = max(sampling.height, sampling.width, *(edge for size in sampling.sizes for edge in size))
     if (cfg.model.vae_tile or 0) >= edge:
         yield f"model.vae_tile {cfg.model.vae_tile} has no effect on pictures of up to {edge} pixels"

@@ -36,7 +36,7 @@ from draftcli.config import Config, conflicts
 from draftcli.core.annealing import annealed_denoiser, step_weights
 from draftcli.core.backward import KeptGraph, Piece, Work, reward_slope
 from draftcli.core.batch import Batch, derived_seed
-from draftcli.core.denoise import SOLVERS, Sampler
+from draftcli.core.denoise import Sampler
 from draftcli.core.engine.networks import PlacedNetworks, Watch
 from draftcli.core.gradient.last_k import LastK
 from draftcli.core.gradient.mode import GradientMode, check_sampler, make_mode
@@ -153,7 +153,7 @@ class SDXLDRaFTPModel:
             raise InputError(problem)
         self.cfg, self.loss = cfg, loss
         self.networks = PlacedNetworks(cfg, parts, loras)
-        self.sampler = Sampler(self.networks.schedule, SOLVERS[cfg.sampling.sampler], cfg.sampling.s_churn)
+        self.sampler = Sampler.named(cfg.sampling.sampler, self.networks.schedule, cfg.sampling.s_churn)
         self.grad_scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=cfg.model.precision == "fp16")
         self._reward_model: RewardFunction | None = None
         self._images_seen = 0

@@ -168,7 +168,8 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
     sections["trainer"] = {"micro_batch_size": images, "global_batch_size": images}
     sections["draftp"]["kl_coeff"] = float(cfg.draftp.kl_coeff > 0)
     height, width = largest(cfg)
-    sections["sampling"] |= {"height": height, "width": width, "sizes": [], "guidance_interval": [0.0, 1.0]}
+    sections["sampling"] |= {"height": height, "width": width, "sizes": [], "timesteps": []}
+    sections["sampling"] |= {"guidance_interval": [0.0, 1.0]}
     for section, values in changes.items():
         sections[section] |= values
     return check_config(sections)

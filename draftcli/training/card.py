@@ -30,7 +30,24 @@ def _base(cfg: Config) -> str:
     return f"pipe = {find_family().pipeline}.{loader}({json.dumps(cfg.model.pretrained, ensure_ascii=False)})"
 
 
+# What to draw with in diffusers, by sampling.sampler; for the others the model's own scheduler does.
+SCHEDULERS = {
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", ', timestep_spacing="trailing"'),
+    "lcm": ("LCMScheduler", ""),
+}
+
+
+def _scheduler(cfg: Config) -> list[str]:
+    """The line that puts it in, where there is one."""
+    name, options = SCHEDULERS.get(cfg.sampling.sampler, ("", ""))
+    return [f"pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config{options})"] if name else []
+
+
 def _steps(cfg: Config) -> str:
+    if cfg.sampling.sampler == "euler_ancestral":  # whose scheduler takes no timesteps
+        return f"num_inference_steps={cfg.sampling.steps}"
+    if cfg.sampling.timesteps:
+        return f"timesteps={cfg.sampling.timesteps}"
     if cfg.sampling.schedule == "leading":
         return f"num_inference_steps={cfg.sampling.steps}"
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
@@ -88,11 +105,13 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
         "",
         *_files(cfg, kohya),
         "```python",
+        *(["import diffusers"] if _scheduler(cfg) else []),
         "import draftcli",
         f"from diffusers import {find_family().pipeline}" + ("" if lora else ", UNet2DConditionModel"),
         *(["from draftcli.core.models.loading import model_path"] if cfg.model.pretrained in BUILT_IN else []),
         "",
         _base(cfg),
+        *_scheduler(cfg),
         LOADING[cfg.peft.peft_scheme],
         f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.scale:g})",
         "```",

@@ -85,6 +85,7 @@ OTHER: dict[str, Any] = {
     "sampling.scale": 2.0,
     "sampling.sampler": "heun",
     "sampling.schedule": "leading",
+    "sampling.timesteps": [999, 400, 20],
     "sampling.s_churn": 0.5,
     "sampling.guidance_interval": (0.2, 0.8),
     "sampling.negative_prompt": "dull",

@@ -96,7 +96,8 @@ class PlacedNetworks:
         self._encoded = PromptCache(
             self.parts, device, offload=cfg.model.offload_text_encoders, folder=None if cache is None else Path(cache)
         )
-        self.schedule = self.family.schedule(self.parts, cfg.sampling.steps, cfg.sampling.schedule)
+        sampling = cfg.sampling
+        self.schedule = self.family.schedule(self.parts, sampling.steps, sampling.schedule, sampling.timesteps)
         self._watch: Watch = torch.profiler.record_function
 
     # ------------------------------------------------------------------------------------------- tuned and base

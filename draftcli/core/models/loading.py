@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,8 +66,8 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
         name=cfg.pretrained,
         family=family,
     )
-    if parts.prediction not in ("epsilon", "v_prediction"):
-        raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows epsilon and v_prediction")
+    if parts.prediction not in get_args(Prediction):
+        raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows {', '.join(get_args(Prediction))}")
     _check_tokenizers(parts, cfg.config if single_file else cfg.pretrained)
     return parts
 
