@@ -100,6 +100,9 @@ def train(
     if process.is_launcher and not dry_run:
         raise typer.Exit(_launch(cfg, processes, fits=fit is not None))
     console = open_console(quiet or not process.is_main, debug)
+    if cfg.peft.init_from is not None:
+        with process.one_speaker():
+            cfg = _following(cfg)
     if process.is_main:
         _warn(cfg, processes, process.size)
     if fit:
@@ -135,6 +138,16 @@ def _warn(cfg: Config, processes: int, started: int) -> None:
         warn(text)
     if processes not in (1, started):
         warn(f"--processes {processes} has no effect: the launcher has started {started}")
+
+
+def _following(cfg: Config) -> Config:
+    """The settings with the rank, alpha and targets of peft.init_from."""
+    from draftcli.core.lora.beginning import follow_init_from
+    from draftcli.core.lora.files import weight_shapes
+    from draftcli.core.models.meta import modules_on_meta
+    from draftcli.planning.plan import configuration_folder
+
+    return follow_init_from(cfg, {"unet": weight_shapes(modules_on_meta(configuration_folder(cfg))["unet"])})
 
 
 def _fitted(cfg: Config, size: str, given: frozenset[str], ranks: int, console: Console) -> Config:

@@ -39,6 +39,8 @@ def conflicts(cfg: Config) -> Iterator[str]:
         yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
         yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"
+    if cfg.peft.init_from is not None and cfg.peft.peft_scheme == "none":
+        yield "peft.init_from is a LoRA to go on from, and peft_scheme none trains the whole UNet: use model.loras"
     if sharding.offload and sharding.strategy == "fsdp":
         yield "sharding.offload does not go with sharding.strategy fsdp, which splits the weights"
     if sharding.channels_last and sharding.strategy == "fsdp":

@@ -25,6 +25,9 @@ class ModelConfig(Section):
     """Another VAE: diffusers folder, hub id or .safetensors."""
     variant: str | None = None
     """Which files of a folder or hub id, such as `fp16`."""
+    loras: list[LocalPath] = []
+    """PATH or PATH=SCALE of LoRAs that are part of the base: merged into its weights when it is loaded, text encoders
+    included, and frozen. What the run trains and writes comes on top."""
     precision: Precision = "fp32"
     """Of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
     quantize: Literal["8bit"] | None = None
@@ -89,6 +92,8 @@ class PeftConfig(Section):
     """lora, or none: the whole UNet."""
     rank: Count = 32
     """Inner width of the LoRA."""
+    init_from: LocalPath | None = None
+    """A LoRA to go on from: rank, alpha and target_modules follow it. The base stays what it is without it."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the LoRA is alpha / rank; default alpha = rank."""
     target_modules: Annotated[list[str], Field(min_length=1)] = [

@@ -130,7 +130,7 @@ class SDXLDRaFTPModel:
 
     Args:
         cfg: the settings, from `draftcli.load_config`.
-        parts: loaded modules; None loads `cfg.model`.
+        parts: loaded modules, model.loras merged into them; None loads `cfg.model`.
         loras: for drawing alone: the LoRAs that tuned has, with the scale of each, frozen. May be none.
         loss: an objective of one's own, as `get_forward_output_and_loss_func` returns it, for get_loss_and_metrics.
 

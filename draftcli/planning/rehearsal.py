@@ -170,6 +170,7 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
     height, width = largest(cfg)
     sections["sampling"] |= {"height": height, "width": width, "sizes": [], "timesteps": []}
     sections["sampling"] |= {"guidance_interval": [0.0, 1.0]}
+    sections["model"]["loras"], sections["peft"]["init_from"] = [], None
     for section, values in changes.items():
         sections[section] |= values
     return check_config(sections)

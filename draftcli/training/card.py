@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from draftcli import __version__
 from draftcli.config import Config
+from draftcli.contents import base_loras_contents
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.models.family import find_family
-from draftcli.core.models.places import BUILT_IN
+from draftcli.core.models.places import BUILT_IN, base_lora
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 from draftcli.training.result import diversity_kept
@@ -51,6 +53,31 @@ def _steps(cfg: Config) -> str:
     if cfg.sampling.schedule == "leading":
         return f"num_inference_steps={cfg.sampling.steps}"
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
+
+
+def _base_loras(cfg: Config) -> list[str]:
+    """The lines that merge those of model.loras, as they were in training."""
+    lines = []
+    for path, scale in map(base_lora, cfg.model.loras):
+        lines += [f"pipe.load_lora_weights({json.dumps(str(path), ensure_ascii=False)})"]
+        lines += [f"pipe.fuse_lora(lora_scale={scale:g})", "pipe.unload_lora_weights()"]
+    return lines
+
+
+def _goes_with(cfg: Config) -> list[str]:
+    """What the weights need beside the base model; by content, as files are called otherwise elsewhere."""
+    if not cfg.model.loras:
+        return []
+    hashes = list(base_loras_contents(cfg.model.loras).values())
+    named = [f"`{path.name}` at scale {scale:g}" for path, scale in map(base_lora, cfg.model.loras)]
+    known = f" (sha256 {', '.join(digest[:12] for digest in hashes)})" if hashes else ""
+    return [
+        (
+            f"It was trained on {cfg.model.pretrained} with {', '.join(named)}{known} merged into it (model.loras), "
+            "and goes together with them: what is here does not contain them."
+        ),
+        "",
+    ]
 
 
 def _files(cfg: Config, kohya: str | None) -> list[str]:
@@ -99,10 +126,12 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
             f"Made by draftp {__version__}: {cfg.trainer.max_steps} steps of {cfg.trainer.global_batch_size} pictures, "
             f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, {make_mode(cfg).describe()}, "
             f"KL coefficient {cfg.draftp.kl_coeff:g}"
+            + (f", started from the LoRA {Path(cfg.peft.init_from).name}" if cfg.peft.init_from else "")
             + (f", moving average of the weights with decay {cfg.ema.decay:g}" if averaged else "")
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
         ),
         "",
+        *_goes_with(cfg),
         *_files(cfg, kohya),
         "```python",
         *(["import diffusers"] if _scheduler(cfg) else []),
@@ -112,6 +141,7 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
         "",
         _base(cfg),
         *_scheduler(cfg),
+        *_base_loras(cfg),
         LOADING[cfg.peft.peft_scheme],
         f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.scale:g})",
         "```",
