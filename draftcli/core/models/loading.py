@@ -254,6 +254,12 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         InputError: it is not a diffusers folder of an SDXL.
     """
     index = folder / "model_index.json"
+    if not index.is_file() and (folder / "config.json").is_file():
+        network = str(read_json(folder / "config.json").get("_class_name") or "one network")[:80]
+        raise InputError(
+            f"{setting} {folder} is {network} alone, not a whole model; give a folder with a model_index.json"
+            + ", and this one as model.vae" * network.startswith("Autoencoder")
+        )
     if not index.is_file():
         raise InputError(f"{setting} {folder}: no model_index.json in it, so it is not a diffusers folder")
     try:
