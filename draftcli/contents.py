@@ -10,6 +10,7 @@ from typing import Any
 
 WHOLE = 2**26  # bytes: larger files are known by their size and by PIECES pieces of PIECE bytes, spread over them
 PIECES, PIECE = 256, 2**16
+BASE_LORAS = "model.loras"
 BUILT_IN_NAMES = ("toy",)  # which a folder of that name does not replace
 _SINGLE = ("model.pretrained", "model.config", "model.vae", "data.prompts", "data.validation_prompts")
 _SECTIONS, _OF_A_REWARD = ("rewards", "held_out_rewards"), ("pretrained", "backbone")
@@ -18,7 +19,40 @@ _SECTIONS, _OF_A_REWARD = ("rewards", "held_out_rewards"), ("pretrained", "backb
 def contents_of(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Hashes of the files of this machine that settings name, by dotted key; what the hub has is not among them."""
     paths = {key: Path(value).expanduser() for key, value in _places(settings) if value not in BUILT_IN_NAMES}
-    return {key: fingerprints(path) for key, path in paths.items() if path.exists()}
+    found = {key: fingerprints(path) for key, path in paths.items() if path.exists()}
+    if isinstance(start := (settings.get("peft") or {}).get("init_from"), str):
+        found["peft.init_from"] = _of_lora(Path(start).expanduser())
+    if loras := base_loras_contents((settings.get("model") or {}).get("loras")):
+        found[BASE_LORAS] = loras
+    return found
+
+
+def base_loras_contents(loras: Any) -> dict[str, str]:
+    """Hashes of the files of model.loras. A name says which of how many a LoRA is and its scale, so that one more, one
+    less, another order or another scale is a change.
+    """
+    texts = [text for text in loras if isinstance(text, str)] if isinstance(loras, list) else []
+    found: dict[str, str] = {}
+    for i, text in enumerate(texts, 1):
+        name, _, scale = (text, "", "1") if Path(text).expanduser().exists() else text.rpartition("=")
+        for file, digest in _of_lora(Path(name).expanduser()).items():
+            found[f"LoRA {i} of {len(texts)} x {_as_number(scale)} {file}".rstrip()] = digest
+    return found
+
+
+def _as_number(text: str) -> str:
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
+
+
+def _of_lora(path: Path) -> dict[str, str]:
+    """Of a LoRA's file, or of those of its folder: in a run's, those of final/."""
+    if not path.is_dir():
+        return fingerprints(path) if path.is_file() else {}
+    files = sorted(path.glob("*.safetensors")) or sorted((path / "final").glob("*.safetensors"))
+    return {file.name: _hash_of(file) for file in files}
 
 
 def read_contents(path: Path) -> dict[str, dict[str, str]]:

@@ -30,7 +30,7 @@ import yaml
 
 from draftcli.changes import Change, change_in_words, differences, refused_changes
 from draftcli.config import Config, check_config, dump_config
-from draftcli.contents import contents_of, read_contents, what_changed
+from draftcli.contents import BASE_LORAS, base_loras_contents, contents_of, read_contents, what_changed
 from draftcli.disk import beside, disk_errors, lock_file, write_aside
 from draftcli.errors import InputError
 from draftcli.lines import text_lines
@@ -137,6 +137,19 @@ class Run:
                 )
         words = [change_in_words(change) + (", the same files" if change[0] in other else "") for change in changed]
         return Opening(dump_config(cfg), json.dumps({**kept, **found}, indent=1), tuple(words), bool(refused))
+
+    def check_base_loras(self, cfg: Config) -> None:
+        """See that the LoRAs under the base are still those that the run was trained on.
+
+        Raises:
+            InputError: one of them is another file by now.
+        """
+        kept = read_contents(self.contents).get(BASE_LORAS, {})
+        if cfg.model.loras and (what := what_changed(kept, base_loras_contents(cfg.model.loras))):
+            raise InputError(
+                f"{self.folder} was trained with model.loras of which {what} now; put it back, or say with "
+                "--set model.loras=[...] what to take instead"
+            )
 
     def begin(self, opening: Opening) -> list[str]:
         """Make the folder's files, and remove what a killed process left half done.

@@ -32,7 +32,7 @@ ALLOWED = {
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
     "training": {
         *("export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"),
-        *("disk", "progress", "pages"),
+        *("contents", "disk", "progress", "pages"),
     },
     "planning": {"training", "core", "rewards", "config"},
     "evaluation": {

@@ -21,6 +21,7 @@ from draftcli.config.reading import (
     presets_folder,
 )
 from draftcli.config.rules import Purpose, check_batch_size, conflicts, without_effect
+from draftcli.config.sampling import SamplingConfig
 from draftcli.config.schema import (
     Config,
     DataConfig,
@@ -30,16 +31,14 @@ from draftcli.config.schema import (
     ModelConfig,
     OptimConfig,
     PeftConfig,
-    Precision,
     RelativeConfig,
     RewardConfig,
     RewardSource,
-    SamplingConfig,
     SchedConfig,
     ShardingConfig,
     TrainerConfig,
-    expand_home,
 )
+from draftcli.config.section import Precision, expand_home
 
 __all__ = [
     "Config",

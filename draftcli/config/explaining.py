@@ -8,7 +8,8 @@ from typing import Any, TypeGuard
 
 from pydantic import BaseModel
 
-from draftcli.config.schema import Config, RelativeConfig, RewardConfig, RewardSource, Section
+from draftcli.config.schema import Config, RelativeConfig, RewardConfig, RewardSource
+from draftcli.config.section import Section
 from draftcli.errors import brief
 
 LONGEST_KEY = 120  # letters of a setting's name that a message repeats

@@ -16,8 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from draftcli.config.explaining import LONGEST_KEY, explain_error, nearest
-from draftcli.config.rules import Purpose, conflicts
-from draftcli.config.schema import Config, by_name, expand_home
+from draftcli.config.rules import Purpose, conflicts, contradictions
+from draftcli.config.schema import Config, by_name
+from draftcli.config.section import expand_home
 from draftcli.errors import InputError, brief
 
 
@@ -94,7 +95,8 @@ def check_config(data: dict[str, Any], purpose: Purpose = "training") -> Config:
         cfg = Config.model_validate(data)
     except ValidationError as error:
         raise InputError("; ".join(explain_error(e) for e in error.errors()[:3])) from None
-    if purpose == "training" and (text := next(conflicts(cfg), None)) is not None:
+    problems = conflicts(cfg) if purpose == "training" else contradictions(cfg)
+    if (text := next(problems, None)) is not None:
         raise InputError(text)
     return cfg
 

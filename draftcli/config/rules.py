@@ -11,8 +11,24 @@ from draftcli.errors import InputError
 Purpose = Literal["training", "drawing"]
 
 
+NOISY = ("euler_ancestral", "lcm")  # samplers that add fresh noise after each step but the last
+
+
+def contradictions(cfg: Config) -> Iterator[str]:
+    """Which settings cannot stand together, whether one trains or draws, each reason in one line."""
+    sampling = cfg.sampling
+    if sampling.timesteps and sampling.steps != len(sampling.timesteps):
+        yield (
+            f"sampling.steps is {sampling.steps}, and sampling.timesteps names {len(sampling.timesteps)} of them: make "
+            "them agree, or set timesteps to [] for the grid of sampling.schedule"
+        )
+    if sampling.s_churn > 0 and sampling.sampler in NOISY:
+        yield f"sampling.s_churn is {sampling.s_churn:g}; {sampling.sampler} adds noise of its own: set it to 0"
+
+
 def conflicts(cfg: Config) -> Iterator[str]:
     """Why the settings cannot train, each reason in one line."""
+    yield from contradictions(cfg)
     steps, k, sharding = cfg.sampling.steps, cfg.draftp.truncation_steps, cfg.sharding
     if k > steps:
         yield f"draftp.truncation_steps is {k}, sampling.steps {steps}: K can be at most {steps}"
@@ -26,8 +42,15 @@ def conflicts(cfg: Config) -> Iterator[str]:
         yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
     if cfg.draftp.prefix_steps is not None and cfg.sampling.s_churn > 0:
         yield "draftp.prefix_steps does not go with sampling.s_churn, whose noise belongs to the run's own steps"
+    if cfg.draftp.prefix_steps is not None and cfg.sampling.sampler in NOISY:
+        yield (
+            f"draftp.prefix_steps does not go with sampling.sampler {cfg.sampling.sampler}, which adds noise in each of "
+            "the run's own steps: leave it out"
+        )
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
         yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"
+    if cfg.peft.init_from is not None and cfg.peft.peft_scheme == "none":
+        yield "peft.init_from is a LoRA to go on from, and peft_scheme none trains the whole UNet: use model.loras"
     if sharding.offload and sharding.strategy == "fsdp":
         yield "sharding.offload does not go with sharding.strategy fsdp, which splits the weights"
     if sharding.channels_last and sharding.strategy == "fsdp":
@@ -140,6 +163,8 @@ def _idle_sampling(cfg: Config) -> Iterator[str]:
         yield "draftp.detach_uncond has no effect at sampling.scale 1, which has no unconditional half"
     if sampling.scale == 1 and sampling.guidance_interval != (0, 1):
         yield "sampling.guidance_interval has no effect at sampling.scale 1"
+    if sampling.timesteps and sampling.schedule == "leading":
+        yield "sampling.schedule has no effect: sampling.timesteps says which steps are taken"
     edge = max(sampling.height, sampling.width, *(edge for size in sampling.sizes for edge in size))
     if (cfg.model.vae_tile or 0) >= edge:
         yield f"model.vae_tile {cfg.model.vae_tile} has no effect on pictures of up to {edge} pixels"

@@ -5,33 +5,13 @@ Names that a NeMo-Aligner user knows keep their name. What two settings forbid e
 
 from __future__ import annotations
 
-import os
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from draftcli.config.sampling import SamplingConfig
+from draftcli.config.section import Count, CountFromZero, LocalPath, Precision, Section
 from draftcli.errors import brief
-
-Precision = Literal["fp64", "fp32", "bf16", "fp16"]
-Edge = Annotated[int, Field(ge=16, le=8192, multiple_of=8)]
-Count = Annotated[int, Field(ge=1, le=10**9)]
-CountFromZero = Annotated[int, Field(ge=0, le=10**9)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-def expand_home(text: str) -> str:
-    """`text` with the home folder for a ~ that begins it, as in a shell; the text itself where there is none."""
-    return os.path.expanduser(text)  # noqa: PTH111, as Path makes ./x and a//b of other names something else
-
-
-LocalPath = Annotated[str, AfterValidator(expand_home)]
-"""A path, or whatever else says where something is: a hub id, the name of something built in."""
-
-
-class Section(BaseModel):
-    """Settings are frozen, and a key that is not known is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class ModelConfig(Section):
@@ -45,6 +25,9 @@ class ModelConfig(Section):
     """Another VAE: diffusers folder, hub id or .safetensors."""
     variant: str | None = None
     """Which files of a folder or hub id, such as `fp16`."""
+    loras: list[LocalPath] = []
+    """PATH or PATH=SCALE of LoRAs that are part of the base: merged into its weights when it is loaded, text encoders
+    included, and frozen. What the run trains and writes comes on top."""
     precision: Precision = "fp32"
     """Of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
     quantize: Literal["8bit"] | None = None
@@ -56,62 +39,15 @@ class ModelConfig(Section):
     vae_tile: Annotated[int, Field(ge=64, le=8192, multiple_of=8)] | None = None
     """Decode in overlapping tiles of this many pixels, each again in backward: less memory. Pictures and gradient
     change a little, as the decoder's norms and attention see one tile at a time."""
-    prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the network predicts; default as its scheduler configuration says."""
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
+    """What the network predicts; default as its scheduler configuration says. sample: the picture, as SDXL-Lightning's
+    model for one step."""
     zero_terminal_snr: bool | None = None
     """Trained with rescaled betas; default as its scheduler configuration says."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     offload_text_encoders: bool = False
     """Keep the text encoders on the CPU between batches."""
-
-
-class SamplingConfig(Section):
-    """How pictures are drawn, in training as in validation."""
-
-    height: Edge = 1024
-    """Of the images, in pixels."""
-    width: Edge = 1024
-    """Of the images, in pixels."""
-    steps: Annotated[int, Field(ge=1, le=1000)] = 25
-    """N, sampler steps."""
-    scale: Annotated[float, Field(le=100)] = 5.0
-    """Classifier-free guidance, 1 to 100; 1 is none."""
-    sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "euler"
-    """heun takes two evaluations a step; heun and dpmpp_2m draw only, training is with euler or ddim."""
-    schedule: Literal["trailing", "leading"] = "trailing"
-    """Step grid. Trailing gives the last step, the only one with gradient when K = 1, five times more leverage."""
-    s_churn: Annotated[float, Field(ge=0, le=1000)] = 0.0
-    """Fresh noise per step (Karras et al. 2022), one draw for tuned and base."""
-    guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    """First and last part of the steps with guidance, [from, to) in shares of N; outside, scale 1 at half the price
-    (Kynkäänniemi et al. 2024). It changes the pictures, and other programs that draw with the LoRA must do the same."""
-    negative_prompt: str | None = None
-    """What the images should not show; null: nothing in particular, as diffusers does without one."""
-    sizes: list[tuple[Edge, Edge]] = []
-    """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
-
-    @field_validator("scale")
-    @classmethod
-    def _at_least_one(cls, scale: float) -> float:
-        """Below 1 guidance turns away from the prompt, and 0 is the unconditional network. Nobody asks for that: in
-        diffusers and on the cards of few-step models 0 is another way to write no guidance.
-        """
-        if scale < 1:
-            raise ValueError("allowed are 1 to 100; 1 is no guidance, which diffusers and few-step models write as 0")
-        return scale
-
-    @field_validator("guidance_interval")
-    @classmethod
-    def _in_order(cls, interval: tuple[float, float]) -> tuple[float, float]:
-        if interval[0] > interval[1]:
-            raise ValueError("the first number is the smaller one")
-        return interval
-
-    def is_guided(self, step: int) -> bool:
-        """Whether a sampler step, 0 .. steps - 1, takes two evaluations: with the prompt and without."""
-        first, last = self.guidance_interval
-        return self.scale != 1 and first <= step / self.steps < last
 
 
 class DraftpConfig(Section):
@@ -161,6 +97,8 @@ class PeftConfig(Section):
     """lora, or none: the whole UNet."""
     rank: Count = 32
     """Inner width of the LoRA."""
+    init_from: LocalPath | None = None
+    """A LoRA to go on from: rank, alpha and target_modules follow it. The base stays what it is without it."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the LoRA is alpha / rank; default alpha = rank."""
     target_modules: Annotated[list[str], Field(min_length=1)] = [

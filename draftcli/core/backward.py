@@ -43,7 +43,7 @@ class Piece:
         levels: of the K steps that carry gradient, in order.
         x: latents (B, C, H, W) that the network sees in each of the steps, after churn; KeptGraph needs only the first.
         x_0: (B, C, H, W) that the reward sees; KeptGraph finds it out by itself.
-        churn: with sampling.s_churn, unit noise (B, C, H, W) for each step but the first, whose level has none left.
+        churn: unit noise (B, C, H, W) for each step whose level has some; the first has none left.
         reach: None: the steps follow each other, and the gradient runs through x from one to the next. Else
             d x_0 / d eps of each: its input is detached, and x_0 moves by `reach` times the change of its estimate.
         regression: None: the estimates follow the reward's slope. Else the loss of the piece's one step.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,11 @@ Predict = Callable[[Tensor, Level], Tensor]
 # trajectory: (sigma, x_0 estimate) of the step before, for solvers that look back.
 Solver = Callable[[Predict, Tensor, Level, list[tuple[float, Tensor]]], Tensor]
 
-# noise(shape) -> unit normal noise, for churn
+# landing(sigma, sigma_next) -> the noise level that a step itself goes down to. Where that is below sigma_next, fresh
+# noise raises x from there.
+Landing = Callable[[float, float], float]
+
+# noise(shape) -> unit normal noise, for churn and for samplers that land lower than the next level
 Noise = Callable[[tuple[int, ...]], Tensor]
 
 
@@ -64,7 +68,29 @@ def dpmpp_2m(predict: Predict, x: Tensor, level: Level, earlier: list[tuple[floa
     return target + (level.sigma_next / level.sigma) * (x - target)
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "ddim": ddim, "dpmpp_2m": dpmpp_2m}
+def ancestral(sigma: float, sigma_next: float) -> float:
+    """Where a step of the ancestral sampler lands, sigma_next^2 / sigma (k-diffusion's get_ancestral_step, eta 1)."""
+    return sigma_next**2 / sigma if sigma else 0.0
+
+
+def at_image(sigma: float, sigma_next: float) -> float:
+    """Where a step of a consistency model lands (Luo et al. 2023, arXiv 2310.04378, algorithm 3): the image that it
+    predicts, which is then noised again.
+
+    diffusers' LCMScheduler also mixes x itself into that image, by less than 1e-5 from timestep 16 up; here it is not.
+    """
+    return 0.0
+
+
+SOLVERS: dict[str, Solver] = {
+    "euler": euler,
+    "heun": heun,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "euler_ancestral": euler,
+    "lcm": euler,
+}
+LANDINGS: dict[str, Landing] = {"euler_ancestral": ancestral, "lcm": at_image}  # of the others: the next level
 
 
 @dataclass(frozen=True)
@@ -95,16 +121,32 @@ class Sampler:
         solver: takes a step.
         churn: the reference's s_churn: fresh noise before each step; 0 is deterministic.
         prefix: the way that a walk from the first level takes up to `prefix.stop`; None: that of the schedule.
+        landing: where each step lands; None: at the next level, without fresh noise.
     """
 
     schedule: Schedule
     solver: Solver = euler
     churn: float = 0.0
     prefix: Prefix | None = None
+    landing: Landing | None = None
+
+    @classmethod
+    def named(cls, name: str, schedule: Schedule, churn: float = 0.0) -> Sampler:
+        """The sampler that sampling.sampler calls so."""
+        return cls(schedule, SOLVERS[name], churn, landing=LANDINGS.get(name))
 
     def levels(self, start: int = 0, stop: int | None = None) -> list[Level]:
         """The levels of the steps from `start` to before `stop`; None: to the image."""
-        return [self.schedule.level(i, self.churn) for i in range(start, len(self.schedule) if stop is None else stop)]
+        return [self._level(i) for i in range(start, len(self.schedule) if stop is None else stop)]
+
+    def _level(self, index: int) -> Level:
+        """The level of a step. Where the step before landed lower, the difference is fresh noise, as with churn."""
+        level = self.schedule.level(index, self.churn)
+        if self.landing is None:
+            return level
+        landed = self.landing(self.schedule.level(index - 1).sigma, level.sigma) if index else level.sigma
+        added = math.sqrt(max(0.0, level.sigma**2 - landed**2))
+        return replace(level, sigma_next=self.landing(level.sigma, level.sigma_next), churn=added)
 
     def walk(
         self, predict: Predict, x: Tensor, noise: Noise | None = None, *, start: int = 0, stop: int | None = None
@@ -130,7 +172,7 @@ def denoise(
         x: (B, C, H, W) latents before the first of them, already times `schedule.init_scale` where that is step 0.
         levels: of neighbouring steps. A solver that looks back (dpmpp_2m) begins with a step of order 1.
         solver: takes a step.
-        noise: draws unit noise for levels with churn; the global CPU generator where None.
+        noise: draws unit noise for levels with fresh noise; the global CPU generator where None.
 
     Returns:
         (B, C, H, W) latents after the last of them, in the dtype of x.

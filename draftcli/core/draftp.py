@@ -36,7 +36,7 @@ from draftcli.config import Config, conflicts
 from draftcli.core.annealing import annealed_denoiser, step_weights
 from draftcli.core.backward import KeptGraph, Piece, Work, reward_slope
 from draftcli.core.batch import Batch, derived_seed
-from draftcli.core.denoise import SOLVERS, Sampler
+from draftcli.core.denoise import Sampler
 from draftcli.core.engine.networks import PlacedNetworks, Watch
 from draftcli.core.gradient.last_k import LastK
 from draftcli.core.gradient.mode import GradientMode, check_sampler, make_mode
@@ -131,7 +131,7 @@ class SDXLDRaFTPModel:
 
     Args:
         cfg: the settings, from `draftcli.load_config`.
-        parts: loaded modules; None loads `cfg.model`.
+        parts: loaded modules, model.loras merged into them; None loads `cfg.model`.
         loras: for drawing alone: the LoRAs that tuned has, with the scale of each, frozen. May be none.
         loss: an objective of one's own, as `get_forward_output_and_loss_func` returns it, for get_loss_and_metrics.
 
@@ -154,7 +154,7 @@ class SDXLDRaFTPModel:
             raise InputError(problem)
         self.cfg, self.loss = cfg, loss
         self.networks = PlacedNetworks(cfg, parts, loras)
-        self.sampler = Sampler(self.networks.schedule, SOLVERS[cfg.sampling.sampler], cfg.sampling.s_churn)
+        self.sampler = Sampler.named(cfg.sampling.sampler, self.networks.schedule, cfg.sampling.s_churn)
         self.grad_scaler = torch.amp.GradScaler(self.runtime.device.type, enabled=cfg.model.precision == "fp16")
         self._reward_model: RewardFunction | None = None
         self._images_seen = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from draftcli.core.schedule import Level
 
-Prediction = Literal["epsilon", "v_prediction"]
+Prediction = Literal["epsilon", "v_prediction", "sample"]
 
 
 def network_input(x: Tensor, level: Level) -> Tensor:
@@ -25,10 +25,12 @@ def to_noise_estimate(output: Tensor, x: Tensor, level: Level, prediction: Predi
 
     For an eps network D = x - sigma eps, hence d = eps. For a v network v = alpha n - s x_0 with
     alpha = 1 / sqrt(1 + sigma^2) and s = sigma alpha, hence D = alpha^2 x - s v and d = sigma alpha^2 x + alpha v,
-    written so that nothing cancels at the sigma of 4096 of zero terminal SNR. With churn the level that the network
-    is given (table_sigma) differs from that of x (sigma), which leaves the factor table_sigma / sigma, as in the
-    reference.
+    written so that nothing cancels at the sigma of 4096 of zero terminal SNR. A sample network says D itself. With
+    churn the level that the network is given (table_sigma) differs from that of x (sigma), which leaves the factor
+    table_sigma / sigma, as in the reference.
     """
+    if prediction == "sample":
+        return (x - output) / level.sigma
     sigma = level.table_sigma
     if prediction == "v_prediction":
         output = (sigma / (1 + sigma**2)) * x + (1 / math.sqrt(1 + sigma**2)) * output

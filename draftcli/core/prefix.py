@@ -89,7 +89,7 @@ def evaluations_per_step(cfg: Config, first: int) -> list[int]:
     """
     sampling = cfg.sampling
     own = [1 + sampling.is_guided(i) for i in range(sampling.steps)]
-    schedule = make_schedule(sampling.steps, sampling.schedule, bool(cfg.model.zero_terminal_snr))
+    schedule = make_schedule(sampling.steps, sampling.schedule, bool(cfg.model.zero_terminal_snr), sampling.timesteps)
     prefix, count = make_prefix(cfg, first, schedule), 0
     if prefix is None:
         return own

@@ -122,9 +122,9 @@ class Rollout:
         """
         x, levels = self.to(first) if x is None else x, list(levels or self.sampler.levels(first))
         churn = [self._churn(tuple(x.shape)).to(x) for level in levels if level.churn > 0]
-        if churn:
-            x, levels[0] = x + churn[0] * levels[0].churn, replace(levels[0], churn=0.0)
-        piece = Piece(self.batch.prompts, self.cond, levels, [x], churn=churn[1:])
+        if levels[0].churn > 0:
+            x, levels[0] = x + churn.pop(0) * levels[0].churn, replace(levels[0], churn=0.0)
+        piece = Piece(self.batch.prompts, self.cond, levels, [x], churn=churn)
         return self._walked(piece) if self.recompute else piece
 
     def _walked(self, piece: Piece) -> Piece:
@@ -150,5 +150,5 @@ class Rollout:
 
 
 def churn_noise(batch: Batch) -> ImageNoise:
-    """The noise that sampling.s_churn adds along a batch's trajectories, from each image's seed."""
+    """The noise that sampling.s_churn, or the sampler, adds along a batch's trajectories, from each image's seed."""
     return ImageNoise([derived_seed(seed, "churn") for seed in batch.seeds])

@@ -7,6 +7,7 @@ root, and used as such in float64 too.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -27,11 +28,12 @@ class Level:
         index: sampler step i, 0 .. N-1, from noise to image.
         total: N.
         sigma: noise level of x, after churn (sigma_hat).
-        sigma_next: noise level after the step.
+        sigma_next: noise level after the step, before fresh noise of the next.
         table_sigma: the nearest level that the network was trained on; equal to sigma without churn.
         timestep: its index in the table, 0 .. 999: what the network is given.
         timestep_next: that of sigma_next; None where the step ends at the image.
-        churn: deviation of the fresh noise that raises x to sigma before the step; 0: none.
+        churn: deviation of the fresh noise that raises x to sigma before the step, of s_churn or of a sampler that
+            lands lower than the next level; 0: none.
     """
 
     index: int
@@ -104,7 +106,10 @@ def sigma_table(zero_terminal_snr: bool = False) -> Tensor:
 
 
 def make_schedule(
-    steps: int, spacing: Literal["trailing", "leading"] = "trailing", zero_terminal_snr: bool = False
+    steps: int,
+    spacing: Literal["trailing", "leading"] = "trailing",
+    zero_terminal_snr: bool = False,
+    timesteps: Sequence[int] = (),
 ) -> Schedule:
     """The schedule of `steps` sampler steps.
 
@@ -113,12 +118,13 @@ def make_schedule(
         spacing: `trailing` starts at level 999, as the reference does; `leading` is SDXL's own inference grid
             (diffusers with steps_offset 1), which never reaches the noisiest levels and ends at level 1.
         zero_terminal_snr: see `sigma_table`.
+        timesteps: the levels themselves, `steps` of them, descending in 0 .. 999, instead of a spacing; empty: none.
 
     Raises:
         ValueError: steps is outside 1 .. 1000.
     """
-    indices = trailing_timesteps(steps)
-    if spacing == "leading":
+    indices = list(timesteps) or trailing_timesteps(steps)
+    if spacing == "leading" and not timesteps:
         stride = TRAIN_STEPS // steps
         indices = [min(k * stride + 1, TRAIN_STEPS - 1) for k in range(steps)][::-1]
     table = sigma_table(zero_terminal_snr)

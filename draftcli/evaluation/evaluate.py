@@ -260,7 +260,7 @@ def _settings(
         settings |= {
             "model": cfg.model.pretrained,
             "size": f"{cfg.sampling.height} x {cfg.sampling.width} (height x width)",
-            "sampler": f"{cfg.sampling.steps} steps of {cfg.sampling.sampler}, {cfg.sampling.schedule} grid",
+            "sampler": f"{cfg.sampling.steps} steps of {cfg.sampling.sampler}, {cfg.sampling.grid}",
             "guidance": cfg.sampling.scale,
             "precision": cfg.model.precision,
         }

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
+from draftcli.core.guidance import Prediction
 from draftcli.core.lora.files import LORA_PARTS, Shapes
 from draftcli.core.models.family import find_family
 from draftcli.core.models.loading import (
@@ -47,7 +49,7 @@ class Base:
         name: as the user gave it.
         location: its folder or file.
         tensors: by part and key. Keys are diffusers' and transformers', text encoders' with `text_model.` in front.
-        prediction: epsilon or v_prediction.
+        prediction: epsilon, v_prediction or sample.
         zero_terminal_snr: whether it was trained with rescaled betas.
         layout: of a single file: how its tensors are made of ours.
         extra: of a single file: tensors that belong to no network, kept as they are.
@@ -116,8 +118,8 @@ def _scheduled(folder: Path) -> tuple[str, bool]:
     file = folder / "scheduler" / "scheduler_config.json"
     scheduler = read_json(file) if file.is_file() else {}
     prediction = scheduler.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction"):
-        raise InputError(f"{file}: predicts {brief(prediction)}; draftp knows epsilon and v_prediction")
+    if prediction not in get_args(Prediction):
+        raise InputError(f"{file}: predicts {brief(prediction)}; draftp knows {', '.join(get_args(Prediction))}")
     return prediction, bool(scheduler.get("rescale_betas_zero_snr"))
 
 

@@ -224,6 +224,14 @@ class SingleFile(ModelFormat):
     )
     opening = "pipe = {pipeline}.from_single_file({where})"
 
+    def __init__(self, job: MergeJob) -> None:
+        super().__init__(job)
+        if self.base.prediction == "sample":
+            raise InputError(
+                f"--format single-file: {self.base.name} predicts the picture (sample), and a single file has no mark "
+                "that tells other programs so; use --format diffusers"
+            )
+
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By their keys in the original layout."""
         return {entry.key: entry for entry in self.merger.original_entries()}

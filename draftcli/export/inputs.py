@@ -14,6 +14,7 @@ from draftcli.config import Config, load_config
 from draftcli.core.lora.files import Lora, Shapes, refuse_stacked_dora
 from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.family import find_family
+from draftcli.core.models.places import base_lora
 from draftcli.errors import InputError
 from draftcli.export.arguments import parse_input
 from draftcli.export.base import Base
@@ -122,6 +123,49 @@ def base_of(inputs: Sequence[MergeInput]) -> tuple[str, str | None, str | None] 
         named = ", ".join(sorted(pretrained for pretrained, *_ in found))
         raise InputError(f"the runs were trained on different models ({named}); say which to merge into with --base")
     return next(iter(found), None)
+
+
+def base_loras_of(inputs: Sequence[MergeInput]) -> list[str]:
+    """model.loras of the runs among `inputs`: what their base has beside the model's own weights.
+
+    Raises:
+        InputError: the runs have different ones, or one is another file than when its run was trained.
+    """
+    runs = [(source.run, source.cfg) for source in inputs if source.run and source.cfg]
+    for run, cfg in runs:
+        run.check_base_loras(cfg)
+    if any(cfg.model.loras != runs[0][1].model.loras for _, cfg in runs):
+        raise InputError("the runs were trained with different model.loras; say which model to merge into with --base")
+    return list(runs[0][1].model.loras) if runs else []
+
+
+def read_base_loras(texts: Sequence[str], changes: Changes, shapes: Shapes, *, own_alone: bool) -> None:
+    """Add the LoRAs of a run's base to what is done to the model that it was loaded from.
+
+    Args:
+        texts: model.loras.
+        changes: what the run itself has changed.
+        shapes: of the base's weights.
+        own_alone: the result is to be what the run changed, without them. A LoRA that was trained on top is so already.
+
+    Raises:
+        InputError: one cannot be read, or is DoRA where it would have to be taken apart from others.
+    """
+    for path, scale in map(base_lora, texts):
+        lora = read_lora(path, shapes).scaled(scale)
+        if changes.full:  # its UNet has them already, and what is interpolated is the UNet alone
+            factor = (0.0 if own_alone else 1.0) - changes.full_scale
+            if factor and any(update.magnitude is not None for update in lora.parts.get("unet", {}).values()):
+                raise InputError(f"model.loras {path}: DoRA cannot be taken out of a UNet again; merge at --scale 1")
+            unet = {"unet": lora.scaled(factor).parts["unet"]} if factor and "unet" in lora.parts else {}
+            others = {} if own_alone else {part: u for part, u in lora.parts.items() if part != "unet"}
+            lora = Lora(lora.name, {**unet, **others})
+        elif own_alone:
+            continue
+        changes.loras.insert(0, lora)
+        if not own_alone:
+            changes.readings.append(f"{path} x {scale:g}, of the run's base (model.loras)")
+    refuse_stacked_dora(changes.loras)
 
 
 def read_changes(inputs: Sequence[MergeInput], base: Base | None, shapes: Shapes, scale: float) -> Changes:

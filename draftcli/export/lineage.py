@@ -26,7 +26,7 @@ class Lineage:
         title: what people call them: the name of the run, or of the output.
         base: the model that they were trained on or merged into, as its owner gave it; of a path, its last part.
         merged_from: the LoRAs and runs that were merged; empty: the weights were trained.
-        prediction: epsilon or v_prediction.
+        prediction: epsilon, v_prediction or sample, for which other programs have no name.
         zero_terminal_snr: whether the base was trained with rescaled betas.
         resolution: (width, height) in pixels that they were trained at, or else their model.
         steps: optimizer steps that they were trained for.
@@ -54,7 +54,7 @@ def modelspec(lineage: Lineage, *, lora: bool = False) -> dict[str, str]:
         "description": f"made by draftp {__version__}",
         "date": lineage.date and lineage.date.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "resolution": lineage.resolution and "{}x{}".format(*lineage.resolution),
-        "prediction_type": lineage.prediction and predictions[lineage.prediction],
+        "prediction_type": lineage.prediction and predictions.get(lineage.prediction),
         "merged_from": ", ".join(lineage.merged_from),
     }
     return {f"modelspec.{key}": value for key, value in known.items() if value}

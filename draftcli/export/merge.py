@@ -21,7 +21,7 @@ from draftcli.export.arguments import check_options
 from draftcli.export.base import Base, family_shapes, open_base
 from draftcli.export.card import merge_card, push_to_hub
 from draftcli.export.formats import OUTPUT_FORMATS, MergeJob, OutputFormat
-from draftcli.export.inputs import MergeInput, base_of, find_inputs, read_changes
+from draftcli.export.inputs import MergeInput, base_loras_of, base_of, find_inputs, read_base_loras, read_changes
 from draftcli.export.lineage import lineage_of_merge
 from draftcli.export.report import NO_BASE, REPORT, MergeReport, ReportedInput
 from draftcli.export.tensors import Wrote, close_files
@@ -106,6 +106,8 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     base, shapes = _base(request, kind, inputs)
     _check_output(output, request.overwrite, inputs, base)
     changes = read_changes(inputs, base, shapes, request.scale)
+    if request.base is None:
+        read_base_loras(base_loras_of(inputs), changes, shapes, own_alone=kind.is_lora)
     merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
     report = MergeReport(__version__, output.stem, kind.name, base.name if base else NO_BASE, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)

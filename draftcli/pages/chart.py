@@ -60,7 +60,7 @@ class Frame:
 
     Args:
         size: width and height of the chart, in pixels.
-        margins: left, right, top, bottom, in pixels.
+        margins: left, right, top, bottom, in pixels; the left one grows with the numbers that stand there.
         x: values that the horizontal axis must reach.
         y: values that the vertical axis must reach.
         labels: of the two axes.
@@ -77,11 +77,13 @@ class Frame:
         whole: bool = False,
     ) -> None:
         self.width, self.height = size
-        self.left, right, self.top, bottom = margins
+        left, right, self.top, bottom = margins
         self.right, self.bottom = self.width - right, self.height - bottom
         self.labels = labels
-        self.x = Axis(x, self.left, self.right, max(3, (self.right - self.left) // 75), whole)
         self.y = Axis(y, self.bottom, self.top, max(3, (self.bottom - self.top) // 40))
+        widest = max((len(self.y.text(value)) for value in self.y.ticks), default=0)
+        self.left = max(left, 34 + 8 * widest)  # the numbers stand between the axis and its label
+        self.x = Axis(x, self.left, self.right, max(3, (self.right - self.left) // 75), whole)
 
     def opened(self, label: str) -> str:
         """The beginning of the chart: the element, its style, the grid with its numbers, and the axes' labels."""

@@ -173,7 +173,9 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
     sections["draftp"] |= {"kl_coeff": float(cfg.draftp.kl_coeff > 0), "prefix_steps": None}
     sections["draftp"]["prefix_sampler"] = "dpmpp_2m"
     height, width = largest(cfg)
-    sections["sampling"] |= {"height": height, "width": width, "sizes": [], "guidance_interval": [0.0, 1.0]}
+    sections["sampling"] |= {"height": height, "width": width, "sizes": [], "timesteps": []}
+    sections["sampling"] |= {"guidance_interval": [0.0, 1.0]}
+    sections["model"]["loras"], sections["peft"]["init_from"] = [], None
     for section, values in changes.items():
         sections[section] |= values
     return check_config(sections)

@@ -33,7 +33,14 @@ from draftcli.sampling.loras import NamedLora, hashes_setting, with_tags
 from draftcli.sampling.names import INDEX, free_path
 from draftcli.sampling.sheet import to_pil
 
-SAMPLER_NAMES = {"euler": "Euler", "heun": "Heun", "ddim": "DDIM", "dpmpp_2m": "DPM++ 2M"}  # as viewers know them
+SAMPLER_NAMES = {  # as viewers know them
+    "euler": "Euler",
+    "heun": "Heun",
+    "ddim": "DDIM",
+    "dpmpp_2m": "DPM++ 2M",
+    "euler_ancestral": "Euler a",
+    "lcm": "LCM",
+}
 PIXELS_TOGETHER = 1024**2  # of one batch: a picture of SDXL's size on a 24 GB card
 PICTURES_TOGETHER = 16
 LONGEST_NAME = 256  # bytes that no file's name has
@@ -186,7 +193,7 @@ def _settings(file: File, provenance: Provenance, loras: Sequence[NamedLora]) ->
     return {
         "Steps": sampling.steps,
         "Sampler": SAMPLER_NAMES[sampling.sampler],
-        "Schedule type": sampling.schedule.capitalize(),
+        "Schedule type": sampling.grid.removesuffix(" grid").capitalize(),
         "CFG scale": f"{sampling.scale:g}",
         "Seed": file.picture.seed,
         "Size": f"{width}x{height}",

@@ -34,6 +34,7 @@ RESOLVED = {
     "model.config": "configurations of the networks, tokens of the prompt",
     "model.vae": "the VAE's weights and configuration",
     "model.variant": "the weights",
+    "model.loras": "the weights, which they are merged into",
     "model.quantize": "the weights, in 8 bits or not",
     "model.precision": "dtypes of the weights and of the computation",
     "model.vae_precision": "dtypes of the VAE's weights",

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.lora.files import LORA_PARTS, weight_shapes
+from draftcli.core.lora.merging import load_base
 from draftcli.core.lora.reading import read_lora
-from draftcli.core.models.loading import load_parts
 from draftcli.errors import InputError
 from draftcli.runs import unet_files
 from draftcli.sampling.source import DrawingSource, with_precision
@@ -25,7 +25,7 @@ def load_source(source: DrawingSource) -> SDXLDRaFTPModel:
         InputError: model or LoRA cannot be loaded, or don't fit each other.
     """
     cfg = with_precision(source)
-    parts = load_parts(cfg.model, trained_in_full=source.unet is not None)
+    parts = load_base(cfg.model, trained_in_full=source.unet is not None)
     shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in LORA_PARTS}
     loras = [(read_lora(path, shapes), scale) for path, scale in source.loras]
     model = SDXLDRaFTPModel(cfg, parts, loras)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from draftcli import __version__
 from draftcli.config import Config
+from draftcli.contents import base_loras_contents
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.models.family import find_family
-from draftcli.core.models.places import BUILT_IN
+from draftcli.core.models.places import BUILT_IN, base_lora
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 from draftcli.training.result import diversity_kept
@@ -30,7 +32,24 @@ def _base(cfg: Config) -> str:
     return f"pipe = {find_family().pipeline}.{loader}({json.dumps(cfg.model.pretrained, ensure_ascii=False)})"
 
 
+# What to draw with in diffusers, by sampling.sampler; for the others the model's own scheduler does.
+SCHEDULERS = {
+    "euler_ancestral": ("EulerAncestralDiscreteScheduler", ', timestep_spacing="trailing"'),
+    "lcm": ("LCMScheduler", ""),
+}
+
+
+def _scheduler(cfg: Config) -> list[str]:
+    """The line that puts it in, where there is one."""
+    name, options = SCHEDULERS.get(cfg.sampling.sampler, ("", ""))
+    return [f"pipe.scheduler = diffusers.{name}.from_config(pipe.scheduler.config{options})"] if name else []
+
+
 def _steps(cfg: Config) -> str:
+    if cfg.sampling.sampler == "euler_ancestral":  # whose scheduler takes no timesteps
+        return f"num_inference_steps={cfg.sampling.steps}"
+    if cfg.sampling.timesteps:
+        return f"timesteps={cfg.sampling.timesteps}"
     if cfg.sampling.schedule == "leading":
         return f"num_inference_steps={cfg.sampling.steps}"
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
@@ -41,6 +60,31 @@ def _prefix(cfg: Config) -> str:
     draftp = cfg.draftp
     steps = None if draftp.prefix_steps is None else f"{draftp.prefix_steps} steps of {draftp.prefix_sampler}"
     return "" if steps is None else f"before them {steps} instead of the run's own, "
+
+
+def _base_loras(cfg: Config) -> list[str]:
+    """The lines that merge those of model.loras, as they were in training."""
+    lines = []
+    for path, scale in map(base_lora, cfg.model.loras):
+        lines += [f"pipe.load_lora_weights({json.dumps(str(path), ensure_ascii=False)})"]
+        lines += [f"pipe.fuse_lora(lora_scale={scale:g})", "pipe.unload_lora_weights()"]
+    return lines
+
+
+def _goes_with(cfg: Config) -> list[str]:
+    """What the weights need beside the base model; by content, as files are called otherwise elsewhere."""
+    if not cfg.model.loras:
+        return []
+    hashes = list(base_loras_contents(cfg.model.loras).values())
+    named = [f"`{path.name}` at scale {scale:g}" for path, scale in map(base_lora, cfg.model.loras)]
+    known = f" (sha256 {', '.join(digest[:12] for digest in hashes)})" if hashes else ""
+    return [
+        (
+            f"It was trained on {cfg.model.pretrained} with {', '.join(named)}{known} merged into it (model.loras), "
+            "and goes together with them: what is here does not contain them."
+        ),
+        "",
+    ]
 
 
 def _files(cfg: Config, kohya: str | None) -> list[str]:
@@ -89,17 +133,22 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
             f"Made by draftp {__version__}: {cfg.trainer.max_steps} steps of {cfg.trainer.global_batch_size} pictures, "
             f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, {make_mode(cfg).describe()}, "
             f"{_prefix(cfg)}KL coefficient {cfg.draftp.kl_coeff:g}"
+            + (f", started from the LoRA {Path(cfg.peft.init_from).name}" if cfg.peft.init_from else "")
             + (f", moving average of the weights with decay {cfg.ema.decay:g}" if averaged else "")
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
         ),
         "",
+        *_goes_with(cfg),
         *_files(cfg, kohya),
         "```python",
+        *(["import diffusers"] if _scheduler(cfg) else []),
         "import draftcli",
         f"from diffusers import {find_family().pipeline}" + ("" if lora else ", UNet2DConditionModel"),
         *(["from draftcli.core.models.loading import model_path"] if cfg.model.pretrained in BUILT_IN else []),
         "",
         _base(cfg),
+        *_scheduler(cfg),
+        *_base_loras(cfg),
         LOADING[cfg.peft.peft_scheme],
         f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.scale:g})",
         "```",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from draftcli.config import Config
 from draftcli.core.models.places import check_model_files
+from draftcli.errors import InputError
 from draftcli.prompts import find_prompts
 from draftcli.rewards import check_names
 from draftcli.runs import Run
@@ -22,6 +23,8 @@ def check_start(cfg: Config, folder: Path) -> None:
         InputError: there is no such file, prompt set or reward, or the folder is something else than a run.
     """
     check_model_files(cfg.model)
+    if cfg.peft.init_from is not None and not Path(cfg.peft.init_from).exists():
+        raise InputError(f"peft.init_from {cfg.peft.init_from}: there is no such file or folder")
     for setting, source in (
         ("data.prompts", cfg.data.prompts),
         ("data.validation_prompts", cfg.data.validation_prompts),

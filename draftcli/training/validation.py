@@ -103,9 +103,9 @@ class Validation:
                 for path in places if self.ranks.is_main else ():
                     if not path.is_file():
                         self._keep(path, self._base, made_by)
-        # Before the first step the tuned network is the base: there is nothing to draw.
+        # Before the first step the tuned network is the base, unless it goes on from a LoRA: there is nothing to draw.
         base = self._base
-        tuned = self._judge("tuned", progress, give_up_if_late) if step else base
+        tuned = self._judge("tuned", progress, give_up_if_late) if step or self.model.cfg.peft.init_from else base
         figures = {
             name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy()) for i, name in enumerate(self.rewards)
         }

@@ -40,7 +40,7 @@ BOTH = [
     (["RUN", "--scale", "0"], "sampling.scale = 0.0: allowed are 1 to 100; 1 is no guidance"),
     (["RUN", "--set", "sampling.scale=0.99"], "sampling.scale = 0.99: allowed are 1 to 100; 1 is no guidance"),
     (["RUN", "--scale", "nan"], "sampling.scale = nan"),
-    (["RUN", "--sampler", "lms"], "'euler', 'heun', 'ddim' or 'dpmpp_2m'"),
+    (["RUN", "--sampler", "lms"], "'euler', 'heun', 'ddim', 'dpmpp_2m', 'euler_ancestral' or 'lcm'"),
     (["RUN", "--schedule", "karras"], "'trailing' or 'leading'"),
     (["RUN", "--precision", "fp8"], "'fp64', 'fp32', 'bf16' or 'fp16'"),
     (["RUN", "--set", "model.device=tpu"], "model.device 'tpu'"),

@@ -55,15 +55,29 @@ def test_help_of_a_command_teaches_by_example():
 BY_SIZE = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("sdxl") else n for n in preset_names()]
 
 
+# what the header of a preset says to fetch first
+FETCHED = {"sdxl-lightning-lora": "sdxl_lightning_4step.safetensors", "sdxl-lcm-lora": "lcm-lora-sdxl.safetensors"}
+
+
+@pytest.mark.parametrize(("preset", "file"), FETCHED.items())
+def test_a_preset_whose_file_was_not_fetched_says_so(preset, file):
+    assert file in load_config_text(preset).split("\nmodel:")[0]
+    result = draftp("train", "--preset", preset, "--dry-run")
+    assert result.code == 2
+    assert f"{file}: there is no such file" in result.err
+
+
 @pytest.mark.parametrize("preset", BY_SIZE)
 def test_dry_run_works_offline_for_every_preset_and_touches_nothing(preset):
+    if preset in FETCHED:
+        Path(FETCHED[preset]).touch()
     result = draftp("train", "--preset", preset, "--dry-run")
     assert result.code == 0, result.err
     assert result.err == "", "a preset of ours gives no warning"
     for word in ("trainable", "frozen", "UNet evaluations", "images", "rewards", "with gradient", "needed"):
         assert word in result.out
     assert "kl_coeff" not in result.out
-    assert list(Path.cwd().iterdir()) == []
+    assert [path.name for path in Path.cwd().iterdir()] == [name for name in [FETCHED.get(preset)] if name]
 
 
 def test_a_dry_run_prints_the_settings_when_it_is_asked_to():

@@ -60,9 +60,11 @@ def test_the_modes_are_there():
 
 
 @every_mode
-@pytest.mark.parametrize("churn", [0, 1.2], ids=["calm", "churn"])
-def test_kept_and_recomputed_steps_agree(tiny_sdxl, name, churn):
-    model = model_of(tiny_sdxl, name, sampling={"s_churn": churn})
+@pytest.mark.parametrize(
+    "sampling", [{}, {"s_churn": 1.2}, {"sampler": "euler_ancestral"}, {"sampler": "lcm"}], ids=str
+)
+def test_kept_and_recomputed_steps_agree(tiny_sdxl, name, sampling):
+    model = model_of(tiny_sdxl, name, sampling=sampling)
     assert_same(step(model, recompute=True, micro=1), step(model))
 
 
@@ -198,7 +200,7 @@ def test_a_sampler_that_cannot_carry_gradient_is_refused_on_every_path(tiny_sdxl
         lambda: model.generate(batch(1), noise),
         lambda: count_evaluations(model.cfg),
     ):
-        with pytest.raises(InputError, match="train with euler or ddim"):
+        with pytest.raises(InputError, match="train with euler, ddim, euler_ancestral or lcm"):
             path()
     assert model.annealed_guidance(batch(1), noise).isfinite().all(), "it draws"
 

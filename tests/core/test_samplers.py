@@ -10,12 +10,14 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
 )
 
 from draftcli.core.annealing import evaluations, mixed, step_weights
-from draftcli.core.denoise import SOLVERS, Sampler
+from draftcli.core.denoise import LANDINGS, SOLVERS, Sampler
 from draftcli.core.guidance import network_input
 from draftcli.core.schedule import Level, make_schedule
 from draftcli.core.weighings import weighing
@@ -30,6 +32,8 @@ THEIRS = {
     "heun": lambda: HeunDiscreteScheduler(**BETAS),
     "ddim": lambda: DDIMScheduler(**BETAS, timestep_spacing="trailing", clip_sample=False, set_alpha_to_one=True),
     "dpmpp_2m": lambda: DPMSolverMultistepScheduler(**BETAS),
+    "euler_ancestral": lambda: EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing"),
+    "lcm": lambda: LCMScheduler(**BETAS, original_inference_steps=1000),  # takes timesteps of its own grid, here all
 }
 every_sampler = pytest.mark.parametrize("sampler", SOLVERS)
 
@@ -52,23 +56,29 @@ def noise():
 
 
 def walk(sampler, network, steps):
-    schedule = make_schedule(steps)
-    return Sampler(schedule, SOLVERS[sampler]).walk(network, noise() * schedule.init_scale)
+    schedule, generator = make_schedule(steps), torch.Generator().manual_seed(7)
+
+    def fresh(shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    return Sampler.named(sampler, schedule).walk(network, noise() * schedule.init_scale, fresh)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5, 20])
 @every_sampler
 def test_each_solver_is_diffusers_own_scheduler(sampler, steps):
     scheduler, schedule = THEIRS[sampler](), make_schedule(steps)
-    if sampler == "ddim":  # takes no grid; its own is ours where the number of steps divides 1000
+    if sampler in ("ddim", "euler_ancestral"):  # take no grid; theirs is ours where the number of steps divides 1000
         scheduler.set_timesteps(steps)
         assert scheduler.timesteps.tolist() == schedule.timesteps.tolist()
     else:
         scheduler.set_timesteps(timesteps=schedule.timesteps.tolist())
-    preserving = sampler in ("ddim", "dpmpp_2m")  # theirs walk z = x / sqrt(1 + sigma^2)
+    preserving = sampler in ("ddim", "dpmpp_2m", "lcm")  # theirs walk z = x / sqrt(1 + sigma^2)
     z = noise() if preserving else noise() * schedule.init_scale
+    noisy = {"generator": torch.Generator().manual_seed(7)} if sampler in LANDINGS else {}
     for timestep in scheduler.timesteps:
-        z = scheduler.step(eps(scheduler.scale_model_input(z, timestep), int(timestep)), timestep, z).prev_sample
+        said = eps(scheduler.scale_model_input(z, timestep), int(timestep))
+        z = scheduler.step(said, timestep, z, **noisy).prev_sample
     ours = walk(sampler, predicts(eps), steps)
     torch.testing.assert_close(ours, z.double(), atol=2e-5 * ours.abs().max().item(), rtol=0)
 
@@ -162,8 +172,10 @@ def test_evaluations_where_guidance_is_in_part_or_none(tiny_sdxl, sampler, kind,
 
 
 def test_churn_works_with_every_sampler(tiny_sdxl):
+    """And so does a sampler's own noise, with which it does not go: both belong to the picture, not to the batch."""
     for sampler in SOLVERS:
-        model = tiny_model(tiny_sdxl, 0.05, sampling={"s_churn": 1.2, "sampler": sampler})
+        churn = 0.0 if sampler in LANDINGS else 1.2
+        model = tiny_model(tiny_sdxl, 0.05, sampling={"s_churn": churn, "sampler": sampler})
         both = model.annealed_guidance(batch(2), model.initial_noise(batch(2)))
         alone = model.annealed_guidance(batch(1, first=0), model.initial_noise(batch(1)))
         torch.testing.assert_close(both[:1], alone, atol=1e-9, rtol=0)
@@ -172,7 +184,7 @@ def test_churn_works_with_every_sampler(tiny_sdxl):
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
 def test_a_sampler_that_cannot_train_says_so(tiny_sdxl, sampler):
     model = tiny_model(tiny_sdxl, sampling={"sampler": sampler})
-    with pytest.raises(InputError, match="train with euler or ddim"):
+    with pytest.raises(InputError, match="train with euler, ddim, euler_ancestral or lcm, and draw"):
         model.get_loss_and_metrics(batch(2))
 
 

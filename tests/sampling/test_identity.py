@@ -69,6 +69,16 @@ def variant(model: Path) -> Files:
     return folder, {**folder, "model.variant": "other"}
 
 
+def with_lora(model: Path) -> Files:
+    """A folder, and the same with a LoRA merged into it."""
+    generator = torch.Generator().manual_seed(0)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    matrices = {"lora_A": (1, 32), "lora_B": (32, 1)}
+    tensors = {f"{layer}.{name}.weight": torch.randn(s, generator=generator) for name, s in matrices.items()}
+    save_file(tensors, "lora.safetensors")
+    return {}, {"model.loras": ["lora.safetensors=0.5"]}
+
+
 # By field, another value than the default's.
 OTHER: dict[str, Any] = {
     "model.precision": "fp64",
@@ -85,6 +95,7 @@ OTHER: dict[str, Any] = {
     "sampling.scale": 2.0,
     "sampling.sampler": "heun",
     "sampling.schedule": "leading",
+    "sampling.timesteps": [999, 400, 20],
     "sampling.s_churn": 0.5,
     "sampling.guidance_interval": (0.2, 0.8),
     "sampling.negative_prompt": "dull",
@@ -98,6 +109,7 @@ OTHER_FILES: dict[str, Callable[[Path], Files]] = {
     "model.config": single_file,
     "model.vae": lambda model: ({}, {"model.vae": str(make_sdxl(Path("other"), seed=1) / "vae")}),
     "model.variant": variant,
+    "model.loras": with_lora,
 }
 
 

@@ -30,9 +30,10 @@ from draftcli.core.engine.residency import JUDGES, UNET, Residency
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.guidance import guided, network_input, to_noise_estimate
 from draftcli.core.lora import adapters
+from draftcli.core.lora.beginning import attach_begun
 from draftcli.core.lora.files import Lora, attach_loras
+from draftcli.core.lora.merging import load_base
 from draftcli.core.models.family import Conditioning, Parts, latent_factor
-from draftcli.core.models.loading import load_parts
 from draftcli.core.phase import Phase
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
@@ -48,7 +49,7 @@ class PlacedNetworks:
 
     Args:
         cfg: the settings.
-        parts: loaded modules; None loads `cfg.model`.
+        parts: loaded modules, model.loras merged into them; None loads `cfg.model`.
         loras: None is for training, of the LoRA that the UNet has already, of a new one or of the whole UNet. Else it
             is for drawing: these frozen LoRAs, each with its scale, are what tuned is; with none of them tuned is the
             base.
@@ -71,7 +72,7 @@ class PlacedNetworks:
         # Of a network that will be split process 0 reads the weights, and sends the others their part.
         self._rank0_loads = split and parts is None
         hollow = self._rank0_loads and not sharding.is_source()
-        self.parts = parts or load_parts(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
+        self.parts = parts or load_base(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
         self.family = self.parts.family
         device, offload = self.runtime.device, cfg.sharding.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
@@ -83,7 +84,10 @@ class PlacedNetworks:
             self.unet.requires_grad_(True)
         elif loras is None and not adapters.lora_layers(self.unet):
             peft = cfg.peft
-            adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
+            if peft.init_from is None:
+                adapters.attach_lora(self.unet, peft.rank, peft.alpha, peft.target_modules, seed=cfg.trainer.seed)
+            else:
+                attach_begun(self.unet, peft)
         for name, network in self.parts.modules.items() if loras else ():
             attach_loras(network, loras or (), part=name)
         if cfg.model.quantize:
@@ -97,7 +101,8 @@ class PlacedNetworks:
         self._encoded = PromptCache(
             self.parts, device, offload=cfg.model.offload_text_encoders, folder=None if cache is None else Path(cache)
         )
-        self.schedule = self.family.schedule(self.parts, cfg.sampling.steps, cfg.sampling.schedule)
+        sampling = cfg.sampling
+        self.schedule = self.family.schedule(self.parts, sampling.steps, sampling.schedule, sampling.timesteps)
         self._watch: Watch = torch.profiler.record_function
 
     # ------------------------------------------------------------------------------------------- tuned and base

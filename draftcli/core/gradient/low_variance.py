@@ -7,6 +7,7 @@ mean over all 1 + n samples (the paper's listing sums them, which rescales rewar
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from math import sqrt
 
 from draftcli.core.backward import Piece
 from draftcli.core.gradient.last_k import LastK
@@ -41,7 +42,8 @@ class LowVariance(LastK):
         last = self.total - 1
         yield (piece := rollout.piece(self.first))
         assert piece.x_0 is not None
-        sigma = float(rollout.sampler.schedule.sigmas[last])
+        (level,) = rollout.sampler.levels(last)
+        sigma = sqrt(level.sigma**2 - level.churn**2)  # the piece adds what fresh noise its first level has
         for j in range(self.samples):
             yield rollout.piece(last, piece.x_0 + sigma * rollout.noise("low variance", j))
 

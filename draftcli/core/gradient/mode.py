@@ -21,7 +21,7 @@ from draftcli.core.rollout import Rollout
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
 
-TRAINING_SAMPLERS = ("euler", "ddim")
+TRAINING_SAMPLERS = ("euler", "ddim", "euler_ancestral", "lcm")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ def check_sampler(sampler: str) -> None:
         InputError: it cannot.
     """
     if sampler not in TRAINING_SAMPLERS:
+        others = f"{', '.join(TRAINING_SAMPLERS[:-1])} or {TRAINING_SAMPLERS[-1]}"
         raise InputError(
-            f"sampling.sampler {sampler} draws pictures but cannot train; train with {' or '.join(TRAINING_SAMPLERS)}, "
-            f"and draw with draftp sample --sampler {sampler}"
+            f"sampling.sampler {sampler} draws pictures but cannot train; train with {others}, and draw with draftp "
+            f"sample --sampler {sampler}"
         )

@@ -107,8 +107,10 @@ class Family(Protocol):
         """
         ...
 
-    def schedule(self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"]) -> Schedule:
-        """The noise levels of `steps` sampler steps."""
+    def schedule(
+        self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"], timesteps: Sequence[int] = ()
+    ) -> Schedule:
+        """The noise levels of `steps` sampler steps; see `make_schedule`."""
         ...
 
 

@@ -63,7 +63,7 @@ _OFF = (False, None)
 _NOISE = "SDXL's noise levels"
 _BUILT = Rule("used: diffusers builds the network by it, for us as for its own pipeline")
 _SOLVER = Rule("harmless: of that class's own solver; ours is sampling.sampler")
-_OUR_GRID = Rule("harmless: the grid of steps is sampling.schedule")
+_OUR_GRID = Rule("harmless: the grid of steps is sampling.schedule or sampling.timesteps")
 _CLIPPING = Rule("harmless: it counts only with clip_sample or thresholding, which are refused")
 _FLOW = Rule("harmless: it counts only with use_flow_sigmas, which is refused")
 _GRID = "the class's own noise levels"
@@ -87,13 +87,14 @@ _SCHEDULER: dict[str, Rule] = {
     "interpolation_type": _only(_GRID, "linear", is_grid=True),
     "final_sigmas_type": _only(_GRID, "zero", is_grid=True),
     "lambda_min_clipped": _only(_GRID, -math.inf, is_grid=True),
+    "timestep_scaling": _only("how much of x an LCM mixes into the picture", 10.0, is_grid=True),
     **_rules(_OUR_GRID, "timestep_spacing", "steps_offset", "original_inference_steps"),
     **_rules(Rule("harmless: the ends of Karras, exponential or beta sigmas"), "sigma_min", "sigma_max"),
     **_rules(_CLIPPING, "clip_sample_range", "sample_max_value", "dynamic_thresholding_ratio"),
     **_rules(_FLOW, "flow_shift", "use_dynamic_shifting", "time_shift_type", "shift_terminal"),
     **_rules(_SOLVER, "algorithm_type", "corrector_order", "disable_corrector", "euler_at_final", "lower_order_final",
              "noise_sampler_seed", "predict_x0", "predictor_order", "set_alpha_to_one", "skip_prk_steps",
-             "solver_order", "solver_p", "solver_type", "tau_func", "timestep_scaling"),
+             "solver_order", "solver_p", "solver_type", "tau_func"),
 }  # fmt: skip
 
 _INPUT = "it wants an input beside prompt, size keys and noise"
@@ -176,7 +177,8 @@ def check_fields(part: str, module: Any, where: str) -> None:
     if part == "unet":
         check_channels(fields["in_channels"], fields["out_channels"], where)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
-    asked = [f"{kind.__name__} (fresh noise at each step)"] if kind.__name__ in FEW_STEPS else []
+    fresh = f"{kind.__name__} (fresh noise at each step, as sampling.sampler lcm)"
+    asked = [fresh] if kind.__name__ in FEW_STEPS else []
     for name, value in sorted(fields.items()):
         rule = rules.get(name)
         if name.startswith("_") or (rule is not None and name not in defaults):

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,8 +66,8 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
         name=cfg.pretrained,
         family=family,
     )
-    if parts.prediction not in ("epsilon", "v_prediction"):
-        raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows epsilon and v_prediction")
+    if parts.prediction not in get_args(Prediction):
+        raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows {', '.join(get_args(Prediction))}")
     _check_tokenizers(parts, cfg.config if single_file else cfg.pretrained)
     return parts
 
@@ -254,6 +254,12 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         InputError: it is not a diffusers folder of an SDXL.
     """
     index = folder / "model_index.json"
+    if not index.is_file() and (folder / "config.json").is_file():
+        network = str(read_json(folder / "config.json").get("_class_name") or "one network")[:80]
+        raise InputError(
+            f"{setting} {folder} is {network} alone, not a whole model; give a folder with a model_index.json"
+            + ", and this one as model.vae" * network.startswith("Autoencoder")
+        )
     if not index.is_file():
         raise InputError(f"{setting} {folder}: no model_index.json in it, so it is not a diffusers folder")
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 from draftcli.config import ModelConfig
 from draftcli.errors import InputError
+from draftcli.runs import split_scale
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,24 @@ def checked_file(path: str, setting: str) -> str:
     return path
 
 
+def base_lora(text: str) -> tuple[Path, float]:
+    """PATH and SCALE of an item of model.loras.
+
+    Raises:
+        InputError: nothing is there, it is pickled, or the scale is no number or 0.
+    """
+    name, scale = split_scale(text, lambda name: Path(name).exists(), f"model.loras {text}")
+    if not Path(name).exists():
+        raise InputError(f"model.loras {name}: there is no such file or folder")
+    if scale == 0:
+        raise InputError(f"model.loras {text}: with the scale 0 it would change nothing; leave it out")
+    return Path(checked_file(name, "model.loras") if Path(name).is_file() else name), scale
+
+
 def check_model_files(cfg: ModelConfig) -> None:
-    """Raise InputError where a setting names a single file that is not there, or one that is pickled."""
+    """Raise InputError where a setting names a file that is not there, or one that is pickled."""
+    for text in cfg.loras:
+        base_lora(text)
     for setting, source in (("model.pretrained", cfg.pretrained), ("model.vae", cfg.vae)):
         if source and is_single_file(source):
             checked_file(source, setting)

@@ -115,9 +115,11 @@ class SDXL:
         """See `Family`."""
         return original_layout(part, shapes)
 
-    def schedule(self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"]) -> Schedule:
+    def schedule(
+        self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"], timesteps: Sequence[int] = ()
+    ) -> Schedule:
         """See `Family`."""
-        return make_schedule(steps, spacing, parts.zero_terminal_snr)
+        return make_schedule(steps, spacing, parts.zero_terminal_snr, timesteps)
 
 
 def _as_encoded(config: Any, latents: Tensor) -> Tensor:
