@@ -100,6 +100,10 @@ def train(
     if process.is_launcher and not dry_run:
         raise typer.Exit(_launch(cfg, processes, fits=fit is not None))
     console = open_console(quiet or not process.is_main, debug)
+    if dry_run:
+        from draftcli.core.models.loading import check_unloaded
+
+        check_unloaded(cfg.model)
     if process.is_main:
         _warn(cfg, processes, process.size)
     if fit:

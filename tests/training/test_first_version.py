@@ -22,6 +22,7 @@ KEPT = Path(__file__).parents[1] / "first_version"
 EXPECTED = KEPT / "expected"
 TOLERANCE = 1e-4
 FIGURES = {"step", "loss", "reward", "kl_penalty", "grad_norm", "lr"}
+TEXT_ENCODER = "1cc902e14571"  # how the sha256 of the base's first text encoder begins
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
@@ -29,6 +30,8 @@ each_kind = pytest.mark.parametrize("kind", list(KINDS))
 def runs(working_directory):
     """Copies of the runs in the working directory, and the base that they name."""
     make_model()
+    if not base_digest("text_encoder").startswith(TEXT_ENCODER):
+        pytest.skip("transformers 4 draws other weights, so that this base has other text encoders")
     digest = json.loads((EXPECTED / "base.json").read_text())["sha256 of the UNet's weights"]
     assert base_digest() == digest, "this machine or torch makes another base: nothing here can be compared"
     for kind in KINDS:
