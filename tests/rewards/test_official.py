@@ -265,9 +265,7 @@ def test_a_backbone_of_another_kind_or_not_whole_is_refused(cases: dict[str, Cas
         load_reward("aesthetic", str(cases["aesthetic"].file), str(tmp_path))
     tensors["vision_model.post_layernorm.bias"] = torch.ones(3)
     (tmp_path / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
-    with pytest.raises(
-        InputError, match=r"post_layernorm\.bias (is \(3,\) where \(\d+,\) is expected|has another shape)"
-    ):
+    with pytest.raises(InputError, match=r"post_layernorm\.bias (is \(3,\) where|has another shape)"):
         load_reward("aesthetic", str(cases["aesthetic"].file), str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes(b"{")
     with pytest.raises(InputError, match="cannot be loaded"):
