@@ -38,6 +38,13 @@ slow: .venv/.installed-test
 faults: .venv/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kill --kills 200
 
+# What touches diffusers, transformers, peft, typer, Pillow and NumPy: loading, LoRA files, rewards, exports, the toy's
+# figures, help and metadata. `make oldest OLDEST=tests` takes everything.
+OLDEST ?= $(addprefix tests/core/test_,diffusers.py fields.py golden.py loading.py lora_contents.py lora_files.py \
+	lora_reading.py tokenizers.py weight_files.py) tests/export tests/rewards tests/toy tests/cli/test_cli.py \
+	tests/cli/test_printing.py tests/sampling/test_embedded.py tests/sampling/test_pipeline.py \
+	tests/evaluation/test_features.py tests/training/test_final.py tests/test_pictures.py tests/test_umask.py
+
 # Old releases warn of what newer ones of others have changed: warnings are no errors here.
 oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -n 2 -W default --disable-warnings -m "not slow and not browser" $(OLDEST)

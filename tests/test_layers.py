@@ -80,6 +80,7 @@ CORE_LAYERS = {
     "lora": {"lora"},
     "engine": {"engine"},
     "facade": {"draftp"},
+    "moved": {"sdxl", "original_names"},  # where the first version had what is in models; nothing here imports them
 }
 CORE_ALLOWED = {
     "values": set(),
@@ -88,6 +89,7 @@ CORE_ALLOWED = {
     "lora": {"values", "models"},
     "engine": {"values", "method", "models", "lora"},
     "facade": {"values", "method", "models", "lora", "engine"},
+    "moved": {"models"},
 }
 
 

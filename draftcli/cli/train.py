@@ -124,6 +124,10 @@ def train(
     console = open_console(quiet or not process.is_main, debug, in_logs=not dry_run)
     if process.is_main and verbose and not dry_run:
         warn("--verbose has no effect without --dry-run")
+    if dry_run:
+        from draftcli.core.models.loading import check_unloaded
+
+        check_unloaded(cfg.model)
     if cfg.peft.init_from is not None:
         with process.one_speaker():
             cfg = _following(cfg)

@@ -44,8 +44,8 @@ def conflicts(cfg: Config) -> Iterator[str]:
         yield "draftp.prefix_steps does not go with sampling.s_churn, whose noise belongs to the run's own steps"
     if cfg.draftp.prefix_steps is not None and cfg.sampling.sampler in NOISY:
         yield (
-            f"draftp.prefix_steps does not go with sampling.sampler {cfg.sampling.sampler}, which adds noise in each of "
-            "the run's own steps: leave it out"
+            f"draftp.prefix_steps does not go with sampling.sampler {cfg.sampling.sampler}, which adds noise in each "
+            "of the run's own steps: leave it out"
         )
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
         yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"

@@ -25,6 +25,7 @@ from draftcli.core.models.places import BUILT_IN
 from draftcli.errors import InputError
 from draftcli.rewards import Reward, load_reward
 from draftcli.rewards.catalogue import same_network
+from draftcli.rewards.checkpoints import LOADERS_ERRORS, read_pretrained
 from draftcli.rewards.clip import CLIPReward
 from draftcli.rewards.wrappers import innermost
 
@@ -139,13 +140,16 @@ def _dinov2(pretrained: str) -> Features:
         config = AutoConfig.from_pretrained(pretrained)
         if config.model_type != "dinov2":
             raise InputError(f"--features dinov2={pretrained}: a {config.model_type} model, not a DINOv2")
-        network = AutoModel.from_pretrained(pretrained, dtype=torch.float32).requires_grad_(False).eval()
-    except (OSError, ValueError, ImportError) as error:
+        network, faults = read_pretrained(AutoModel, pretrained)
+    except LOADERS_ERRORS as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)[:200]
         raise InputError(
             f"--features dinov2: {pretrained} cannot be loaded; without the hub, download it and give "
             f"--features dinov2=FOLDER ({reason})"
         ) from error
+    if faults:
+        raise InputError(f"--features dinov2: {pretrained} is not whole: {faults}; download it again")
+    network = network.requires_grad_(False).eval()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's
 
     def extract(images: Tensor) -> Tensor:

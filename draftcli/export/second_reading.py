@@ -31,7 +31,10 @@ from draftcli.core.models.weight_files import with_text_model
 from draftcli.errors import DraftpError, first_line
 
 _ADAPTER = "second"
+_SETTINGS = "lora_adapter_metadata"  # of peft, in the metadata of diffusers' files
 _KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+# By the names of the original code; diffusers before 0.39 does not take a file that has one of them.
+_OUTSIDE_BLOCKS = tuple(f"lora_unet_{name}_" for name in ("input_blocks_0", "out", "time_embed", "label_emb"))
 _DIFFUSERS = re.compile(rf"({'|'.join(LORA_PARTS)})\..*(\.lora_[AB]\.|lora\.(down|up)\.|lora_magnitude_vector)")
 _NEAR = 1e-6  # relative, of scales: quotients of the same numbers in another order
 
@@ -95,45 +98,53 @@ def _second_reading(file: Path, config: Path) -> dict[tuple[str, str], Update]:
     if all(key.startswith(PEFT_PREFIX) for key in tensors) and file.name == PEFT_FILE:
         PeftModel.from_pretrained(networks["unet"], str(file.parent), adapter_name=_ADAPTER)
         return _layers(networks)
-    if all(_DIFFUSERS.match(key) for key in tensors):
-        _load(networks, str(file), _ADAPTER)
+    by_diffusers = all(_DIFFUSERS.match(key) for key in tensors)
+    if by_diffusers and _SETTINGS in metadata:
+        _load(networks, str(file.parent), _ADAPTER, weight_name=file.name)
         return _without_inventions(_layers(networks), tensors)
-    if "lora_adapter_metadata" in metadata:
+    if _SETTINGS in metadata:
         networks["unet"].load_lora_adapter(str(file.parent), weight_name=file.name, prefix=None, adapter_name=_ADAPTER)
         return _without_inventions(_layers(networks), tensors)
-    for i, state in enumerate(_by_alpha(tensors)):
+    for i, state in enumerate(_alike(tensors, by_diffusers)):
         _load(networks, state, f"{_ADAPTER}{i}")
-    return _layers(networks)
+    return _without_inventions(_layers(networks), tensors)
 
 
-def _by_alpha(tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-    """The layers by kohya's names, which diffusers knows how to convert, those of one alpha at a time.
+def _alike(tensors: Mapping[str, Tensor], by_diffusers: bool) -> list[dict[str, Tensor]]:
+    """The layers of one alpha at a time, or of one rank where there is none; those of other programs by kohya's names.
 
-    diffusers 0.42 loses the alphas of attention layers where they differ. Layers with more than matrices and an alpha
-    are left out, as it does not read them from kohya's files.
+    diffusers 0.42 loses the alphas of attention layers where they differ, and older ones take a wrong scale where ranks
+    differ and no alpha is given. Of other programs' layers, those with more than matrices and an alpha are left out, as
+    diffusers does not read them from kohya's files.
     """
-    groups: dict[float | None, dict[str, Tensor]] = {}
+    import diffusers
+
+    blocks_alone = tuple(map(int, diffusers.__version__.split(".")[:2])) < (0, 39)
+    groups: dict[tuple[str, float], dict[str, Tensor]] = {}
     for module, layer in sort_tensors(tensors).layers.items():
+        alpha = layer["alpha"][1] if "alpha" in layer else None
+        group = groups.setdefault(("rank", len(layer["down"][1])) if alpha is None else ("alpha", float(alpha)), {})
+        if by_diffusers:
+            group |= dict(layer.values())
+            continue
         if layer.keys() - {"alpha"} != {"down", "up"}:
             continue
         _, part, name = split_prefix(module)
-        if "resblocks" in name:
-            continue  # OpenCLIP's names, which diffusers does not know
         stem = _KOHYA[part] + name.replace(".", "_")
-        alpha = layer["alpha"][1] if "alpha" in layer else None
-        state = groups.setdefault(None if alpha is None else float(alpha), {})
-        state |= {f"{stem}.lora_down.weight": layer["down"][1], f"{stem}.lora_up.weight": layer["up"][1]}
+        if "resblocks" in name or (blocks_alone and stem.startswith(_OUTSIDE_BLOCKS)):
+            continue  # OpenCLIP's names, which diffusers does not know
+        group |= {f"{stem}.lora_down.weight": layer["down"][1], f"{stem}.lora_up.weight": layer["up"][1]}
         if alpha is not None:
-            state[f"{stem}.alpha"] = alpha
-    return list(groups.values())
+            group[f"{stem}.alpha"] = alpha
+    return [group for group in groups.values() if group]
 
 
-def _load(networks: Mapping[str, Any], source: str | dict[str, Tensor], adapter: str) -> None:
-    """By diffusers' loader."""
+def _load(networks: Mapping[str, Any], source: str | dict[str, Tensor], adapter: str, **file: str) -> None:
+    """By diffusers' loader; `weight_name` is that of a file in the folder `source`."""
     import diffusers
 
     pipeline = getattr(diffusers, find_family().pipeline)
-    read: Any = pipeline.lora_state_dict(source, unet_config=networks["unet"].config, return_lora_metadata=True)
+    read: Any = pipeline.lora_state_dict(source, unet_config=networks["unet"].config, return_lora_metadata=True, **file)
     state, alphas, metadata = read
     pipeline.load_lora_into_unet(state, alphas, networks["unet"], adapter_name=adapter, metadata=metadata)
     for part in LORA_PARTS[1:]:

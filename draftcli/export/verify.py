@@ -272,9 +272,12 @@ def _loader_errors(path: Path) -> Iterator[None]:
     except (DraftpError, OSError, KeyboardInterrupt):
         raise
     except Exception as error:
-        # diffusers raises errors of many types for files that it cannot load.
+        import diffusers
+
+        # It raises errors of many types for files that it cannot load.
         raise DraftpError(
-            f"verification failed: diffusers does not take {path.name} ({type(error).__name__}: {first_line(error)})"
+            f"verification failed: diffusers {diffusers.__version__} does not take {path.name}; update it, or take "
+            f"--verify keys ({type(error).__name__}: {first_line(error)})"
         ) from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,9 +168,28 @@ def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
 
 def _slopes(reward: Reward, image: Tensor, prompt: str) -> tuple[float, float]:
     """The slope along the gradient, by the gradient and by central differences; float64 where that is possible."""
-    if isinstance(reward, nn.Module) and image.device.type != "mps":
+    if image.device.type == "mps":
+        return _slopes_of(reward, image, prompt)
+    if isinstance(reward, nn.Module):
         reward.double()
-    image = image if image.device.type == "mps" else image.double()
+    with double_by_default():
+        return _slopes_of(reward, image.double(), prompt)
+
+
+@contextmanager
+def double_by_default() -> Iterator[None]:
+    """New tensors are float64 where nothing else is said: transformers 4 fills CLIP's mask with the smallest float64,
+    which the usual float32 cannot hold.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _slopes_of(reward: Reward, image: Tensor, prompt: str) -> tuple[float, float]:
     at = image.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reward(at, [prompt]).sum(), at)
     direction = gradient / gradient.norm()

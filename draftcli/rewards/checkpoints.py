@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from draftcli.errors import InputError, first_line
 from draftcli.file_kinds import unreadable
 
+# What transformers and safetensors raise where files are missing, damaged or those of something else.
+LOADERS_ERRORS = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
 # The official name of a model's tensor, and how the tensor is made from what stands there.
 Origin = tuple[str, Callable[[Tensor], Tensor]]
 
@@ -191,14 +194,45 @@ def load_pretrained(name: str, model_class: Any, place: str, setting: str, **set
         settings: for `from_pretrained`.
 
     Raises:
-        InputError: it cannot be loaded, or lacks tensors (transformers would make them up).
+        InputError: it cannot be loaded, or lacks tensors or has them in another shape.
     """
     with loading(name, place, setting):
-        model, found = model_class.from_pretrained(place, dtype=torch.float32, output_loading_info=True, **settings)
-    absent = sorted([*found["missing_keys"], *(m[0] for m in found["mismatched_keys"])])
-    if absent:
-        raise InputError(f"reward {name}: {place} is not whole: {_listed('lacks', absent)[0]}")
+        model, faults = read_pretrained(model_class, place, **settings)
+    if faults:
+        raise InputError(f"reward {name}: {place} is not whole: {faults}")
     return model
+
+
+def read_pretrained(model_class: Any, place: str, **settings: Any) -> tuple[Any, str]:
+    """A transformers model in float32, and in words what its files lack of it; empty: nothing.
+
+    transformers makes up what is missing or has another shape, and says so in notes that are kept quiet here.
+
+    Args:
+        model_class: transformers' class.
+        place: hub id or folder.
+        settings: for `from_pretrained`.
+
+    Raises:
+        Exception: transformers' own.
+    """
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        model, found = model_class.from_pretrained(
+            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+        )
+    finally:
+        logging.set_verbosity(before)
+    odd = [
+        f"{one} has another shape"  # transformers 4 gives the name alone
+        if isinstance(one, str)
+        else f"{one[0]} is {tuple(one[1])} where {tuple(one[2])} is expected"
+        for one in found["mismatched_keys"]
+    ]
+    return model, "; ".join([*_listed("lacks", sorted(found["missing_keys"])), *sorted(odd)[:1]])
 
 
 @contextmanager
@@ -206,7 +240,7 @@ def loading(name: str, place: str, setting: str) -> Iterator[None]:
     """Libraries' errors while they read `place` become one line that says what to set."""
     try:
         yield
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except LOADERS_ERRORS as error:
         raise InputError(
             f"reward {name}: {place} cannot be loaded; without the hub, download it and set rewards.{name}.{setting} "
             f"to its folder ({first_line(error)})"

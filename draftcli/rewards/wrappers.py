@@ -82,7 +82,7 @@ def _as_tensor(returned: Any) -> Tensor | None:
         if isinstance(returned, list) and returned and all(isinstance(score, Tensor) for score in returned):
             return torch.stack(returned)
         if isinstance(returned, list) and all(
-            isinstance(score, int | float | np.number | np.bool) for score in returned
+            isinstance(score, int | float | np.number | np.bool_) for score in returned
         ):
             return torch.tensor([float(score) for score in returned])
     except (TypeError, RuntimeError, OverflowError):  # tensors of several shapes, whole numbers beyond all floats

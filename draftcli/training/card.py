@@ -20,7 +20,7 @@ from draftcli.runs import ValidationLine
 from draftcli.training.result import diversity_kept
 
 LOADING = {
-    "lora": 'pipe.load_lora_weights("PATH/TO/final")',
+    "lora": f'pipe.load_lora_weights("PATH/TO/final", weight_name="{LORA_FILE}")',
     "none": 'pipe.unet = UNet2DConditionModel.from_pretrained("PATH/TO/final/unet")',
 }
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import typer
+from packaging.version import Version
 from rich.console import Console
 
 from draftcli.cli import main
@@ -197,7 +199,9 @@ def test_errors_show_the_name(name):
 def test_help_keeps_its_brackets():
     with mock.patch.dict(os.environ, COLUMNS="200"):
         text = draftp("merge-lora", "--help").out
-    for words in ("LORA[=SCALE]", "[default: the newest run]", "[default: RUN/export/NAME-...]"):
+    newest = ["[default: the newest run]"] if Version(typer.__version__) >= Version("0.26") else []  # of an argument
+    assert "[default: None]" not in text
+    for words in ("LORA[=SCALE]", *newest, "[default: RUN/export/NAME-...]"):
         assert words in text
 
 

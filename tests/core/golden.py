@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class AnalyticUNet(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
         self.P, self.Q = nn.Linear(64, 8, bias=False), nn.Linear(64, 8, bias=False)
         self.r = nn.Parameter(torch.zeros(8))
-        self.config = SimpleNamespace(in_channels=4)
+        self.config = FrozenDict({"in_channels": 4})
         self.load_state_dict(weights)
 
     def forward(self, x, t, encoder_hidden_states, added_cond_kwargs, return_dict):
@@ -43,7 +43,7 @@ class LinearVAE(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(4, 3, 1)
-        self.config = SimpleNamespace(scaling_factor=GOLDEN["scale_factor"], block_out_channels=(1, 1, 1, 1))
+        self.config = FrozenDict({"scaling_factor": GOLDEN["scale_factor"], "block_out_channels": (1, 1, 1, 1)})
 
     def decode(self, latents, return_dict):
         return (self.conv(latents),)

@@ -17,7 +17,7 @@ from diffusers import StableDiffusionXLPipeline
 
 import draftcli
 from draftcli.core.batch import Batch
-from draftcli.core.lora.adapters import save_lora
+from draftcli.core.lora.adapters import LORA_FILE, save_lora
 from tests.tiny import batch, make_sdxl, tiny_model
 
 TOLERANCE = 1e-5
@@ -139,7 +139,7 @@ def test_a_saved_lora_gives_our_picture_in_diffusers(folders, tmp_path, targets,
     pipe = StableDiffusionXLPipeline.from_pretrained(folders["eps"], add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
     untuned = theirs(pipe, batch(2), noise)
-    pipe.load_lora_weights(tmp_path / "final")
+    pipe.load_lora_weights(tmp_path / "final", weight_name=LORA_FILE)
     tuned = theirs(pipe, batch(2), noise)
     assert differs(tuned, untuned)
     same(ours(model, batch(2), noise), tuned)

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -263,6 +264,38 @@ def test_a_single_files_scheduler_is_that_of_its_configuration(tiny_sdxl):
     config = changed(tiny_sdxl, "scheduler/scheduler_config.json", beta_schedule="linear")
     with pytest.raises(InputError, match=f"^model.config {config}: the scheduler's beta_schedule is 'linear'"):
         load_parts(ModelConfig(pretrained=str(file), config=str(config)))
+
+
+LEVELS = {"betas": torch.linspace(1e-4, 0.02, 1000)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "marks", "words"),
+    [
+        ({"beta_schedule": "linear"}, None, "the scheduler's beta_schedule is 'linear'"),
+        ({"prediction_type": "sample"}, None, "predicts 'sample'; draftp knows epsilon and v_prediction"),
+        ({"beta_schedule": "linear"}, {}, "^draftp: model.config .*the scheduler's beta_schedule is 'linear'"),
+        ({}, {"edm_mean": torch.zeros(4)}, "its mark edm_mean says that it was trained by EDM"),
+        ({}, LEVELS, "its table betas is not that of SDXL's noise levels"),
+        ({}, {}, None),
+    ],
+    ids=["scheduler", "prediction", "scheduler of a single file", "edm", "table", "nothing odd"],
+)
+def test_a_dry_run_refuses_what_the_real_start_refuses(tiny_sdxl, changes, marks, words):
+    """The scheduler's configuration and a single file's marks, in the same words."""
+    model = config = changed(tiny_sdxl, "scheduler/scheduler_config.json", **changes)
+    if marks is not None:
+        model = write_single_file(tiny_sdxl, Path("one.safetensors").absolute())
+        save_file(load_file(model) | marks, model)
+    command = ("train", "--preset", recipe(model, model={"pretrained": str(model), "config": str(config)}))
+    real, dry = draftp(*command, "--output", "run"), draftp(*command, "--dry-run")
+    if words:
+        one_line(dry)
+        assert re.search(words, dry.err)
+        assert dry.out == ""
+        assert [line for line in real.err.splitlines() if line.startswith("draftp:")] == dry.err.splitlines()
+    else:
+        assert dry.code == 0, dry.err
 
 
 @pytest.mark.parametrize("kind", ["Inpaint", "Img2Img", "InstructPix2Pix"])

@@ -233,7 +233,7 @@ def test_damaged_weights(copy_of_it, module, damage):
 )
 def test_a_damaged_configuration(copy_of_it, file):
     if file == "tokenizer/vocab.json":
-        (copy_of_it / "tokenizer" / "tokenizer.json").unlink()
+        (copy_of_it / "tokenizer" / "tokenizer.json").unlink(missing_ok=True)  # transformers 4 writes none
     (copy_of_it / file).write_text('{"a": ')
     assert str(copy_of_it) in refused(copy_of_it)
 

@@ -52,7 +52,9 @@ def read(tensors, shapes, folder, metadata=None):
 def test_scalars_of_lycoris_multiply_the_update(shapes, tmp_path):
     tensors = plain(shapes, Q, CONV)
     before = read(tensors, shapes, tmp_path)
-    after = read(tensors | {f"{'lora_unet_' + Q.replace('.', '_')}.scalar": torch.tensor(0.25)}, shapes, tmp_path)
+    (tmp_path / "after").mkdir()  # before's tensors are read from its file as they are needed
+    scalar = {f"{'lora_unet_' + Q.replace('.', '_')}.scalar": torch.tensor(0.25)}
+    after = read(tensors | scalar, shapes, tmp_path / "after")
     weight = torch.zeros(shapes["unet"][Q])
     one, two = (Changes([lora]).apply("unet", f"{Q}.weight", weight) for lora in (before, after))
     torch.testing.assert_close(two, one / 4)

@@ -3,6 +3,7 @@ of saying the scale."""
 
 import copy
 import re
+from collections import defaultdict
 from dataclasses import replace
 
 import pytest
@@ -20,7 +21,7 @@ from draftcli.core.models.weight_files import with_text_model
 from draftcli.errors import DraftpError
 from draftcli.export.inputs import Changes
 from draftcli.export.second_reading import compare_reading
-from tests.core.test_lora_files import RANKS, ask
+from tests.core.test_lora_files import RANKS, TAKES_ALL_OF_KOHYA, ask
 
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 DOWN = "down_blocks.1.attentions.0.transformer_blocks.0"
@@ -99,7 +100,9 @@ def test_settings_of_peft_mean_what_peft_makes_of_them(pipe, shapes, tiny_sdxl, 
         settings = {k: sorted(v) if isinstance(v, set) else v for k, v in made.peft_config["default"].to_dict().items()}
         layers = get_peft_model_state_dict(made)
         StableDiffusionXLPipeline.save_lora_weights(tmp_path, layers, unet_lora_adapter_metadata=settings)
-        state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(str(tmp_path), return_lora_metadata=True)
+        state, alphas, metadata = StableDiffusionXLPipeline.lora_state_dict(
+            str(tmp_path), weight_name=FILE, return_lora_metadata=True
+        )
         StableDiffusionXLPipeline.load_lora_into_unet(state, alphas, theirs, metadata=metadata)
     else:
         settings = {"r": 4, "lora_alpha": 6, "target_modules": TARGETS, "init_lora_weights": False} | SCALES[scale]
@@ -148,7 +151,11 @@ OPEN_CLIP = [
 # Text encoders' layers are whole: diffusers tells its conversions of them apart by which are there.
 TEXT_LAYERS = [*(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")), "mlp.fc1", "mlp.fc2"]
 NAMED = {
-    "unet": {name: rank for name, rank in RANKS["unet"].items() if not name.endswith("time_emb_proj")},
+    "unet": {
+        name: rank
+        for name, rank in RANKS["unet"].items()
+        if not name.endswith("time_emb_proj") and (TAKES_ALL_OF_KOHYA or "_blocks" in name or "mid_block" in name)
+    },
     "text_encoder": {f"text_model.encoder.layers.1.{name}": 2 for name in TEXT_LAYERS},
     "text_encoder_2": {f"text_model.encoder.layers.0.{name}": 3 for name in TEXT_LAYERS[3:]},  # OpenCLIP has no q_proj
 }  # diffusers does not find time_emb_proj by its original name
@@ -184,18 +191,19 @@ def tensors_in(naming, alphas, shapes):
 def merged(tiny_sdxl, shapes):
     """By way of giving alphas: the networks as diffusers' load_lora_weights and fuse_lora make them of kohya's file.
 
-    It is given the layers of one alpha at a time, since it loses those of attention where they differ.
+    It is given the layers of one alpha at a time, or of one rank where there is none: it loses alphas of attention
+    where they differ, and older ones take another scale where ranks differ and there is no alpha.
     """
     found = {}
     for way, alphas in ALPHAS.items():
         tensors = tensors_in("kohya", alphas, shapes)
         theirs = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
-        stems = {key.partition(".")[0] for key in tensors}
-        for alpha in alphas:
-            of_alpha = {stem for stem in stems if alpha is None or tensors[f"{stem}.alpha"] == alpha}
-            theirs.load_lora_weights(
-                {key: t.clone() for key, t in tensors.items() if key.partition(".")[0] in of_alpha}
-            )
+        alike = defaultdict(set)
+        for stem in {key.partition(".")[0] for key in tensors}:
+            alpha = tensors.get(f"{stem}.alpha")
+            alike[-len(tensors[f"{stem}.lora_down.weight"]) if alpha is None else float(alpha)].add(stem)
+        for stems in alike.values():
+            theirs.load_lora_weights({key: t.clone() for key, t in tensors.items() if key.partition(".")[0] in stems})
             theirs.fuse_lora()
             theirs.unload_lora_weights()
         found[way] = {part: dict(getattr(theirs, part).named_parameters()) for part in PARTS}

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 
 from draftcli.errors import InputError
 from draftcli.evaluation.features import choose_features, load_features
@@ -127,3 +128,34 @@ def test_other_weights_are_refused_in_one_line(tmp_path, folder):
         (tmp_path / folder / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(InputError, match=r"cannot be loaded|not a DINOv2"):
         load_features(f"dinov2={tmp_path / folder}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("missing", r"not whole: lacks layernorm\.weight; download"),
+        ("several missing", r"not whole: lacks \S+ and 3 more; download"),
+        (
+            "another shape",
+            r"not whole: layernorm\.weight (is \(3,\) where \(16,\)|has another shape)",
+        ),
+        ("cut off", "cannot be loaded"),
+    ],
+)
+def test_weights_that_are_not_whole_are_refused_by_name(tmp_path, capfd, kind, words):
+    from transformers import Dinov2Config, Dinov2Model
+
+    Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load(file.read_bytes())
+    if kind == "missing":
+        del tensors["layernorm.weight"]
+    if kind == "several missing":
+        tensors = {key: t for key, t in tensors.items() if "norm1" not in key and "norm2" not in key}
+    if kind == "another shape":
+        tensors["layernorm.weight"] = torch.ones(3)
+    file.write_bytes(b"{" if kind == "cut off" else save(tensors, {"format": "pt"}))
+    capfd.readouterr()
+    with pytest.raises(InputError, match=words):
+        load_features(f"dinov2={tmp_path}")
+    assert "layernorm" not in "".join(capfd.readouterr()), "the message alone says it"

@@ -102,5 +102,5 @@ def test_plain_diffusers_draws_with_what_is_written():
         return pipe("a red star", height=64, width=64, num_inference_steps=2, generator=generator, output_type="pt")
 
     base = draw().images
-    pipe.load_lora_weights("ours")
+    pipe.load_lora_weights("ours", weight_name="pytorch_lora_weights.safetensors")
     assert (draw().images - base).abs().max() > 0.01

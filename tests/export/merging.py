@@ -7,6 +7,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.models.weight_files import clean_key
 from tests.command import draftp
 
@@ -38,7 +39,7 @@ def pipeline(path, config=None):
 def tuned_unet(base, lora_folder, scale=1.0):
     """As plain diffusers has it."""
     pipe = pipeline(base)
-    pipe.load_lora_weights(lora_folder)
+    pipe.load_lora_weights(lora_folder, weight_name=LORA_FILE)
     pipe.unet.set_adapters(pipe.unet.active_adapters(), scale)
     return pipe.unet
 

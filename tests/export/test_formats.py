@@ -9,6 +9,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.models.sdxl import SDXL_BASE
 from draftcli.export.arguments import FORMAT_NAMES
 from draftcli.export.base import open_base
@@ -80,7 +81,9 @@ def opened(name, base, config):
             return StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
 
     found = {}
-    with mock.patch("diffusers.StableDiffusionXLPipeline", Pipeline):
+    # Told to be offline, diffusers 0.36 doesn't look for the LoRA's file, even in a folder here.
+    offline = mock.patch("diffusers.loaders.lora_base.HF_HUB_OFFLINE", new=False, create=True)
+    with mock.patch("diffusers.StableDiffusionXLPipeline", Pipeline), offline:
         exec(opening(name, str(output_of(name)), str(base)), found)
     return found["pipe"]
 
@@ -90,7 +93,7 @@ def test_the_snippet_of_its_card_opens_it_in_plain_diffusers(run, tiny_sdxl, sin
     merge(run, name)
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     untuned = ask(pipe.unet)
-    pipe.load_lora_weights(run / "final")
+    pipe.load_lora_weights(run / "final", weight_name=LORA_FILE)
     wanted = ask(pipe.unet)
     assert (wanted - untuned).abs().max() > 1e-3
     for base in (tiny_sdxl, single_file):

@@ -9,12 +9,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.lora.files import weight_shapes
 from draftcli.core.lora.reading import read_lora
 from draftcli.errors import InputError
 from draftcli.export.base import open_base
 from tests.command import draftp
-from tests.core.test_lora_files import ask
+from tests.core.test_lora_files import TAKES_ALL_OF_KOHYA, ask
 from tests.core.test_lora_files import write as write_lora_file
 from tests.export.merging import QUERY, equal, merge, pipeline, refused, report, tuned_unet, weights
 
@@ -54,7 +55,7 @@ def test_a_lora_loads_in_diffusers_and_does_the_same(run, tiny_sdxl, kind):
     output = Path("out" if kind == "lora" else "out.safetensors")
     merge(run, "--format", kind, "--output", output, "--scale", 0.5)
     pipe = pipeline(tiny_sdxl)
-    pipe.load_lora_weights(output if kind == "lora" else ".", weight_name=None if kind == "lora" else output.name)
+    pipe.load_lora_weights(output if kind == "lora" else ".", weight_name=LORA_FILE if kind == "lora" else output.name)
     torch.testing.assert_close(ask(pipe.unet), ask(tuned_unet(tiny_sdxl, run / "final", 0.5)), rtol=0, atol=1e-5)
 
 
@@ -161,7 +162,13 @@ def test_a_run_that_trained_the_whole_unet(full_run, tiny_sdxl):
     base, half = pipeline(tiny_sdxl).unet.state_dict(), pipeline(Path("half.safetensors"), tiny_sdxl).unet.state_dict()
     assert all(torch.allclose(half[k], (base[k] + tuned[k]) / 2, atol=1e-6) for k in base)
     refused(full_run, "--format", "lora", "--output", "x", words=["--rank"])
-    out = merge(full_run, "--format", "kohya", "--rank", 4, "--output", "extracted.safetensors").out
+    extracted = (full_run, "--format", "kohya", "--rank", 4, "--output", "extracted.safetensors")
+    if not TAKES_ALL_OF_KOHYA:
+        failed = draftp("merge-lora", *extracted)
+        assert failed.code == 1
+        assert "does not take extracted.safetensors; update it, or take --verify keys" in failed.err
+        extracted += ("--verify", "keys")
+    out = merge(*extracted).out
     assert "rank 4: error" in out
     assert "biases and norms" in out
     assert 0 < report(Path("extracted.safetensors"))["compression"]["relative"] < 1

@@ -45,9 +45,10 @@ def make_model(folder: Path = MODEL) -> Path:
     return folder
 
 
-def base_digest() -> str:
-    """The sha256 of the base's UNet, to see that it is the one that the runs began with."""
-    tensors = load_file(MODEL / "unet" / "diffusion_pytorch_model.safetensors")
+def base_digest(part: str = "unet") -> str:
+    """The sha256 of a network of the base, to see that it is the one that the runs began with."""
+    (file,) = (MODEL / part).glob("*.safetensors")
+    tensors = load_file(file)
     return sha256(b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))).hexdigest()
 
 

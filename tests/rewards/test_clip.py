@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 import draftcli
 from draftcli.errors import InputError
 from draftcli.rewards import WeightedSum, load_reward
+from draftcli.rewards.check import double_by_default
 from draftcli.rewards.clip import load_clip_reward
 
 # Works without torchvision: a class of its own in release 5 of transformers, the only one in release 4.
@@ -86,10 +87,11 @@ def test_gradient_is_that_of_finite_differences(clip_folder):
     reward = load_clip_reward("pickscore", str(clip_folder)).double()
     # Away from 0 and 1, where the preprocessing saturates as the official one does.
     images = (0.3 + 0.4 * pictures(40, 48, count=2).double()).requires_grad_()
-    reward(images, PROMPTS[:2]).sum().backward()
+    with double_by_default():
+        reward(images, PROMPTS[:2]).sum().backward()
     direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     step = 1e-5
-    with torch.no_grad():
+    with torch.no_grad(), double_by_default():
         ahead, behind = (reward(images + s * step * direction, PROMPTS[:2]).sum() for s in (1, -1))
     assert images.grad is not None
     expected = ((ahead - behind) / (2 * step)).item()

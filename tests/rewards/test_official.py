@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, SiglipConfig, SiglipModel
 from transformers.models.auto.tokenization_auto import AutoTokenizer
@@ -24,6 +24,7 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from draftcli.errors import InputError
 from draftcli.rewards import load_reward
 from draftcli.rewards.catalogue import BUILT_IN_REWARDS
+from draftcli.rewards.check import double_by_default
 from draftcli.rewards.pixels import Preprocess
 from draftcli.rewards.registry import blank_reward
 from tests.rewards.references import (
@@ -178,10 +179,11 @@ def test_the_gradient_is_that_of_finite_differences(cases: dict[str, Case], name
     reward = cases[name].load().double()
     # Away from 0 and 1, where the preprocessing saturates as the official one does.
     images = (0.3 + 0.4 * pictures(40, 48, count=2).double()).requires_grad_()
-    reward(images, PROMPTS[:2]).sum().backward()
+    with double_by_default():
+        reward(images, PROMPTS[:2]).sum().backward()
     direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     step = 1e-5
-    with torch.no_grad():
+    with torch.no_grad(), double_by_default():
         ahead, behind = (reward(images + s * step * direction, PROMPTS[:2]).sum() for s in (1, -1))
     assert images.grad is not None
     expected = ((ahead - behind) / (2 * step)).item()
@@ -260,6 +262,13 @@ def test_a_backbone_of_another_kind_or_not_whole_is_refused(cases: dict[str, Cas
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     whole.config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"not whole: lacks vision_model\.post_layernorm\.bias"):
+        load_reward("aesthetic", str(cases["aesthetic"].file), str(tmp_path))
+    tensors["vision_model.post_layernorm.bias"] = torch.ones(3)
+    (tmp_path / "model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
+    with pytest.raises(InputError, match=r"post_layernorm\.bias (is \(3,\) where|has another shape)"):
+        load_reward("aesthetic", str(cases["aesthetic"].file), str(tmp_path))
+    (tmp_path / "model.safetensors").write_bytes(b"{")
+    with pytest.raises(InputError, match="cannot be loaded"):
         load_reward("aesthetic", str(cases["aesthetic"].file), str(tmp_path))
 
 

@@ -10,7 +10,7 @@ from diffusers import (
 )
 
 import draftcli
-from draftcli.core.lora.adapters import lora_layers, save_lora
+from draftcli.core.lora.adapters import LORA_FILE, lora_layers, save_lora
 from draftcli.core.weighings import weighing
 from draftcli.errors import InputError
 from tests.core.test_diffusers import SCALE, STEPS, differs, model_for, same, theirs
@@ -25,7 +25,7 @@ def tuned(tiny_sdxl, tmp_path_factory):
     save_lora(model.unet, folder)
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False)
     pipe.set_progress_bar_config(disable=True)
-    pipe.load_lora_weights(folder)
+    pipe.load_lora_weights(folder, weight_name=LORA_FILE)
     return model, pipe
 
 

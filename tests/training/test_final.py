@@ -4,6 +4,7 @@ import json
 import shutil
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 
 from draftcli.core.lora.reading import find_lora
 from tests.command import draftp, recipe
-from tests.core.test_lora_files import ask
+from tests.core.test_lora_files import TAKES_ALL_OF_KOHYA, ask
 
 LORA = "pytorch_lora_weights.safetensors"
 # What peft 0.17 knows; each later release knows more, and refuses none of these.
@@ -39,7 +40,9 @@ def metadata(file: Path) -> dict[str, str]:
 
 def unet_with(model: Path, folder: Path, weight_name: str | None = None):
     pipe = StableDiffusionXLPipeline.from_pretrained(model, add_watermarker=False)
-    pipe.load_lora_weights(folder, weight_name=weight_name)
+    # Told to be offline, older ones don't look for a LoRA's file, even in a folder here.
+    with mock.patch("diffusers.loaders.lora_base.HF_HUB_OFFLINE", new=False, create=True):
+        pipe.load_lora_weights(folder, weight_name=weight_name)
     return pipe.unet
 
 
@@ -59,7 +62,9 @@ def test_both_files_of_final_are_the_same_lora_in_diffusers_and_in_kohyas_naming
     untuned = ask(StableDiffusionXLPipeline.from_pretrained(tiny_sdxl, add_watermarker=False).unet)
     wanted = ask(unet_with(tiny_sdxl, final))  # diffusers takes its own file, though two are there
     assert (wanted - untuned).abs().max() > 1e-3
-    torch.testing.assert_close(ask(unet_with(tiny_sdxl, final, "mine-kohya.safetensors")), wanted, rtol=0, atol=1e-5)
+    if TAKES_ALL_OF_KOHYA or "conv_in" not in peft.get("target_modules", []):
+        other = ask(unet_with(tiny_sdxl, final, "mine-kohya.safetensors"))
+        torch.testing.assert_close(other, wanted, rtol=0, atol=1e-5)
     assert find_lora(final) == final / LORA
     ours = load_file(final / LORA)
     downs = {key: tensor for key, tensor in load_file(final / "mine-kohya.safetensors").items() if "lora_down" in key}

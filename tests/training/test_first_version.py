@@ -6,6 +6,7 @@ anew is off by more than a percent.
 """
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +22,7 @@ KEPT = Path(__file__).parents[1] / "first_version"
 EXPECTED = KEPT / "expected"
 TOLERANCE = 1e-4
 FIGURES = {"step", "loss", "reward", "kl_penalty", "grad_norm", "lr"}
+TEXT_ENCODER = "1cc902e14571"  # how the sha256 of the base's first text encoder begins
 each_kind = pytest.mark.parametrize("kind", list(KINDS))
 
 
@@ -28,6 +30,8 @@ each_kind = pytest.mark.parametrize("kind", list(KINDS))
 def runs(working_directory):
     """Copies of the runs in the working directory, and the base that they name."""
     make_model()
+    if not base_digest("text_encoder").startswith(TEXT_ENCODER):
+        pytest.skip("transformers 4 draws other weights, so that this base has other text encoders")
     digest = json.loads((EXPECTED / "base.json").read_text())["sha256 of the UNet's weights"]
     assert base_digest() == digest, "this machine or torch makes another base: nothing here can be compared"
     for kind in KINDS:
@@ -113,3 +117,17 @@ def test_the_lora_is_exported():
 def size(up, down, scale):
     """The norm of a layer's update."""
     return float((scale * up.flatten(1) @ down.flatten(1)).norm())
+
+
+def test_its_model_cards_and_scripts_find_what_they_import():
+    """`model_path` is in the cards of runs of the toy; the folder by its name and the names of layers, in scripts."""
+    import draftcli.core.original_names
+    import draftcli.core.sdxl
+
+    toy = draftcli.core.sdxl.model_path("toy")
+    assert draftcli.core.sdxl.model_path("a/folder") == "a/folder"
+    assert toy == f"{draftcli.core.sdxl.BUILT_IN['toy']}" == os.fspath(draftcli.core.sdxl.BUILT_IN["toy"])
+    assert Path(toy, "model_index.json").is_file()
+    modules = ["conv_in", "down_blocks.0.resnets.0.conv1"]
+    names = draftcli.core.original_names.original_unet_names(modules)
+    assert names == {"conv_in": "input_blocks.0.0", "down_blocks.0.resnets.0.conv1": "input_blocks.1.0.in_layers.2"}

@@ -237,7 +237,7 @@ def test_the_final_lora_gives_plain_diffusers_our_picture(tiny_sdxl):
         ).images  # fmt: skip
 
     base = draw()
-    pipe.load_lora_weights("run/final")
+    pipe.load_lora_weights("run/final", weight_name="pytorch_lora_weights.safetensors")
     theirs = draw()
     torch.testing.assert_close(theirs, ours, atol=2e-4, rtol=0)
     assert (theirs - base).abs().max() > 0.01, "the LoRA does something"

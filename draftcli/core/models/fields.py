@@ -173,7 +173,7 @@ def check_fields(part: str, module: Any, where: str) -> None:
         InputError: its class, or a field of its configuration, is not one that we know how to go by.
     """
     kind, fields, rules = type(module), dict(module.config), FIELDS[part]
-    _check_class(part, kind.__name__, where)
+    check_class(part, kind.__name__, where)
     if part == "unet":
         check_channels(fields["in_channels"], fields["out_channels"], where)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
@@ -206,7 +206,17 @@ def check_fields(part: str, module: Any, where: str) -> None:
         )
 
 
-def _check_class(part: str, name: str, where: str) -> None:
+def check_class(part: str, name: str, where: str) -> None:
+    """Refuse a part of a model that is of a class whose formulas are not SDXL's.
+
+    Args:
+        part: scheduler, unet or vae.
+        name: of diffusers' class.
+        where: what the user calls the place that it came from.
+
+    Raises:
+        InputError: the class is not one that we know how to go by.
+    """
     if name not in _CLASSES[part]:
         process = next((f" ({words})" for start, words in _OTHER_PROCESSES.items() if name.startswith(start)), "")
         raise InputError(

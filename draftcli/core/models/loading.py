@@ -16,7 +16,7 @@ from torch import nn
 from draftcli.config import ModelConfig
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.family import Family, Parts, find_family
-from draftcli.core.models.fields import FIELDS, check_fields
+from draftcli.core.models.fields import FIELDS, check_class, check_fields
 from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.models.meta import read_json
 from draftcli.core.models.places import BUILT_IN, checked_file, is_single_file, model_path
@@ -49,27 +49,71 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
     }
     pipe = _load_pipeline(cfg, family, source, dtypes, hollow_unet)
     encoders = [getattr(pipe, part) for part in family.networks if part.startswith("text_encoder")]
-    where = f"model.config {cfg.config or family.hub_base}" if single_file else f"model.pretrained {cfg.pretrained}"
+    where = _configured_by(cfg)
     for part in FIELDS:
         check_fields(part, getattr(pipe, part), f"model.vae {cfg.vae}" if part == "vae" and cfg.vae else where)
     check_vae_channels(pipe.vae, pipe.unet, f"model.vae {cfg.vae}" if cfg.vae else f"the VAE of {cfg.pretrained}")
-    scheduler = pipe.scheduler.config
-    prediction, zero_snr = single_file_prediction(Path(source)) if single_file else (None, None)
+    prediction, zero_terminal_snr = _prediction(cfg, source, pipe.scheduler.config)
     parts = Parts(
         unet=_cast(pipe.unet, dtypes["unet"]),
         vae=_cast(pipe.vae, dtypes["vae"]),
         text_encoders=tuple(_cast(encoder, dtype) for encoder in encoders),
         tokenizers=tuple(pipe.components[name] for name in sorted(pipe.components) if name.startswith("tokenizer")),
-        prediction=cfg.prediction_type or prediction or scheduler.get("prediction_type", "epsilon"),
-        zero_terminal_snr=_first(cfg.zero_terminal_snr, zero_snr, scheduler.get("rescale_betas_zero_snr"), False),
+        prediction=prediction,
+        zero_terminal_snr=zero_terminal_snr,
         zeros_for_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", True)),
         name=cfg.pretrained,
         family=family,
     )
-    if parts.prediction not in get_args(Prediction):
-        raise InputError(f"{source} predicts {parts.prediction!r}; draftp knows {', '.join(get_args(Prediction))}")
     _check_tokenizers(parts, cfg.config if single_file else cfg.pretrained)
     return parts
+
+
+def check_unloaded(cfg: ModelConfig) -> None:
+    """Refuse what `load_parts` would refuse, as far as that can be seen without loading weights.
+
+    Nothing is fetched: of a model or a configuration on the hub, nothing is looked at. The VAE of `model.vae` is not
+    looked at either.
+
+    Raises:
+        InputError: as by `load_parts`.
+    """
+    source, elsewhere = model_path(cfg.pretrained), ["vae"] * bool(cfg.vae)
+    if not Path(source).is_dir() and not is_single_file(source):
+        return
+    source, config = _found(cfg, source, [part for part in find_family().networks if part not in elsewhere])
+    if not Path(config).is_dir():
+        return
+    where = _configured_by(cfg)
+    for part in (part for part in FIELDS if part not in elsewhere):
+        try:
+            blank = _blank_part(Path(config), part, where)
+        except InputError:
+            raise
+        except Exception as error:  # what a wrong configuration breaks in diffusers is as varied as it is
+            raise InputError(_loading_failed(cfg, find_family(), source, error)) from error
+        check_fields(part, blank, where)
+        if part == "scheduler":
+            _prediction(cfg, source, blank.config)
+
+
+def _configured_by(cfg: ModelConfig) -> str:
+    """What the user calls the place of the configuration."""
+    if is_single_file(model_path(cfg.pretrained)):
+        return f"model.config {cfg.config or find_family().hub_base}"
+    return f"model.pretrained {cfg.pretrained}"
+
+
+def _blank_part(folder: Path, part: str, where: str) -> Any:
+    """The scheduler or a network as its configuration has it, without weights."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    name = str(read_json(folder / "model_index.json")[part][1])
+    check_class(part, name, where)
+    kind: Any = getattr(diffusers, name)
+    with init_empty_weights():
+        return kind.from_config(kind.load_config(folder, subfolder=part))
 
 
 def local_folder(
@@ -138,14 +182,7 @@ def _load_pipeline(
     """diffusers' pipeline of a model, `model.vae` and a hollow UNet in their places; every network is complete."""
     elsewhere = ["unet"] * hollow_unet + ["vae"] * bool(cfg.vae)
     read = [part for part in family.networks if part not in elsewhere]
-    if is_single_file(source):
-        file = Path(checked_file(source, "model.pretrained"))
-        with suppress(SafetensorError):  # of a file that cannot be read its loader will tell
-            check_marks(file, cfg.prediction_type)
-        check_networks(file, read)
-        config = cfg.config or family.hub_base
-    else:
-        config = source = str(local_folder(source, cfg.variant, elsewhere=elsewhere))
+    source, config = _found(cfg, source, read)
     try:
         given = _networks_from_elsewhere(cfg, config, elsewhere)
         pipe = _diffusers_pipeline(cfg, family, source, dtypes, elsewhere)
@@ -163,6 +200,26 @@ def _load_pipeline(
             files = weight_files(Path(source) / part, part, cfg.variant)
             ensure_loaded(getattr(pipe, part), part, files, f"model.pretrained {cfg.pretrained}")
     return pipe
+
+
+def _found(cfg: ModelConfig, source: str, read: Sequence[str]) -> tuple[str, str]:
+    """Where the weights are, and the configuration; refuses what their files say of themselves.
+
+    Args:
+        cfg: the settings.
+        source: path or hub id.
+        read: networks that are read from it.
+    """
+    family = find_family()
+    if not is_single_file(source):
+        elsewhere = [part for part in family.networks if part not in read]
+        folder = str(local_folder(source, cfg.variant, elsewhere=elsewhere))
+        return folder, folder
+    file = Path(checked_file(source, "model.pretrained"))
+    with suppress(SafetensorError):  # of a file that cannot be read its loader will tell
+        check_marks(file, cfg.prediction_type)
+    check_networks(file, read)
+    return source, cfg.config or family.hub_base
 
 
 def _diffusers_pipeline(
@@ -188,6 +245,17 @@ def _diffusers_pipeline(
             "of a single file apart by their widths; use a diffusers folder"
         )
     return pipe
+
+
+def _prediction(cfg: ModelConfig, source: str, scheduler: Any) -> tuple[Prediction, bool]:
+    """What the network predicts and whether it was trained with zero terminal SNR: by the settings, else by the marks
+    of a single file, else by the scheduler's configuration.
+    """
+    marked, zero_snr = single_file_prediction(Path(source)) if is_single_file(source) else (None, None)
+    prediction = cfg.prediction_type or marked or scheduler.get("prediction_type", "epsilon")
+    if prediction not in get_args(Prediction):
+        raise InputError(f"{source} predicts {prediction!r}; draftp knows {', '.join(get_args(Prediction))}")
+    return prediction, _first(cfg.zero_terminal_snr, zero_snr, scheduler.get("rescale_betas_zero_snr"), False)
 
 
 def single_file_prediction(file: Path) -> tuple[Prediction | None, bool | None]:

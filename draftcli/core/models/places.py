@@ -18,7 +18,7 @@ from draftcli.runs import split_scale
 
 @dataclass(frozen=True)
 class BuiltInModel:
-    """A model that ships with the package.
+    """A model that ships with the package. As a path or a text it is its folder, which is all that it was at first.
 
     Attributes:
         folder: a diffusers folder like any other.
@@ -34,6 +34,12 @@ class BuiltInModel:
     reads: str
     knows: str
     elsewhere: str
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __str__(self) -> str:
+        return str(self.folder)
 
 
 BUILT_IN = {
