@@ -31,7 +31,7 @@ def base_loras_contents(loras: Any) -> dict[str, str]:
     """Hashes of the files of model.loras. A name says which of how many a LoRA is and its scale, so that one more, one
     less, another order or another scale is a change.
     """
-    texts = [text for text in loras if isinstance(text, str)] if isinstance(loras, list) else []
+    texts = [text for text in loras if isinstance(text, str)] if isinstance(loras, list | tuple) else []
     found: dict[str, str] = {}
     for i, text in enumerate(texts, 1):
         name, _, scale = (text, "", "1") if Path(text).expanduser().exists() else text.rpartition("=")

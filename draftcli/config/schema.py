@@ -25,7 +25,7 @@ class ModelConfig(Section):
     """Another VAE: diffusers folder, hub id or .safetensors."""
     variant: str | None = None
     """Which files of a folder or hub id, such as `fp16`."""
-    loras: list[LocalPath] = []
+    loras: tuple[LocalPath, ...] = ()
     """PATH or PATH=SCALE of LoRAs that are part of the base: merged into its weights when it is loaded, text encoders
     included, and frozen. What the run trains and writes comes on top."""
     precision: Precision = "fp32"

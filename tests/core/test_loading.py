@@ -292,5 +292,5 @@ def test_a_vae_that_is_not_there(tiny_sdxl, tmp_path):
 
 def test_a_prediction_type_that_we_do_not_know(copy_of_it):
     config = copy_of_it / "scheduler" / "scheduler_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "sample"}))
-    assert "'sample'" in refused(copy_of_it)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "prediction_type": "flow"}))
+    assert "'flow'" in refused(copy_of_it)
