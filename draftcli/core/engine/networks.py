@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from draftcli.core.phase import Phase
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
 
+HALF = (torch.bfloat16, torch.float16)
 NOT_FOLDED = "sharding.fold_lora has no effect: rounding would take more than sharding.fold_tolerance of the LoRA"
 
 # watch(phase) -> a context around each phase of a step
@@ -177,6 +178,13 @@ class PlacedNetworks:
             if not done and not settings.compile:  # compiled code has the layers' own forward in it
                 stack.enter_context(fused(self.unet, self.runtime.dtype))
             yield
+
+    def fused(self) -> AbstractContextManager[None]:
+        """Inside, LoRAs are added in one operation a layer in half precision, where it pays; no gradient may be asked
+        for. The base stays the base: unlike folded weights, fused layers know when their adapters are off.
+        """
+        plain = self.base_unet is not None or self.cfg.sharding.compile or self.runtime.dtype not in HALF
+        return nullcontext() if plain else fused(self.unet, self.runtime.dtype)
 
     # --------------------------------------------------------------------------------- what stands before and behind
 
