@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from draftcli.config import Config
 from draftcli.core.models.family import find_family
-from draftcli.core.models.places import BUILT_IN, is_single_file
+from draftcli.core.models.places import BUILT_IN, is_hub_id
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 from draftcli.training.result import diversity_kept
@@ -42,12 +41,6 @@ def card_head(cfg: Config, title: str, validation: ValidationLine | None, sheet:
     if validation is not None and (results := _results(cfg, validation)):
         head |= {"model_name": title, "eval_results": results}
     return ModelCardData(**head).to_yaml()
-
-
-def is_hub_id(pretrained: str) -> bool:
-    """Whether a model is one of the Hub rather than a file, a folder or a built-in one."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", pretrained) is not None
-    return is_id and not is_single_file(pretrained) and not Path(pretrained).exists()
 
 
 def _license(pretrained: str) -> dict[str, str]:
