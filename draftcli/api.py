@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from draftcli.config import Config
     from draftcli.evaluation.evaluate import EvaluationResult
     from draftcli.sampling.job import DrawingResult
+    from draftcli.sampling.source import DrawingSource
     from draftcli.training.result import TrainingResult
 
 StrPath = str | Path
@@ -261,7 +262,7 @@ def load_run(path: StrPath | None = None) -> Run:
 
 def _draw(
     name: str,
-    source: Any,
+    source: DrawingSource,
     kinds: Sequence[str],
     prompts: Sequence[str] | StrPath | None,
     output: StrPath | None,
