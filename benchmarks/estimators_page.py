@@ -123,29 +123,29 @@ def fidelity(results: Results) -> list[str]:
 
 
 def efficiency(results: Results) -> list[str]:
-    """Evaluations to the recipe's reward, and what oracle and diversity are there."""
-    target = curve(runs(results, RECIPE), "toy")[-1]
-    to, of, there = f"evaluations to {target:.2f}", "of DRaFT-1's", ("oracle there", "diversity there, of the base's")
-    lines = head(
-        "mode", "seeds", "rate", "evaluations an image", to, of, *there, "learned reward and oracle at the end"
-    )
-    first = at_reward(runs(results, FIRST), target, "evaluations")
+    """Evaluations to the reward at which DRaFT-1 ends, and to the recipe's; what oracle and diversity are there."""
+    first, recipe = (curve(runs(results, arm), "toy")[-1] for arm in (FIRST, RECIPE))
+    budget = runs(results, FIRST)[0]["curve"][-1]["evaluations"]
+    there = ("of DRaFT-1's", "oracle there", "diversity there, of the base's")
+    lines = head("mode", "seeds", "an image", f"to {first:.2f}", *there, f"to {recipe:.2f}")
     for arm, name in NAMES.items():
         some = runs(results, arm)
         if not some:
             continue
-        needed = at_reward(some, target, "evaluations")
-        base = curve(some, "diversity")[0]
-        kept = at_reward(some, target, "diversity") / base
+        needed = at_reward(some, first, "evaluations") if arm != FIRST else budget
+        last = -1 if arm == FIRST else None
+        oracle, kept = (
+            curve(some, key)[last] if last is not None else at_reward(some, first, key)
+            for key in ("toy_oracle", "diversity")
+        )
         cells = [
             f"{len(some)}",
-            f"{some[0]['rate']:g}",
             f"{some[0]['evaluations_an_image']:g}",
             number(needed, ",.0f"),
-            number(needed / first, ".0%", ""),
-            number(at_reward(some, target, "toy_oracle"), ".3f", ""),
-            number(kept, ".0%", ""),
-            f"{curve(some, 'toy')[-1]:.2f}, {curve(some, 'toy_oracle')[-1]:.3f}",
+            number(needed / budget, ".0%", ""),
+            number(oracle, ".3f", ""),
+            number(kept / curve(some, "diversity")[0], ".0%", ""),
+            number(at_reward(some, recipe, "evaluations"), ",.0f"),
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -214,9 +214,10 @@ def protocol(results: Results) -> list[str]:
 
 
 TABLES = {
-    "fidelity": fidelity,
     "efficiency": efficiency,
     "end_of_budget": end_of_budget,
+    "sweep": sweep,
+    "fidelity": fidelity,
     "hacking": hacking,
     "protocol": protocol,
 }

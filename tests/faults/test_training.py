@@ -204,6 +204,7 @@ def other(key, value):
         "optim.betas": [0.8, 0.9], "ema.decay": 0.5, "ema.device": "cpu", "trainer.micro_batch_size": 1,
         "trainer.global_batch_size": 4, "model.quantize": "8bit", "optim.name": "adamw8bit",
         "logging.trackers": ["wandb"], "model.loras": ["style.safetensors"], "sampling.timesteps": [900, 500, 100],
+        "draftp.prefix_steps": 1, "draftp.prefix_sampler": "heun",
     }  # fmt: skip
     if key in known:
         return known[key]
