@@ -40,6 +40,7 @@ def conflicts(cfg: Config) -> Iterator[str]:
         yield "draftp.low_variance_samples (gradient low_variance) needs sharding.two_stage true"
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
         yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
+    yield from _conflicts_of_the_loss(cfg)
     if cfg.draftp.prefix_steps is not None and cfg.sampling.s_churn > 0:
         yield "draftp.prefix_steps does not go with sampling.s_churn, whose noise belongs to the run's own steps"
     if cfg.draftp.prefix_steps is not None and cfg.sampling.sampler in NOISY:
@@ -58,6 +59,15 @@ def conflicts(cfg: Config) -> Iterator[str]:
     yield from _conflicts_of_8_bits(cfg)
     if sharding.strategy == "fsdp" and cfg.ema.decay is not None and cfg.ema.device == "cpu":
         yield "ema.device cpu does not go with sharding.strategy fsdp, which splits the average: leave it"
+
+
+def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
+    """A coefficient that cannot be steered."""
+    if cfg.draftp.kl_target is not None and cfg.draftp.kl_coeff == 0:
+        yield (
+            f"draftp.kl_target {cfg.draftp.kl_target:g} steers the coefficient from draftp.kl_coeff on, and that is 0: "
+            "give kl_coeff a value above 0, such as 0.1"
+        )
 
 
 def _conflicts_of_8_bits(cfg: Config) -> Iterator[str]:
