@@ -62,12 +62,20 @@ def conflicts(cfg: Config) -> Iterator[str]:
 
 
 def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
-    """A coefficient that cannot be steered."""
+    """A coefficient that cannot be steered, and rewards of which no least one can be found."""
     if cfg.draftp.kl_target is not None and cfg.draftp.kl_coeff == 0:
         yield (
             f"draftp.kl_target {cfg.draftp.kl_target:g} steers the coefficient from draftp.kl_coeff on, and that is 0: "
             "give kl_coeff a value above 0, such as 0.1"
         )
+    for name, setting in cfg.rewards.items() if cfg.draftp.combine == "min" else ():
+        if setting.weight not in (-1, 0, 1):
+            yield (
+                f"draftp.combine min has no use for rewards.{name}.weight {setting.weight:g}: give it 1, or -1 where "
+                "lower scores are wanted"
+            )
+        elif setting.weight != 0 and setting.normalise == "none":
+            yield f"draftp.combine min compares rewards: give rewards.{name}.normalise std or range"
 
 
 def _conflicts_of_8_bits(cfg: Config) -> Iterator[str]:
@@ -141,6 +149,8 @@ def _idle_schedule(cfg: Config) -> Iterator[str]:
 
 def _idle_method(cfg: Config) -> Iterator[str]:
     peft = cfg.peft
+    if cfg.draftp.combine == "min" and sum(setting.weight != 0 for setting in cfg.rewards.values()) < 2:
+        yield "draftp.combine min has no effect with one reward, but that its scores are normalised"
     for name, setting in cfg.rewards.items():
         if setting.weight == 0:
             yield f"rewards.{name}.weight 0: it is computed and logged, and trains nothing"

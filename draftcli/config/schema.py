@@ -65,6 +65,9 @@ class DraftpConfig(Section):
     """Steer the coefficient so that the penalty stays near this value: after a step whose penalty was above 1.5 times
     it the coefficient grows by half, after one below 1 / 1.5 of it it shrinks as much. It begins at kl_coeff and stays
     within 100 times that, up and down. Default: the coefficient is kl_coeff throughout."""
+    combine: Literal["sum", "min"] = "sum"
+    """How several rewards become one. sum: weighted. min: for each picture the reward that has gained least since the
+    first step, in units of its normalise, so that none is bought with another; weights are 1 or -1."""
     log_kl: bool = True
     """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
     gradient: str | dict[str, Any] = "last_k"

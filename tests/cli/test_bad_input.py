@@ -31,6 +31,11 @@ SETTINGS = [
     ("draftp.truncation_steps=4", "draftp.truncation_steps is 4, sampling.steps 3: K can be at most 3"),
     ("draftp.truncation_steps=0", "greater than or equal to 1"),
     ("draftp.kl_coeff=-1", "greater than or equal to 0"),
+    (
+        "draftp.combine=min",
+        "draftp.combine min compares rewards: give rewards.tests.example_rewards:red.normalise std or",
+    ),
+    ("draftp.combine=product", "'sum' or 'min'"),
     ("draftp.kl_target=0", "greater than 0"),
     (
         "draftp={kl_target: 0.1, kl_coeff: 0}",

@@ -203,7 +203,7 @@ def other(key, value):
         "data.prompts": "other.txt", "data.validation_prompts": ["a fox"], "optim.sched.name": "cosine",
         "optim.betas": [0.8, 0.9], "ema.decay": 0.5, "ema.device": "cpu", "trainer.micro_batch_size": 1,
         "trainer.global_batch_size": 4, "model.quantize": "8bit", "optim.name": "adamw8bit",
-        "logging.trackers": ["wandb"], "draftp.kl_target": 0.01,
+        "logging.trackers": ["wandb"], "draftp.kl_target": 0.01, "draftp.combine": "min",
         "model.loras": ["a.safetensors"], "sampling.timesteps": [999, 500, 100], "draftp.prefix_steps": 2,
     }  # fmt: skip
     if key in known:
