@@ -17,7 +17,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from estimators import ANALYTIC, ARMS, EXACT, HELD_OUT, SEEDS
+from estimators import ANALYTIC, ARMS, EXACT, HELD_OUT, RATES, SEEDS
 
 from draftcli.metrics.statistics import estimate, paired, ratio
 
@@ -126,7 +126,9 @@ def efficiency(results: Results) -> list[str]:
     """Evaluations to the recipe's reward, and what oracle and diversity are there."""
     target = curve(runs(results, RECIPE), "toy")[-1]
     to, of, there = f"evaluations to {target:.2f}", "of DRaFT-1's", ("oracle there", "diversity there, of the base's")
-    lines = head("mode", "rate", "evaluations an image", to, of, *there, "seconds for 1,000 evaluations")
+    lines = head(
+        "mode", "seeds", "rate", "evaluations an image", to, of, *there, "learned reward and oracle at the end"
+    )
     first = at_reward(runs(results, FIRST), target, "evaluations")
     for arm, name in NAMES.items():
         some = runs(results, arm)
@@ -136,13 +138,14 @@ def efficiency(results: Results) -> list[str]:
         base = curve(some, "diversity")[0]
         kept = at_reward(some, target, "diversity") / base
         cells = [
+            f"{len(some)}",
             f"{some[0]['rate']:g}",
             f"{some[0]['evaluations_an_image']:g}",
             number(needed, ",.0f"),
             number(needed / first, ".0%", ""),
             number(at_reward(some, target, "toy_oracle"), ".3f", ""),
             number(kept, ".0%", ""),
-            f"{1000 * np.mean([run['curve'][-1]['seconds'] / run['curve'][-1]['evaluations'] for run in some]):.1f}",
+            f"{curve(some, 'toy')[-1]:.2f}, {curve(some, 'toy_oracle')[-1]:.3f}",
         ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
@@ -167,6 +170,17 @@ def end_of_budget(results: Results) -> list[str]:
             cells.append("" if arm == RECIPE else interval(found["difference"], found["low"], found["high"], "+.3f"))
         kept = ratio(mean_over_seeds(some, 0, "diversity"), mean_over_seeds(some, -1, "diversity"))
         cells.append(f"{kept.mean:.0%} ({kept.low:.0%} to {kept.high:.0%})")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def sweep(results: Results) -> list[str]:
+    """Learned reward and oracle after half of the budget, by learning rate."""
+    lines = head("mode", *(f"rate {rate:g}" for rate in RATES))
+    for arm, name in NAMES.items():
+        found = [results.get(f"sweep-{arm}-{rate:g}") for rate in RATES]
+        last = [None if run is None else run["curve"][-1] for run in found]
+        cells = ["" if p is None else f"{np.mean(p['toy']):.2f}, {np.mean(p['toy_oracle']):.3f}" for p in last]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 

@@ -29,7 +29,7 @@ from typing import Any, NotRequired, TypedDict
 import yaml
 
 from draftcli.changes import Change, change_in_words, differences, refused_changes
-from draftcli.config import Config, check_config, dump_config
+from draftcli.config import Config, check_config, dump_config, load_config
 from draftcli.contents import BASE_LORAS, base_loras_contents, contents_of, read_contents, what_changed
 from draftcli.disk import beside, disk_errors, lock_file, write_aside
 from draftcli.errors import InputError
@@ -103,6 +103,10 @@ class Run:
     def step_folder(self, step: int) -> Path:
         """Where the checkpoint of `step` is."""
         return self.folder / f"step-{step:06d}"
+
+    def sheet(self, step: int) -> Path:
+        """Where the sheet of the validation after `step` is."""
+        return self.samples / f"step-{step:06d}-sheet.png"
 
     def checkpoints(self) -> list[Path]:
         """Whole checkpoints, the newest first. Checkpoints in the making, and on their way out, have another name."""
@@ -234,6 +238,10 @@ class Run:
         marker = self.final / FINAL_STEP
         is_final = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").strip() == str(step)
         return is_final and self.step_folder(step).is_dir()
+
+    def settings(self) -> Config:
+        """The settings that it was started with. Raises InputError where they are damaged."""
+        return load_config(self.config)
 
     def validations(self) -> list[ValidationLine]:
         """The lines of validation.jsonl."""

@@ -137,6 +137,23 @@ def test_the_pipeline_of_the_annealing_page_draws_the_commands_picture():
     assert np.abs(drawn - base).max() > 3, "the LoRA does something"
 
 
+def test_the_example_of_the_python_page_runs(capsys):
+    (example,) = blocks(ROOT / "docs" / "python.md", "python")
+    names: dict = {}
+    exec(example, names)
+    assert names["result"].finished
+    assert len(names["rewards"]) == 2
+    assert len(names["drawn"].files) == 4
+    assert list(names["annealed"].evaluations) == ["base", "linear", "power_2", "tuned"]
+    assert names["report"].written["report"].is_file()
+
+
+def test_the_index_names_every_page_with_a_sentence():
+    lines = re.findall(r"^- \[([\w-]+\.md)\]\(\1\): \S.{20,}\.$", (ROOT / "docs" / "README.md").read_text(), re.M)
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert sorted(lines) == sorted(pages)
+
+
 def test_the_pairs_of_the_first_picture_are_chosen_by_their_rule():
     at_quantiles = runpy.run_path(str(ROOT / "docs" / "make_hero.py"))["at_quantiles"]
     change = np.array([0.3, -0.5, 0.1, 0.9, 0.0, 0.2, -0.1, 0.4])

@@ -9,8 +9,10 @@ PACKAGE = Path(__file__).parents[1] / "draftcli"
 # Names that may be defined twice, and why.
 EXCEPTIONS = {
     "app": "Typer's word for a group of commands: `draftp` and `draftp rewards`",
+    "anneal": "the command, and the function of the same name in Python",
     "evaluate": "the command, named as typed, and what it runs",
     "main": "the usual name of a script's entry point",
+    "sample": "the command, and the function of the same name in Python",
     "train": "the command, named as typed, and what it runs",
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from draftcli.errors import warn
+from draftcli.quiet import warn_in_one_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def open_console(quiet: bool, debug: bool, in_logs: bool = False) -> Console:
     if not debug:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
-    warnings.showwarning = _one_line
+    warnings.showwarning = warn_in_one_line
     return console
 
 
@@ -111,9 +111,3 @@ def quoted(path: Path) -> str:
     """`path` as one argument of a command that people copy into a shell."""
     text = str(path)
     return shlex.quote(f"./{text}" if text.startswith("-") else text)
-
-
-def _one_line(message: Warning | str, category: type[Warning], filename: str, *_: object, **__: object) -> None:
-    """Our own warnings as one line on stderr; those of libraries are for their developers."""
-    if "draftcli" in filename:
-        warn(str(message))

@@ -129,8 +129,10 @@ def train(
 
         check_unloaded(cfg.model)
     if cfg.peft.init_from is not None:
+        from draftcli.planning.plan import following_init_from
+
         with process.one_speaker():
-            cfg = _following(cfg)
+            cfg = following_init_from(cfg)
     if process.is_main:
         _warn(cfg, processes, process.size)
     found = None
@@ -171,16 +173,6 @@ def _announce(cfg: Config, folder: Path, preset: str | None, console: Console) -
     if preset is None:
         console.print(f"preset {DEFAULT_PRESET}, as no --preset was given")
     console.print(f"run {folder}: {cfg.model.pretrained}, {cfg.trainer.max_steps} steps")
-
-
-def _following(cfg: Config) -> Config:
-    """The settings with the rank, alpha and targets of peft.init_from."""
-    from draftcli.core.lora.beginning import follow_init_from
-    from draftcli.core.lora.files import weight_shapes
-    from draftcli.core.models.meta import modules_on_meta
-    from draftcli.planning.plan import configuration_folder
-
-    return follow_init_from(cfg, {"unet": weight_shapes(modules_on_meta(configuration_folder(cfg))["unet"])})
 
 
 def _fitted(cfg: Config, size: int, given: frozenset[str], ranks: int, console: Console) -> Fit:

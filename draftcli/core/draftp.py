@@ -290,14 +290,11 @@ class SDXLDRaFTPModel:
         """What `annealed_guidance` draws, (B, 3, 8 H, 8 W) in [0, 1]: the form that everything here works with."""
         batch, nets = self._sized(batch, x_T), self.networks
         cond = nets.encode(batch)
-        network = annealed_denoiser(
-            nets.tuned,
-            nets.base,
-            (cond, nets.encode_base(batch, cond)),
-            step_weights(weighing_fn or linear, self.schedule),
-            batch.seeds if stochastic else None,
-        )
-        return self.decode(self.sampler.walk(network, nets.at_first_level(x_T), churn_noise(batch)))
+        weights, seeds = step_weights(weighing_fn or linear, self.schedule), batch.seeds if stochastic else None
+        network = annealed_denoiser(nets.tuned, nets.base, (cond, nets.encode_base(batch, cond)), weights, seeds)
+        with nets.fused():
+            x_0 = self.sampler.walk(network, nets.at_first_level(x_T), churn_noise(batch))
+        return self.decode(x_0)
 
     # -------------------------------------------------------------------------------------------------- the objective
 

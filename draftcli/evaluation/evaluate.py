@@ -49,8 +49,15 @@ class EvaluationResult:
     written: dict[str, Path]
 
 
-def evaluate(request: Request, console: Console) -> EvaluationResult | None:
+def evaluate(
+    request: Request, console: Console, progress: Callable[[str, int, int], None] | None = None
+) -> EvaluationResult | None:
     """Draw, measure, compare, write. What is there already is not done again.
+
+    Args:
+        request: what is to be compared.
+        console: where people look.
+        progress: see `progress_bar`.
 
     Returns:
         None in all processes but the main one.
@@ -81,9 +88,11 @@ def evaluate(request: Request, console: Console) -> EvaluationResult | None:
         ask_once(judges.rewards, [item.prompt for item in items[:2]], (size[0], size[1]), judges.device)
         galleries: list[Gallery] = []
         for label, source in zip(labels, sources, strict=False):
-            galleries += _draw(request, source, label, pictures, output / "pictures", not galleries, ranks, console)
+            galleries += _draw(
+                request, source, label, pictures, output / "pictures", not galleries, ranks, console, progress
+            )
         galleries += elsewhere
-        measured = _measure(galleries, items, judges, output / "measured", ranks, console)
+        measured = _measure(galleries, items, judges, output / "measured", ranks, console, progress)
         if not ranks.is_main:
             return None
         comparison = compare(galleries, items, measured, trained, judge, request.prefer, judges.features.caution)
@@ -167,6 +176,7 @@ def _draw(
     is_first: bool,
     ranks: Ranks,
     console: Console,
+    progress: Callable[[str, int, int], None] | None,
 ) -> list[Gallery]:
     """The columns of one run; the base is the first run's."""
     model = load_source(source)
@@ -178,7 +188,7 @@ def _draw(
     target = folder / label.replace("/", "-")
     galleries = []
     share = -(-len(columns) * len(pictures) // ranks.size)
-    with progress_bar(console, f"drawing {label}", share) as advance:
+    with progress_bar(console, f"drawing {label}", share, progress) as advance:
         for column in columns:
             seconds, files = _draw_column(request, model, loras, column, pictures, target, ranks, advance)
             name = column.name if is_first else f"{label} {column.name}"
@@ -228,9 +238,10 @@ def _measure(
     cache: Path,
     ranks: Ranks,
     console: Console,
+    progress: Callable[[str, int, int], None] | None,
 ) -> dict[str, Measured]:
     share = -(-len(galleries) * len(items) // ranks.size)
-    with progress_bar(console, "measuring", share) as advance, ranks.all_or_none():
+    with progress_bar(console, "measuring", share, progress) as advance, ranks.all_or_none():
         measure(galleries, items, judges, cache, (ranks.rank, ranks.size), advance)
     if not ranks.is_main:
         return {}

@@ -30,6 +30,7 @@ class Lineage:
         zero_terminal_snr: whether the base was trained with rescaled betas.
         resolution: (width, height) in pixels that they were trained at, or else their model.
         steps: optimizer steps that they were trained for.
+        rewards: that they were trained on.
         date: when they were trained, or what they were merged from was; UTC, in whole seconds.
     """
 
@@ -40,6 +41,7 @@ class Lineage:
     zero_terminal_snr: bool = False
     resolution: tuple[int, int] | None = None
     steps: int | None = None
+    rewards: tuple[str, ...] = ()
     date: datetime | None = None
 
 
@@ -51,7 +53,7 @@ def modelspec(lineage: Lineage, *, lora: bool = False) -> dict[str, str]:
         "architecture": find_family().architecture + ("/lora" if lora else ""),
         "implementation": "https://github.com/Stability-AI/generative-models",
         "title": lineage.title,
-        "description": f"made by draftp {__version__}",
+        "description": describe_training(lineage) + f"made by draftp {__version__}",
         "date": lineage.date and lineage.date.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "resolution": lineage.resolution and "{}x{}".format(*lineage.resolution),
         "prediction_type": lineage.prediction and predictions.get(lineage.prediction),
@@ -71,8 +73,17 @@ def lineage_of_merge(title: str, inputs: Sequence[MergeInput], base: Base | None
         zero_terminal_snr=base is not None and base.zero_terminal_snr,
         resolution=trained_resolution(settings[0]) if settings else native_resolution(base),
         steps=steps_taken(inputs[0].path) if len(inputs) == 1 else None,
+        rewards=tuple(settings[0].rewards) if len(inputs) == 1 and settings else (),
         date=max((date_of(i.path) for i in inputs), default=None),
     )
+
+
+def describe_training(lineage: Lineage) -> str:
+    """What weights were trained on and for how long, with what separates it from further text; empty if not known."""
+    if not lineage.rewards:
+        return ""
+    steps = f", {lineage.steps} steps" if lineage.steps is not None else ""
+    return f"fine-tuned with DRaFT+ on {', '.join(lineage.rewards)}{steps}; "
 
 
 def short_name(model: str) -> str:

@@ -14,9 +14,11 @@ import torch
 from draftcli.config import Config
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora import adapters
+from draftcli.core.lora.beginning import follow_init_from
+from draftcli.core.lora.files import weight_shapes
 from draftcli.core.models.family import drop_vae_encoder, find_family
 from draftcli.core.models.loading import model_path
-from draftcli.core.models.meta import PARTS
+from draftcli.core.models.meta import PARTS, modules_on_meta
 from draftcli.core.penalty import make_penalty
 from draftcli.core.prefix import evaluations_per_step
 from draftcli.planning.blank_networks import shortened_modules
@@ -103,6 +105,17 @@ def configuration_folder(cfg: Config) -> Path:
     """The folder with the configuration of the model's networks: its own, else SDXL's, which ships with draftp."""
     folder = Path(model_path(cfg.model.pretrained))
     return folder if all((folder / part / "config.json").is_file() for part in PARTS) else find_family().config_folder
+
+
+def following_init_from(cfg: Config) -> Config:
+    """The settings with the rank, alpha and targets of peft.init_from; as they are where there is none.
+
+    Raises:
+        InputError: it cannot be read or gone on from, or the settings say otherwise.
+    """
+    if cfg.peft.init_from is None:
+        return cfg
+    return follow_init_from(cfg, {"unet": weight_shapes(modules_on_meta(configuration_folder(cfg))["unet"])})
 
 
 def _count(network: torch.nn.Module, trained: bool = False) -> int:

@@ -86,16 +86,23 @@ class DrawingResult:
         drawn: files that were not there already.
         total: files in all.
         written: what people will want to open, by what it is.
+        files: the pictures: prompt by prompt, seed by seed, column by column.
     """
 
     evaluations: dict[str, int]
     drawn: int
     total: int
     written: dict[str, Path] = field(default_factory=dict)
+    files: list[Path] = field(default_factory=list)
 
 
-def run(job: Job, console: Console) -> DrawingResult:
+def run(job: Job, console: Console, progress: Callable[[str, int, int], None] | None = None) -> DrawingResult:
     """Draw the pictures, the sheet and, where there is something to compare, the page.
+
+    Args:
+        job: what is to be drawn.
+        console: where people look.
+        progress: see `progress_bar`.
 
     Raises:
         InputError: nothing to anneal, no prompts, an unknown weight, or a model that cannot be loaded.
@@ -121,7 +128,7 @@ def run(job: Job, console: Console) -> DrawingResult:
         pictures = plan(prompts, job.images, _seed(job), _size(job, model))
         share = -(-len(pictures) * len(columns) // ranks.size)
         try:
-            with progress_bar(console, "drawing", share) as advance:
+            with progress_bar(console, "drawing", share, progress) as advance:
                 written = write_pictures(
                     model,
                     columns,
@@ -135,7 +142,8 @@ def run(job: Job, console: Console) -> DrawingResult:
                 )
         except KeyboardInterrupt:
             raise Interrupted("interrupted; the same command again goes on") from None
-        result = DrawingResult(written.evaluations, written.drawn, len(written.files), {"pictures": folder})
+        files = [file.path for file in written.files]
+        result = DrawingResult(written.evaluations, written.drawn, len(files), {"pictures": folder}, files)
         if beside := [file.path.name for file in written.files if file.is_beside_another]:
             count = f"{len(beside)} of {result.total}"
             text = f"beside other pictures of the same name, with a hash behind it: {count}, such as {beside[0]}"
@@ -173,13 +181,28 @@ def _size(job: Job, model: SDXLDRaFTPModel) -> tuple[int, int]:
 
 
 @contextmanager
-def progress_bar(console: Console, what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar with the time that is left, in a terminal; yields what to call with how many more are done."""
+def progress_bar(
+    console: Console, what: str, total: int, told: Callable[[str, int, int], None] | None = None
+) -> Iterator[Callable[[int], None]]:
+    """A bar with the time that is left, in a terminal; yields what to call with how many more are done.
+
+    Args:
+        console: where people look.
+        what: goes on.
+        total: how many there are.
+        told: also called each time, as told(what, done, total).
+    """
     name = TextColumn("{task.description}", markup=False)  # may be that of a folder
     columns = (name, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task(what, total=total)
-        yield lambda count: progress.advance(bar, count)
+
+        def advance(count: int) -> None:
+            progress.advance(bar, count)
+            if told is not None:
+                told(what, int(progress.tasks[bar].completed), total)
+
+        yield advance
 
 
 def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, result: DrawingResult) -> None:

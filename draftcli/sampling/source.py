@@ -80,7 +80,7 @@ def find_source(
         return DrawingSource(cfg, model, Path(), None, files, from_run=False, warnings=tuple(warnings))
     found, weights = find_run(run)
     cfg = load_config(found.config, overrides, values, purpose="drawing")
-    if cfg.model.loras == load_config(found.config, purpose="drawing").model.loras:
+    if "model.loras" not in {text.partition("=")[0].strip() for text in overrides} | {*values}:
         found.check_base_loras(cfg)
     note = unfinished_note(found, weights, run)
     in_full = cfg.peft.peft_scheme == "none"

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from draftcli import __version__
 from draftcli.config import Config
 from draftcli.contents import base_loras_contents
@@ -17,6 +15,7 @@ from draftcli.core.models.family import find_family
 from draftcli.core.models.places import BUILT_IN, base_lora
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
+from draftcli.training.card_head import card_head
 from draftcli.training.result import diversity_kept
 
 LOADING = {
@@ -113,26 +112,29 @@ def _files(cfg: Config, kohya: str | None) -> list[str]:
     ]
 
 
-def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, Any], kohya: str | None = None) -> str:
+def model_card(
+    cfg: Config,
+    title: str,
+    validation: ValidationLine | None,
+    data: dict[str, Any],
+    kohya: str | None = None,
+    sheet: str | None = None,
+) -> str:
     """Markdown with the Hub's YAML head: what it is, how to load it, how it was made, what was measured.
 
     Args:
         cfg: the run's settings.
+        title: what people call the run.
         validation: its last validation.
         data: `count` and `sha256` of its prompts.
         kohya: name of the file with the LoRA by kohya's names; None: there is none.
+        sheet: name of the validation's sheet beside the card; None: there is none.
     """
     averaged = cfg.ema.decay is not None and cfg.ema.in_final
     lora = cfg.peft.peft_scheme == "lora"
-    head = {
-        "base_model": cfg.model.pretrained,
-        "library_name": "diffusers",
-        "pipeline_tag": "text-to-image",
-        "tags": [find_family().tag, "draft", "reward-fine-tuning", *(["lora"] if lora else [])],
-    }
     lines = [
         "---",
-        yaml.safe_dump(head, sort_keys=False).strip(),
+        card_head(cfg, title, validation, sheet).strip(),
         "---",
         "",
         f"# {cfg.model.pretrained} tuned on {', '.join(cfg.rewards)} with DRaFT+",
@@ -146,6 +148,7 @@ def model_card(cfg: Config, validation: ValidationLine | None, data: dict[str, A
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
         ),
         "",
+        *(["<Gallery />", ""] if sheet else []),  # where the Hub shows the pictures of `widget`
         *_goes_with(cfg),
         *_files(cfg, kohya),
         "```python",

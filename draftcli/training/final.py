@@ -17,6 +17,8 @@ from draftcli.training.checkpoint import save_weights
 from draftcli.training.prompt_sets import PromptSets
 from draftcli.training.step import Trainer
 
+SHEET = "sheet.png"  # in final/: base beside tuned
+
 
 def write_final(run: Run, step: int, trainer: Trainer, prompts: PromptSets, validation: ValidationLine | None) -> None:
     """Write final/, aside and then renamed.
@@ -44,7 +46,9 @@ def write_final(run: Run, step: int, trainer: Trainer, prompts: PromptSets, vali
         folder.mkdir()
         weights(folder)
         kohya = _write_kohya_file(folder, run, step, trainer) if cfg.peft.peft_scheme == "lora" else None
-        (folder / "README.md").write_text(model_card(cfg, validation, prompts.facts, kohya), encoding="utf-8")
+        sheet = _copy_sheet(folder, run, validation)
+        card = model_card(cfg, run.folder.resolve().name, validation, prompts.facts, kohya, sheet)
+        (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / FINAL_STEP).write_text(f"{step}\n", encoding="utf-8")
 
     with disk_errors(run.final):
@@ -52,6 +56,15 @@ def write_final(run: Run, step: int, trainer: Trainer, prompts: PromptSets, vali
             write_aside(run.final, write)
         else:
             weights(run.final)
+
+
+def _copy_sheet(folder: Path, run: Run, validation: ValidationLine | None) -> str | None:
+    """The sheet of a validation beside the card that shows it; returns its name, or None where there is none."""
+    sheet = None if validation is None else run.sheet(validation["step"])
+    if sheet is None or not sheet.is_file():
+        return None
+    shutil.copyfile(sheet, folder / SHEET)
+    return SHEET
 
 
 def _write_kohya_file(folder: Path, run: Run, step: int, trainer: Trainer) -> str | None:
@@ -67,6 +80,7 @@ def _write_kohya_file(folder: Path, run: Run, step: int, trainer: Trainer) -> st
         zero_terminal_snr=parts.zero_terminal_snr,
         resolution=trained_resolution(trainer.cfg),
         steps=step,
+        rewards=tuple(trainer.cfg.rewards),
         date=date_of(folder / LORA_FILE),
     )
     file = folder / run.kohya_file.name

@@ -10,6 +10,7 @@ from typing import Any
 
 from draftcli.runs import Run, ValidationLine, disk_errors
 from draftcli.training.page import write_train_page
+from draftcli.training.result import sheet_caption
 from draftcli.training.trackers import Trackers
 
 
@@ -35,7 +36,7 @@ class RunLog:
         groups = {**result["rewards"], "diversity": result["diversity"]}
         figures = {f"validation/{name}/{k}": v for name, group in groups.items() for k, v in group.items()}
         self.trackers.log(figures, result["step"])
-        self.trackers.log_sheet(sheet, result["step"])
+        self.trackers.log_sheet(sheet, result["step"], sheet_caption(result))
         write_train_page(self.run)
 
 

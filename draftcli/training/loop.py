@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -15,13 +17,16 @@ from draftcli.training.session import Session, open_run, open_session
 from draftcli.training.stop import DeadlinePassed
 
 
-def train(cfg: Config, folder: Path, console: Console) -> TrainingResult:
+def train(
+    cfg: Config, folder: Path, console: Console, on_step: Callable[[dict[str, Any]], None] = lambda line: None
+) -> TrainingResult:
     """Run, or resume, the training that `cfg` describes in `folder`.
 
     Args:
         cfg: the settings.
         folder: of the run; need not exist yet.
         console: where people look; processes other than the main one print nothing.
+        on_step: called in the main process after each step, with its line of metrics.jsonl.
 
     Raises:
         InputError: settings, prompts, model or folder are wrong, or another process is writing there.
@@ -34,7 +39,7 @@ def train(cfg: Config, folder: Path, console: Console) -> TrainingResult:
             run = prepared.run
             if ranks.broadcast(run.finished(cfg.trainer.max_steps)):
                 return TrainingResult(cfg.trainer.max_steps, Ending.ALREADY_DONE, written=written_files(run))
-            with open_session(cfg, prepared, ranks, console) as session:
+            with open_session(cfg, prepared, ranks, console, on_step) as session:
                 result = run_steps(session)
                 if result.finished:
                     session.save_final(result.step, result.validation)

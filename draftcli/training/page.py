@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 
 from draftcli.errors import first_line, warn
 from draftcli.metrics.hacking import training_warning
@@ -21,6 +20,7 @@ from draftcli.pages.curve import StepCurve, curve_chart
 from draftcli.pages.embed import embedded
 from draftcli.pages.numbers import signed, significant
 from draftcli.pages.page import render_html
+from draftcli.pictures import open_picture
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
 from draftcli.sampling.sheet import spread
 from draftcli.training.result import diversity_kept, diversity_warning
@@ -142,8 +142,7 @@ def _sheets(run: Run) -> list[dict[str, Any]]:
     paths = sorted(run.samples.glob("step-*-sheet.png"))
     sheets = []
     for path in (paths[i] for i in reversed(spread(len(paths), SHEETS) if paths else [])):
-        with Image.open(path) as image:
-            source = embedded(image.convert("RGB"), SHEET_EDGE)
+        source = embedded(open_picture(path), SHEET_EDGE)
         sheets.append({"step": int(path.name.split("-")[1]), "source": source})
     return sheets
 

@@ -96,6 +96,12 @@ def validation_in_words(line: ValidationLine, held_out: Collection[str] = ()) ->
     return "\n  ".join([headline, *(text.rstrip() for text in lines)])
 
 
+def sheet_caption(line: ValidationLine) -> str:
+    """What stands under a validation's sheet where a tracker shows it: the mean of every reward, base and tuned."""
+    each = ", ".join(f"{name} {f['base']:.3f} -> {f['tuned']:.3f}" for name, f in line["rewards"].items())
+    return f"after step {line['step']}, base beside tuned: {each}"
+
+
 def diversity_kept(line: ValidationLine) -> DiversityKept | None:
     """How much of the base's diversity a validation found: the mean distance of two pictures' thumbnails, in pixels.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +58,7 @@ class Session:
         log, live: what is written down and shown; for the main process alone.
         stop: whether somebody has asked to stop.
         first: the step that it starts from: that of the newest checkpoint, or 0.
+        on_step: called after each step with its line of the log; in the main process alone.
     """
 
     cfg: Config
@@ -70,6 +71,7 @@ class Session:
     live: LiveView
     stop: Stop
     first: int
+    on_step: Callable[[dict[str, Any]], None]
     _saved: int = field(init=False)
     _validated: set[int] = field(init=False)
 
@@ -98,6 +100,7 @@ class Session:
             if self.ranks.is_main:
                 self.log.step(line)
                 self.live.step(line, self.trainer.skipped)
+                self.on_step(line)
         if "skipped" in line:
             self._warn(f"step {step} was skipped: {why_skipped(line['skipped'])}")
 
@@ -240,7 +243,9 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks) -> Iterator[Prepared]:
 
 
 @contextmanager
-def open_session(cfg: Config, prepared: Prepared, ranks: Ranks, console: Console) -> Iterator[Session]:
+def open_session(
+    cfg: Config, prepared: Prepared, ranks: Ranks, console: Console, on_step: Callable[[dict[str, Any]], None]
+) -> Iterator[Session]:
     """Load everything, resume from the newest checkpoint, make the run's files, and open the log, the view and the
     signals (collective).
 
@@ -287,7 +292,7 @@ def open_session(cfg: Config, prepared: Prepared, ranks: Ranks, console: Console
                 stack.enter_context(live)
         stop = stack.enter_context(stop_on_signal(ranks))
         log = RunLog(run, trackers)
-        yield Session(cfg, run, ranks, prompts, trainer, validation, log, live, stop, first)
+        yield Session(cfg, run, ranks, prompts, trainer, validation, log, live, stop, first, on_step)
 
 
 def _ask_once(cfg: Config, rewards: WeightedSum, held_out: WeightedSum, prompts: PromptSets) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,8 +45,13 @@ def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
 
     torchrun passes a Ctrl-C on as SIGINT and a second one as SIGTERM; any other second signal may be a repetition of
     the first, from a scheduler and from torchrun. SIGTERM sets a deadline: schedulers kill after 30 seconds.
+
+    Python gives signals to the main thread alone: in another one nothing changes, and nobody asks.
     """
     stop, first = Stop(), 0
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal first

@@ -10,6 +10,7 @@ import difflib
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,12 +21,13 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType, clear_environment
 
-from draftcli.config import LoggingConfig
+from draftcli.config import Config, LoggingConfig
+from draftcli.core.models.places import is_hub_id
 from draftcli.errors import DraftpError, InputError, brief, first_line, warn
 from draftcli.pictures import open_picture
 from draftcli.runs import Run, disk_errors
 
-LISTS_OF_PICTURES = {"wandb", "swanlab"}  # those whose `log_images` wants a list for each name
+LISTS_OF_PICTURES = {"swanlab"}  # those whose `log_images` wants lists
 
 
 def check_trackers(cfg: LoggingConfig) -> None:
@@ -87,8 +89,8 @@ class Trackers:
             with self._failures(tracker):
                 tracker.log(numbers, step=step)
 
-    def log_sheet(self, path: Path, step: int) -> None:
-        """Log a contact sheet with those trackers that take pictures."""
+    def log_sheet(self, path: Path, step: int, caption: str) -> None:
+        """Log a contact sheet with those trackers that take pictures; `caption` with those that show one."""
         name = "validation/pictures"
         for tracker in [tracker for tracker in self._trackers if hasattr(tracker, "log_images")]:
             with self._failures(tracker):
@@ -96,6 +98,9 @@ class Trackers:
                 if tracker.name == "tensorboard":
                     tracker.log_images({name: np.asarray(sheet)[None]}, step=step, dataformats="NHWC")
                     tracker.tracker.flush()
+                elif tracker.name == "wandb":  # accelerate's `log_images` knows no captions
+                    image = import_module("wandb").Image(sheet, caption=caption)
+                    tracker.tracker.log({name: [image]}, step=step)
                 else:
                     tracker.log_images({name: [sheet] if tracker.name in LISTS_OF_PICTURES else sheet}, step=step)
 
@@ -143,7 +148,7 @@ def _options(name: str, run: Run) -> dict[str, Any]:
         case "wandb":
             settings = {"silent": True, "console": "off"}
             place = {"id": _wandb_id(run), "name": run.folder.name, "dir": str(run.folder)}
-            return {**place, "resume": "allow", "settings": settings}
+            return {**place, "resume": "allow", "settings": settings, "tags": run_tags(run.settings())}
         case "trackio":
             return {"name": run.folder.name, "resume": "allow"}
         case "dvclive":
@@ -152,6 +157,13 @@ def _options(name: str, run: Run) -> dict[str, Any]:
             return {"run_name": run.folder.name}
         case _:
             return {}
+
+
+def run_tags(cfg: Config) -> list[str]:
+    """What people look for runs by: the model, what was trained of it, and the rewards."""
+    model = cfg.model.pretrained if is_hub_id(cfg.model.pretrained) else Path(cfg.model.pretrained).name
+    kind = "lora" if cfg.peft.peft_scheme == "lora" else "full fine-tuning"
+    return list(dict.fromkeys(tag[:64] for tag in (model, kind, *cfg.rewards)))  # wandb takes 64 characters
 
 
 def _wandb_id(run: Run) -> str:

@@ -112,7 +112,7 @@ class Validation:
         distances = [pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)]
         diversity, kept = paired(*distances), ratio(*distances)
         diversity |= {"kept": kept.mean, "kept_low": kept.low, "kept_high": kept.high}
-        sheet = run.samples / f"step-{step:06d}-sheet.png"
+        sheet = run.sheet(step)
         with self.ranks.all_or_none():
             if self.ranks.is_main:
                 self._write_sheet(sheet, run, step, base, tuned)

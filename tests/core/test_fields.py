@@ -273,7 +273,7 @@ LEVELS = {"betas": torch.linspace(1e-4, 0.02, 1000)}
     ("changes", "marks", "words"),
     [
         ({"beta_schedule": "linear"}, None, "the scheduler's beta_schedule is 'linear'"),
-        ({"prediction_type": "sample"}, None, "predicts 'sample'; draftp knows epsilon and v_prediction"),
+        ({"prediction_type": "velocity"}, None, "predicts 'velocity'; draftp knows epsilon, v_prediction, sample"),
         ({"beta_schedule": "linear"}, {}, "^draftp: model.config .*the scheduler's beta_schedule is 'linear'"),
         ({}, {"edm_mean": torch.zeros(4)}, "its mark edm_mean says that it was trained by EDM"),
         ({}, LEVELS, "its table betas is not that of SDXL's noise levels"),

@@ -64,3 +64,20 @@ def test_a_training_step_has_the_gradient_of_the_plain_lora(tiny_sdxl, fold):
         model.get_loss_and_metrics(batch(2))
         gradients.append(torch.cat([p.grad.flatten() for p in model.trainable_parameters]))
     assert (gradients[0] - gradients[1]).norm() < 1e-9 * gradients[1].norm()
+
+
+@pytest.mark.parametrize(("precision", "is_fused"), [("bf16", True), ("fp32", False)])
+def test_pictures_are_drawn_fused_in_half_precision(tiny_sdxl, precision, is_fused):
+    """Base and tuned in one walk, as annealing draws: the base must not get the LoRA."""
+    model, images = tiny_model(tiny_sdxl, 0.1, peft=ON_ALL, model={"precision": precision}), batch(2)
+    seen = set()
+    layer = next(layer for layer in lora_layers(model.unet) if isinstance(layer.get_base_layer(), torch.nn.Linear))
+    hook = layer.get_base_layer().register_forward_hook(lambda *_: seen.add("forward" in vars(layer)))
+    drawn = model.annealed_images(images, model.initial_noise(images))
+    hook.remove()
+    assert seen == {is_fused}
+    by_hand = model.annealed_images(images, model.initial_noise(images), lambda *_: 0.0)
+    with model.base_weights():
+        base = model.decode(latents_at(model, model.encode(images), model.networks.start(images), 4))
+    assert torch.equal(by_hand, base)
+    assert not torch.equal(drawn, base)

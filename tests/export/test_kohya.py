@@ -186,6 +186,9 @@ def test_metadata_of_a_merged_run_is_the_runs(run, tiny_sdxl):
     }
     assert {key: said.get(key) for key in expected} == expected
     assert said["modelspec.date"][:4] >= "2026"
+    assert said["modelspec.description"].startswith(
+        "fine-tuned with DRaFT+ on tests.example_rewards:red, 4 steps; made"
+    )
     merge(run / "step-000002", "--format", "kohya", "--verify", "keys", "--output", "two.safetensors")
     assert said_by("two.safetensors")["ss_steps"] == "2"
 
@@ -195,6 +198,7 @@ def test_without_a_run_and_a_base_nothing_is_made_up():
     merge("in.safetensors", "--format", "kohya", "--verify", "keys", "--output", "out.safetensors")
     said = said_by("out.safetensors")
     assert said["modelspec.resolution"] == "1024x1024", "SDXL's own"
+    assert said["modelspec.description"].startswith("made by draftp")
     for unknown in ("modelspec.prediction_type", "ss_sd_model_name", "ss_steps", "ss_zero_terminal_snr"):
         assert unknown not in said
 

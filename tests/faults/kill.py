@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 
 import draftcli
 from draftcli.cli.console import open_console
-from draftcli.core.engine import networks as model_module
+from draftcli.core.lora import merging as loading_module
 from draftcli.core.models.loading import load_parts
 from draftcli.runs import Run
 from draftcli.training import checkpoint, session
@@ -90,7 +90,7 @@ def campaign(model: Path, kills: int, seed: int, progress: Callable[[Report], No
         ema={"decay": 0.8},
     )
     parts = load_parts(draftcli.load_config(preset).model)
-    with mock.patch.object(model_module, "load_parts", return_value=parts):
+    with mock.patch.object(loading_module, "load_parts", return_value=parts):
         took = _finish(_fork(lambda: train(preset, "whole", "--set", "trainer.keep_checkpoints=99")))
         counted = Path("events")
         _finish(_fork(lambda: counted.write_text(str(_events_in_saving(lambda: train(preset, "counted"))))))

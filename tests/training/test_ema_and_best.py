@@ -14,10 +14,12 @@ import yaml
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from safetensors.torch import load_file
 
-from draftcli.config import check_config
+from draftcli.config import check_config, load_config
 from draftcli.metrics.thumbnails import pairwise_distance, thumbnail
 from draftcli.runs import Run
 from draftcli.training.ema import Ema
+from draftcli.training.result import sheet_caption
+from draftcli.training.trackers import run_tags
 from tests.command import WITH_VALIDATION, draftp, recipe
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -290,6 +292,18 @@ def wandb_records(data: bytes) -> list[bytes]:
     return records
 
 
+@pytest.mark.parametrize(
+    ("overrides", "tags"),
+    [
+        (["rewards={toy: 1, clip: 1}"], ["toy", "lora", "toy", "clip"]),
+        (["model.pretrained=somebody/sdxl", "peft.peft_scheme=none"], ["somebody/sdxl", "full fine-tuning", "toy"]),
+        (["model.pretrained=/home/me/sdxl", f"rewards={{my.{'x' * 80}:it: 1}}"], ["sdxl", "lora", f"my.{'x' * 61}"]),
+    ],
+)
+def test_what_weights_and_biases_files_a_run_under(overrides, tags):
+    assert run_tags(load_config("toy", overrides)) == list(dict.fromkeys(tags))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb, an optional extra, is not installed")
 def test_wandb_offline_has_every_step_and_goes_on_after_a_resume(tiny_sdxl, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -300,18 +314,23 @@ def test_wandb_offline_has_every_step_and_goes_on_after_a_resume(tiny_sdxl, monk
         train(preset, "run")
     from wandb.proto import wandb_internal_pb2
 
-    rewards, identities, settings = {}, set(), set()
+    rewards, identities, settings, captions, tags = {}, set(), set(), [], []
     for path in sorted(Path("run/wandb").glob("offline-run-*/run-*.wandb")):
         for data in wandb_records(path.read_bytes()):
             record = wandb_internal_pb2.Record.FromString(data)
             identities |= {record.run.run_id} - {""}
             settings |= {item.key for item in record.config.update}
+            tags += record.run.tags
             items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
             if "train/reward" in items:
                 rewards[int(items["_step"])] = json.loads(items["train/reward"])
+            captions += json.loads(items.get("validation/pictures/captions", "[]"))
     written = [json.loads(entry)["reward"] for entry in Path("run/metrics.jsonl").read_text().splitlines()]
     assert [rewards[step] for step in (1, 2, 3, 4)] == pytest.approx(written)
     assert identities == {Path("run/wandb-id.txt").read_text()}
     assert {"optim", "trainer", "rewards"} <= settings
+    assert {*tags} == {tiny_sdxl.name, "lora", "tests.example_rewards:red"}
+    lines = [json.loads(line) for line in Path("run/validation.jsonl").read_text().splitlines()]
+    assert captions == [sheet_caption(line) for line in lines]
     pictures = Path("run/wandb").glob("offline-run-*/files/media/images/validation/pictures_*.png")
     assert sorted(path.name.split("_")[1] for path in pictures) == ["0", "2", "4"]

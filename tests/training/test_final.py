@@ -13,6 +13,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import draftcli
 from draftcli.core.lora.reading import find_lora
 from tests.command import draftp, recipe
 from tests.core.test_lora_files import TAKES_ALL_OF_KOHYA, ask
@@ -104,6 +105,8 @@ def test_the_kohya_file_says_what_the_run_was(tiny_sdxl):
     said = metadata(file)
     expected = {
         "modelspec.title": "mine",
+        "modelspec.description": "fine-tuned with DRaFT+ on tests.example_rewards:red, 2 steps; "
+        f"made by draftp {draftcli.__version__}",
         "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.resolution": "96x64",
         "modelspec.prediction_type": "epsilon",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from draftcli.core.phase import Phase
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
 
+HALF = (torch.bfloat16, torch.float16)
 NOT_FOLDED = "sharding.fold_lora has no effect: rounding would take more than sharding.fold_tolerance of the LoRA"
 
 # watch(phase) -> a context around each phase of a step
@@ -113,22 +114,7 @@ class PlacedNetworks:
 
     def tuned_estimates(self, cond: Conditioning) -> Estimator:
         """Its guided and its conditional estimate, of one call."""
-        sampling, detach_uncond = self.cfg.sampling, self.cfg.draftp.detach_uncond
-
-        def estimate(x: Tensor, level: Level) -> NoiseEstimate:
-            self.residency.need(UNET)
-            seen = network_input(x, level)
-            if not sampling.is_guided(level.index):
-                output = self._output(seen, level, cond.conditional)
-            elif detach_uncond and torch.is_grad_enabled():
-                with torch.no_grad():
-                    without_prompt = self._output(seen, level, cond.unconditional)
-                output = torch.cat([without_prompt, self._output(seen, level, cond.conditional)])
-            else:
-                output = self._output(torch.cat([seen, seen]), level, cond)
-            return make_estimate(output, x, level, self.parts.prediction, sampling.scale)
-
-        return estimate
+        return lambda x, level: _estimates(self, cond, x, level)
 
     def _output(self, x: Tensor, level: Level, cond: Conditioning) -> Tensor:
         """What the network says. Autocast is left after each call, with its copies of weights, which may be of a call
@@ -184,6 +170,13 @@ class PlacedNetworks:
             if not done and not settings.compile:  # compiled code has the layers' own forward in it
                 stack.enter_context(fused(self.unet, self.runtime.dtype))
             yield
+
+    def fused(self) -> AbstractContextManager[None]:
+        """Inside, LoRAs are added in one operation a layer in half precision, where it pays; no gradient may be asked
+        for. The base stays the base: unlike folded weights, fused layers know when their adapters are off.
+        """
+        plain = self.base_unet is not None or self.cfg.sharding.compile or self.runtime.dtype not in HALF
+        return nullcontext() if plain else fused(self.unet, self.runtime.dtype)
 
     # --------------------------------------------------------------------------------- what stands before and behind
 
@@ -294,3 +287,19 @@ class PlacedNetworks:
             yield
         finally:
             self._watch = before
+
+
+def _estimates(nets: PlacedNetworks, cond: Conditioning, x: Tensor, level: Level) -> NoiseEstimate:
+    """What `nets.unet` says at x (B, C, H, W), in one call."""
+    sampling, detach_uncond = nets.cfg.sampling, nets.cfg.draftp.detach_uncond
+    nets.residency.need(UNET)
+    seen = network_input(x, level)
+    if not sampling.is_guided(level.index):
+        output = nets._output(seen, level, cond.conditional)
+    elif detach_uncond and torch.is_grad_enabled():
+        with torch.no_grad():
+            without_prompt = nets._output(seen, level, cond.unconditional)
+        output = torch.cat([without_prompt, nets._output(seen, level, cond.conditional)])
+    else:
+        output = nets._output(torch.cat([seen, seen]), level, cond)
+    return make_estimate(output, x, level, nets.parts.prediction, sampling.scale)

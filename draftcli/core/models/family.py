@@ -38,6 +38,7 @@ class Family(Protocol):
         title: for people.
         pipeline: the class in diffusers.
         hub_base: hub id of the model that this family is known by.
+        hub_license: that model's license, as the Hub calls it.
         config_folder: its configuration, without weights and tokenizers, so that its shape is known offline.
         networks: what it consists of, as diffusers' folders are called, and what plans call each.
         tag: on model cards.
@@ -49,6 +50,7 @@ class Family(Protocol):
     title: str
     pipeline: str
     hub_base: str
+    hub_license: str
     config_folder: Path
     networks: Mapping[str, str]
     tag: str

@@ -5,6 +5,7 @@ Nothing here needs torch, so that a wrong path costs no import of it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,6 +62,12 @@ def model_path(pretrained: str) -> str:
 def is_single_file(source: str) -> bool:
     """Whether a model is one file rather than a folder or a hub id."""
     return source.endswith((".safetensors", ".ckpt"))
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a model is one of the Hub rather than a file, a folder or a built-in one."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
+    return is_id and not is_single_file(source) and not Path(source).exists()
 
 
 def checked_file(path: str, setting: str) -> str:

@@ -33,6 +33,7 @@ class SDXL:
     title = "Stable Diffusion XL"
     pipeline = "StableDiffusionXLPipeline"
     hub_base = SDXL_BASE
+    hub_license = "openrail++"
     config_folder = SDXL_CONFIG
     networks = MappingProxyType(
         {
