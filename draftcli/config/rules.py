@@ -40,6 +40,7 @@ def conflicts(cfg: Config) -> Iterator[str]:
         yield "draftp.low_variance_samples (gradient low_variance) needs sharding.two_stage true"
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
         yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
+    yield from _conflicts_of_the_loss(cfg)
     if cfg.draftp.prefix_steps is not None and cfg.sampling.s_churn > 0:
         yield "draftp.prefix_steps does not go with sampling.s_churn, whose noise belongs to the run's own steps"
     if cfg.draftp.prefix_steps is not None and cfg.sampling.sampler in NOISY:
@@ -58,6 +59,23 @@ def conflicts(cfg: Config) -> Iterator[str]:
     yield from _conflicts_of_8_bits(cfg)
     if sharding.strategy == "fsdp" and cfg.ema.decay is not None and cfg.ema.device == "cpu":
         yield "ema.device cpu does not go with sharding.strategy fsdp, which splits the average: leave it"
+
+
+def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
+    """A coefficient that cannot be steered, and rewards of which no least one can be found."""
+    if cfg.draftp.kl_target is not None and cfg.draftp.kl_coeff == 0:
+        yield (
+            f"draftp.kl_target {cfg.draftp.kl_target:g} steers the coefficient from draftp.kl_coeff on, and that is 0: "
+            "give kl_coeff a value above 0, such as 0.1"
+        )
+    for name, setting in cfg.rewards.items() if cfg.draftp.combine == "min" else ():
+        if setting.weight not in (-1, 0, 1):
+            yield (
+                f"draftp.combine min has no use for rewards.{name}.weight {setting.weight:g}: give it 1, or -1 where "
+                "lower scores are wanted"
+            )
+        elif setting.weight != 0 and setting.normalise == "none":
+            yield f"draftp.combine min compares rewards: give rewards.{name}.normalise std or range"
 
 
 def _conflicts_of_8_bits(cfg: Config) -> Iterator[str]:
@@ -131,6 +149,8 @@ def _idle_schedule(cfg: Config) -> Iterator[str]:
 
 def _idle_method(cfg: Config) -> Iterator[str]:
     peft = cfg.peft
+    if cfg.draftp.combine == "min" and sum(setting.weight != 0 for setting in cfg.rewards.values()) < 2:
+        yield "draftp.combine min has no effect with one reward, but that its scores are normalised"
     for name, setting in cfg.rewards.items():
         if setting.weight == 0:
             yield f"rewards.{name}.weight 0: it is computed and logged, and trains nothing"

@@ -56,9 +56,18 @@ class DraftpConfig(Section):
     truncation_steps: Count = 1
     """K: the last K sampler steps carry gradient."""
     kl_coeff: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the KL penalty to the frozen base. It acts on guided noise: its strength moves with sampling.scale."""
+    """Weight of the KL penalty to the frozen base. With kl_kind eps its strength moves with sampling.scale."""
     kl_kind: str = "eps"
-    """Penalty. eps: mean squared difference of the guided noise estimates of tuned and base, as in the reference."""
+    """What the penalty compares of tuned and base, by mean squared difference. eps: the guided noise estimates, as in
+    the reference. conditional: those for the prompt alone, so that kl_coeff need not move with sampling.scale. x0: the
+    pictures predicted at each step, eps times sigma^2."""
+    kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Steer the coefficient so that the penalty stays near this value: after a step whose penalty was above 1.5 times
+    it the coefficient grows by half, after one below 1 / 1.5 of it it shrinks as much. It begins at kl_coeff and stays
+    within 100 times that, up and down. Default: the coefficient is kl_coeff throughout."""
+    combine: Literal["sum", "min"] = "sum"
+    """How several rewards become one. sum: weighted. min: for each picture the reward that has gained least since the
+    first step, in units of its normalise, so that none is bought with another; weights are 1 or -1."""
     log_kl: bool = True
     """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
     gradient: str | dict[str, Any] = "last_k"

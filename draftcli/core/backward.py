@@ -23,6 +23,7 @@ from torch import Tensor
 
 from draftcli.config import Config
 from draftcli.core.denoise import Predict, denoise, euler_step
+from draftcli.core.guidance import NoiseEstimate
 from draftcli.core.networks import Networks, RewardFunction, scored
 from draftcli.core.penalty import Penalty, objective
 from draftcli.core.phase import Phase
@@ -170,13 +171,13 @@ class Forward:
 
     Attributes:
         x_0: (B, C, H, W), with its graph where that is kept.
-        eps: guided noise estimates of the tuned network (K, B, C, H, W), where the graph is kept.
+        eps: noise estimates of the tuned network (K, B, C, H, W), where the graph is kept.
         eps_base: of the base.
     """
 
     x_0: Tensor
-    eps: Tensor | None = None
-    eps_base: Tensor | None = None
+    eps: NoiseEstimate | None = None
+    eps_base: NoiseEstimate | None = None
 
 
 class Executor(Protocol):
@@ -210,19 +211,19 @@ class KeptGraph:
 
         Latents that the piece knows stay as they are: what a step adds to them is 0, with a gradient.
         """
-        tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
-        eps: list[Tensor] = []
-        eps_base: list[Tensor] = []
+        tuned, base = nets.tuned_estimates(piece.cond), nets.base_estimates(piece.cond)
+        eps: list[NoiseEstimate] = []
+        eps_base: list[NoiseEstimate] = []
 
         def predict(x: Tensor, level: Level) -> Tensor:
             eps.append(tuned(x, level))
             if with_base or piece.regression is not None:
                 eps_base.append(base(x, level))
-            return eps[-1]
+            return eps[-1].guided
 
         with nets.phase(Phase.STEPS):
             x_0 = self._walked(piece, predict)
-        return Forward(x_0, torch.stack(eps), torch.stack(eps_base) if eps_base else None)
+        return Forward(x_0, NoiseEstimate.stacked(eps), NoiseEstimate.stacked(eps_base) if eps_base else None)
 
     def _walked(self, piece: Piece, predict: Predict) -> Tensor:
         """x_0 (B, C, H, W) with its graph."""
@@ -245,7 +246,8 @@ class KeptGraph:
             kl, gain = None, (seen.slope * ahead.x_0).sum()
             if ahead.eps is not None and ahead.eps_base is not None:
                 kl = penalty(ahead.eps, ahead.eps_base, piece.levels)
-                gain = _matched(piece, seen, ahead.eps[0], ahead.eps_base[0], work) if piece.regression else gain
+                if piece.regression is not None:
+                    gain = _matched(piece, seen, ahead.eps.guided[0], ahead.eps_base.guided[0], work)
             scaled = None if kl is None else work.scale(kl)
             objective(gain, scaled, seen.share * penalty.beta).backward()
         return None if kl is None else kl.detach()
@@ -267,7 +269,7 @@ class RecomputedSteps:
         self, nets: Networks, piece: Piece, ahead: Forward, seen: RewardSlope, penalty: Penalty, work: Work
     ) -> Tensor | None:
         """See `Executor`. In every step d loss / d x is handed on to the step before."""
-        tuned, base = nets.tuned(piece.cond), nets.base(piece.cond)
+        tuned, base = nets.tuned_estimates(piece.cond), nets.base_estimates(piece.cond)
         slope, count = seen.slope, len(piece.levels)
         needs_base = penalty.is_measured or piece.regression is not None
         penalties: list[Tensor] = []
@@ -275,15 +277,15 @@ class RecomputedSteps:
             level, follows = piece.levels[k], piece.reach is None and k > 0
             x = piece.x[k].detach().requires_grad_(follows)
             with nets.phase(Phase.STEPS):
-                eps = tuned(x, level)
-            eps_base = base(x, level) if needs_base else None
-            if eps_base is not None:
-                kl = penalty(eps[None], eps_base[None], [level]) / count
+                said = tuned(x, level)
+            eps, said_by_base = said.guided, base(x, level) if needs_base else None
+            if said_by_base is not None:
+                kl = penalty(NoiseEstimate.stacked([said]), NoiseEstimate.stacked([said_by_base]), [level]) / count
                 penalties.append(kl.detach())
             else:
                 kl = None
-            if piece.regression is not None and eps_base is not None:
-                gain = _matched(piece, seen, eps, eps_base, work)
+            if piece.regression is not None and said_by_base is not None:
+                gain = _matched(piece, seen, eps, said_by_base.guided, work)
             else:
                 gain = (slope * (euler_step(x, eps, level) if piece.reach is None else piece.reach[k] * eps)).sum()
             scaled = None if kl is None else work.scale(kl)

@@ -260,7 +260,7 @@ class SDXLDRaFTPModel:
         forward = KeptGraph().forward(self.networks, piece, with_base=True)
         assert forward.eps is not None
         assert forward.eps_base is not None
-        return self.decode(forward.x_0) * 255, forward.eps, forward.eps_base
+        return self.decode(forward.x_0) * 255, forward.eps.guided, forward.eps_base.guided
 
     @torch.no_grad()
     def annealed_guidance(

@@ -6,13 +6,42 @@ Shape legend: B images, C latent channels, H W latent size.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from draftcli.core.denoise import Predict
 from draftcli.core.schedule import Level
 
 Prediction = Literal["epsilon", "v_prediction", "sample"]
+
+
+class NoiseEstimate(NamedTuple):
+    """What a network says at one level: its noise estimates.
+
+    Attributes:
+        guided: (B, C, H, W), what the sampler follows.
+        conditional: (B, C, H, W), that for the prompt alone; where a step is not guided, the same tensor.
+    """
+
+    guided: Tensor
+    conditional: Tensor
+
+    @classmethod
+    def stacked(cls, estimates: Sequence[NoiseEstimate]) -> NoiseEstimate:
+        """Those of K steps as one, (K, B, C, H, W)."""
+        return cls(torch.stack([e.guided for e in estimates]), torch.stack([e.conditional for e in estimates]))
+
+
+# estimator(x (B, C, H, W), level) -> the network's estimates there, in the dtype of x
+Estimator = Callable[[Tensor, Level], NoiseEstimate]
+
+
+def only_guided(estimator: Estimator) -> Predict:
+    """The guided one of its estimates."""
+    return lambda x, level: estimator(x, level).guided
 
 
 def network_input(x: Tensor, level: Level) -> Tensor:
@@ -49,3 +78,23 @@ def guided(output: Tensor, scale: float) -> Tensor:
     """
     uncond, cond = output.chunk(2)
     return uncond + scale * (cond - uncond)
+
+
+def make_estimate(output: Tensor, x: Tensor, level: Level, prediction: Prediction, scale: float) -> NoiseEstimate:
+    """Both noise estimates from a network's raw output.
+
+    Args:
+        output: (2 B, C, H, W) for [unconditional ; conditional]; where the step is not guided (B, C, H, W) for the
+            prompts alone.
+        x: (B, C, H, W) where it was asked.
+        level: of x.
+        prediction: what the network predicts.
+        scale: of the guidance.
+    """
+    if len(output) == len(x):
+        eps = to_noise_estimate(output, x, level, prediction)
+        return NoiseEstimate(eps, eps)
+    return NoiseEstimate(
+        to_noise_estimate(guided(output, scale), x, level, prediction),
+        to_noise_estimate(output[len(x) :], x, level, prediction),
+    )

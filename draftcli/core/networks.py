@@ -13,6 +13,7 @@ from torch import Tensor
 
 from draftcli.core.batch import Batch
 from draftcli.core.denoise import Predict
+from draftcli.core.guidance import Estimator
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError
 
@@ -63,6 +64,14 @@ class Networks(Protocol):
 
     def base(self, cond: Any) -> Predict:
         """The base's, which never carries gradient."""
+        ...
+
+    def tuned_estimates(self, cond: Any) -> Estimator:
+        """The tuned network's guided and conditional estimate, of one call: what steps with gradient ask for."""
+        ...
+
+    def base_estimates(self, cond: Any) -> Estimator:
+        """The base's, likewise, without gradient."""
         ...
 
     def decode(self, x_0: Tensor) -> Tensor:

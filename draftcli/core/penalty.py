@@ -1,86 +1,138 @@
 """The penalty that holds the tuned network to its base, and what controls its coefficient.
 
-A penalty is an object that a training step asks, found by `draftp.kl_kind`; another kind is one more class here.
-Shape legend: B images, K gradient steps, C latent channels, H W latent size.
+A penalty is an object that a training step asks. What it measures is a function found by `draftp.kl_kind`; another kind
+is one more function here. Shape legend: B images, K gradient steps, C latent channels, H W latent size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from draftcli.config import DraftpConfig
+from draftcli.core.guidance import NoiseEstimate
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
 
+# difference(tuned, base, levels) -> mean over K gradient steps and B images of how far apart two networks are, a scalar
+Difference = Callable[[NoiseEstimate, NoiseEstimate, Sequence[Level]], Tensor]
 
-class Penalty(Protocol):
-    """What is added to the loss, `beta` times, to keep the tuned network near its base.
+
+class Penalty:
+    """What is added to the loss, `beta` times, to keep the tuned network near its base; its coefficient is fixed.
+
+    Args:
+        difference: what it measures.
+        beta: draftp.kl_coeff.
+        is_measured: also where beta is 0.
 
     Attributes:
         beta: the coefficient, 0 or more. It is the same in every process, and constant within a step.
         is_measured: whether the base has to be asked at all: for the loss, or for the log.
     """
 
-    beta: float
-    is_measured: bool
+    def __init__(self, difference: Difference, beta: float, is_measured: bool = True) -> None:
+        self.difference, self.beta, self.is_measured = difference, beta, is_measured or beta > 0
 
-    def __call__(self, eps_tuned: Tensor, eps_base: Tensor, levels: Sequence[Level]) -> Tensor:
+    def __call__(self, tuned: NoiseEstimate, base: NoiseEstimate, levels: Sequence[Level]) -> Tensor:
         """The mean over K gradient steps and B images, a scalar.
 
         Args:
-            eps_tuned: (K, B, C, H, W) guided noise estimates, with gradient.
-            eps_base: the base's at the same x, without.
+            tuned: the estimates (K, B, C, H, W), with gradient.
+            base: the base's at the same x, without.
             levels: K, of the steps.
         """
-        ...
+        return self.difference(tuned, base, levels)
+
+    def figures(self) -> dict[str, float]:
+        """What a step's line of metrics.jsonl says beside the penalty itself."""
+        return {}
 
     def end_step(self, kl: float) -> None:
         """After an optimizer step: its penalty, averaged over the whole batch. Here a coefficient may move."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """What has to be in a checkpoint: small."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
-        ...
-
-
-class EpsPenalty:
-    """`draftp.kl_kind: eps`, the reference's: a fixed coefficient on the squared difference of the noise estimates.
-
-    Args:
-        beta: draftp.kl_coeff.
-        is_measured: also where beta is 0.
-    """
-
-    def __init__(self, beta: float, is_measured: bool = True) -> None:
-        self.beta, self.is_measured = beta, is_measured or beta > 0
-
-    def __call__(self, eps_tuned: Tensor, eps_base: Tensor, levels: Sequence[Level]) -> Tensor:
-        """See `Penalty`."""
-        return kl_penalty(eps_tuned, eps_base)
-
-    def end_step(self, kl: float) -> None:
-        """Nothing moves."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Nothing."""
+        """Put back what `state_dict` gave."""
 
 
-PENALTIES = {"eps": EpsPenalty}
+class SteeredPenalty(Penalty):
+    """`draftp.kl_target`: the coefficient is steered so that the penalty stays near a target.
+
+    PPO's rule (Schulman et al. 2017, arXiv 1707.06347, section 4), a step at a time: a penalty above BAND times the
+    target makes the coefficient FACTOR times larger, one below target / BAND as much smaller. As the penalty begins at
+    0, where no coefficient could raise it, the coefficient stays within REACH times what it began with, so that it is
+    soon back.
+
+    Args:
+        difference: what it measures.
+        beta: draftp.kl_coeff, which it begins with; above 0.
+        target: draftp.kl_target, above 0.
+    """
+
+    BAND, FACTOR, REACH = 1.5, 1.5, 100.0
+
+    def __init__(self, difference: Difference, beta: float, target: float) -> None:
+        super().__init__(difference, beta)
+        self.target, self._low, self._high = target, beta / self.REACH, beta * self.REACH
+
+    def figures(self) -> dict[str, float]:
+        """The coefficient."""
+        return {"kl_coeff": self.beta}
+
+    def end_step(self, kl: float) -> None:
+        """Move the coefficient for the next step."""
+        if kl > self.BAND * self.target:
+            self.beta = min(self.FACTOR * self.beta, self._high)
+        elif kl < self.target / self.BAND:
+            self.beta = max(self.beta / self.FACTOR, self._low)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The coefficient."""
+        return {"kl_coeff": self.beta}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the coefficient of a checkpoint."""
+        self.beta = state["kl_coeff"]
+
+
+def guided_difference(tuned: NoiseEstimate, base: NoiseEstimate, levels: Sequence[Level]) -> Tensor:
+    """`draftp.kl_kind: eps`, the reference's: that of the guided estimates, which the sampler follows."""
+    return kl_penalty(tuned.guided, base.guided)
+
+
+def conditional_difference(tuned: NoiseEstimate, base: NoiseEstimate, levels: Sequence[Level]) -> Tensor:
+    """`draftp.kl_kind: conditional`: that of the estimates for the prompt alone.
+
+    Guidance multiplies a change of the conditional estimate by sampling.scale, and so a penalty on the guided one by
+    its square. This one does not depend on it, for given latents.
+    """
+    return kl_penalty(tuned.conditional, base.conditional)
+
+
+def image_difference(tuned: NoiseEstimate, base: NoiseEstimate, levels: Sequence[Level]) -> Tensor:
+    """`draftp.kl_kind: x0`: that of the images predicted at each step, in latent space.
+
+    x_0 = x - sigma eps at the same x, so it is the difference of the guided estimates times sigma^2.
+    """
+    sigmas = tuned.guided.new_tensor([level.sigma for level in levels]).view(-1, 1, 1, 1, 1)
+    return kl_penalty(sigmas * tuned.guided, sigmas * base.guided)
+
+
+PENALTIES: dict[str, Difference] = {
+    "eps": guided_difference,
+    "conditional": conditional_difference,
+    "x0": image_difference,
+}
 
 
 def make_penalty(settings: DraftpConfig) -> Penalty:
-    """The penalty that `draftp.kl_kind` and `draftp.kl_coeff` name.
+    """The penalty that `draftp.kl_kind`, `draftp.kl_coeff` and `draftp.kl_target` name.
 
     Raises:
         InputError: there is no such kind.
@@ -89,11 +141,14 @@ def make_penalty(settings: DraftpConfig) -> Penalty:
         raise InputError(
             f"draftp.kl_kind {settings.kl_kind!r}: there is no such penalty; there is {', '.join(PENALTIES)}"
         )
-    return PENALTIES[settings.kl_kind](settings.kl_coeff, settings.log_kl)
+    difference = PENALTIES[settings.kl_kind]
+    if settings.kl_target is not None:
+        return SteeredPenalty(difference, settings.kl_coeff, settings.kl_target)
+    return Penalty(difference, settings.kl_coeff, settings.log_kl)
 
 
 def kl_penalty(eps_tuned: Tensor, eps_base: Tensor) -> Tensor:
-    """DRaFT+'s penalty: mean over K, B, C, H, W of the squared difference of the guided noise estimates.
+    """DRaFT+'s penalty: mean over K, B, C, H, W of the squared difference of two networks' noise estimates.
 
     It is a plain mean squared error, called KL after the Gaussian it is proportional to; no 1/2, no 1/sigma^2.
     """

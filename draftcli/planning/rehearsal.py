@@ -170,7 +170,7 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
         sections["sharding"]["attention"] = "auto"
     sections["sharding"]["recompute_steps"] = recomputes_steps(cfg)
     sections["trainer"] = {"micro_batch_size": images, "global_batch_size": images}
-    sections["draftp"] |= {"kl_coeff": float(cfg.draftp.kl_coeff > 0), "prefix_steps": None}
+    sections["draftp"] |= {"kl_coeff": float(cfg.draftp.kl_coeff > 0), "kl_target": None, "prefix_steps": None}
     sections["draftp"]["prefix_sampler"] = "dpmpp_2m"
     height, width = largest(cfg)
     sections["sampling"] |= {"height": height, "width": width, "sizes": [], "timesteps": []}

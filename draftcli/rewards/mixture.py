@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ FLAT = 1e-6  # scores that span less than this share of their mean are all alike
 
 
 class Spread:
-    """What the scores of past steps span: count, mean and sum of squared deviations, all fading; lowest and highest.
+    """What the scores of past steps span: count, mean and sum of squared deviations, all fading; lowest, highest, and
+    the mean of the first step.
 
     Sums are exactly rounded (math.fsum): the same scores in any order, from any number of micro-batches or ranks, leave
     the same statistics, bit for bit.
@@ -27,7 +28,7 @@ class Spread:
 
     def __init__(self) -> None:
         self.count = self.mean = self.squares = 0.0
-        self.low, self.high = math.inf, -math.inf
+        self.low, self.high, self.first = math.inf, -math.inf, 0.0
 
     def update(self, scores: Tensor) -> None:
         """Take in all scores of one step; those that are not finite say nothing."""
@@ -37,6 +38,7 @@ class Spread:
         number = len(values)
         mean = math.fsum(values) / number
         squares = math.fsum((value - mean) ** 2 for value in values)
+        self.first = self.first if self.count else mean
         kept = MEMORY * self.count
         shift = mean - self.mean
         self.count = kept + number
@@ -52,12 +54,14 @@ class Spread:
         return span if span > FLAT * abs(self.mean) else None
 
     def tensor(self) -> Tensor:
-        """The five numbers, float64."""
-        return torch.tensor([self.count, self.mean, self.squares, self.low, self.high], dtype=torch.float64)
+        """The six numbers, float64."""
+        numbers = [self.count, self.mean, self.squares, self.low, self.high, self.first]
+        return torch.tensor(numbers, dtype=torch.float64)
 
     def load(self, numbers: Tensor) -> None:
-        """Put back what `tensor` gave."""
-        self.count, self.mean, self.squares, self.low, self.high = numbers.double().tolist()
+        """Put back what `tensor` gave, also that of versions that did not keep the mean of the first step."""
+        self.count, self.mean, self.squares, self.low, self.high, *first = numbers.double().tolist()
+        self.first = first[0] if first else self.mean
 
 
 class WeightedSum:
@@ -76,6 +80,8 @@ class WeightedSum:
         settings: weight, normalise and target of each, by the same names; None: weight 1, as it is, no target.
     """
 
+    _of_silence = 0.0  # what a reward that has nothing to say counts
+
     def __init__(self, rewards: Mapping[str, Reward], settings: Mapping[str, RewardConfig] | None = None) -> None:
         self.name = "+".join(rewards)
         self.rewards = {name: as_reward(reward, name) for name, reward in rewards.items()}
@@ -90,7 +96,7 @@ class WeightedSum:
             InputError: a reward returned no scores, or scores without gradient where one is needed.
         """
         training = torch.is_grad_enabled()
-        total = torch.zeros(len(prompts), device=images.device, dtype=images.dtype)
+        shares: list[Tensor] = []
         for name, reward in self.rewards.items():
             seen = images.view_as(images)  # one for each reward, so that its gradient can be cleaned alone
             score = reward(seen, prompts)
@@ -104,10 +110,15 @@ class WeightedSum:
                 self._scores[name].append(score.detach().float().cpu())
             if seen.requires_grad and silent.any():
                 seen.register_hook(_without(silent))
-            total = total + self._share(name, score).masked_fill(silent, 0).to(total)
+            shares.append(self._share(name, score).masked_fill(silent, self._of_silence).to(images))
+        total = self._combined(shares, images)
         if training and images.requires_grad and not total.requires_grad:  # silent rewards alone, without a graph
             total = total + 0 * images.flatten(1)[:, 0]
         return total
+
+    def _combined(self, shares: Sequence[Tensor], images: Tensor) -> Tensor:
+        """(B,) from what each reward counts, (B,) of each."""
+        return sum(shares, torch.zeros(len(images), device=images.device, dtype=images.dtype))
 
     def _share(self, name: str, score: Tensor) -> Tensor:
         setting = self.settings.get(name)
@@ -155,6 +166,35 @@ class WeightedSum:
             if isinstance(reward, nn.Module):
                 reward.to(device)
         return self
+
+
+class LeastGain(WeightedSum):
+    """`draftp.combine: min`. For each image, the reward that has gained least: no reward can be bought with another.
+
+        min over rewards of weight * (min(score, target) - start) / scale,    weight 1 or -1
+
+    `start` is its mean over the first step of the training, and `scale` as in `WeightedSum`. Every reward is
+    normalised, as scores of different units cannot be compared. Only the least one has a gradient. One that has nothing
+    to say about an image, has shown no spread yet or has weight 0 is not among them; where none is left, the image
+    counts 0.
+    """
+
+    _of_silence = math.inf
+
+    def _combined(self, shares: Sequence[Tensor], images: Tensor) -> Tensor:
+        least = super()._combined(shares, images) if not shares else torch.stack([*shares]).min(0).values
+        return least.masked_fill(least == math.inf, 0)
+
+    def _share(self, name: str, score: Tensor) -> Tensor:
+        setting, spread = self.settings[name], self._spread.get(name)
+        scale = None if spread is None else spread.scale(setting.normalise)
+        if spread is None or scale is None or setting.weight == 0:
+            return torch.full_like(score, math.inf)
+        reached = score if setting.target is None else score.clamp(max=setting.target)
+        return (reached - spread.first) * (setting.weight / scale)
+
+
+COMBINATIONS = {"sum": WeightedSum, "min": LeastGain}  # by draftp.combine
 
 
 def _silent(score: Tensor, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from draftcli.config import Config, RewardSource
 from draftcli.errors import InputError
 from draftcli.rewards.catalogue import check_names, reward_reference
-from draftcli.rewards.mixture import WeightedSum
+from draftcli.rewards.mixture import COMBINATIONS, WeightedSum
 from draftcli.rewards.protocol import Reward
 from draftcli.rewards.references import find_object, make_reward
 from draftcli.rewards.wrappers import InMicroBatches, PromptRelative, as_reward
@@ -83,7 +83,7 @@ def get_reward_model(cfg: Config | str | Callable[..., Any]) -> Reward:
                 f"reward {name} is not differentiable, it says so itself: training needs its gradient in the picture. "
                 "It can be in held_out_rewards, not in rewards"
             )
-    return WeightedSum(rewards, cfg.rewards)
+    return COMBINATIONS[cfg.draftp.combine](rewards, cfg.rewards)
 
 
 def load_held_out(cfg: Config) -> WeightedSum:

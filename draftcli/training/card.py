@@ -54,6 +54,14 @@ def _steps(cfg: Config) -> str:
     return f"timesteps=draftcli.timesteps({cfg.sampling.steps})"
 
 
+def _penalty(cfg: Config) -> str:
+    draftp = cfg.draftp
+    kind = "" if draftp.kl_kind == "eps" else f" ({draftp.kl_kind})"
+    if draftp.kl_target is None:
+        return f"KL coefficient {draftp.kl_coeff:g}{kind}"
+    return f"KL coefficient from {draftp.kl_coeff:g} on, steered to a penalty{kind} of {draftp.kl_target:g}"
+
+
 def _prefix(cfg: Config) -> str:
     """How training got to the steps with gradient, where that was in other steps than pictures are drawn in."""
     draftp = cfg.draftp
@@ -134,7 +142,7 @@ def model_card(
         (
             f"Made by draftp {__version__}: {cfg.trainer.max_steps} steps of {cfg.trainer.global_batch_size} pictures, "
             f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, {make_mode(cfg).describe()}, "
-            f"{_prefix(cfg)}KL coefficient {cfg.draftp.kl_coeff:g}"
+            f"{_prefix(cfg)}{_penalty(cfg)}"
             + (f", started from the LoRA {Path(cfg.peft.init_from).name}" if cfg.peft.init_from else "")
             + (f", moving average of the weights with decay {cfg.ema.decay:g}" if averaged else "")
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."

@@ -94,6 +94,7 @@ class LiveView:
         if "skipped" not in metrics:
             self._rewards.append(metrics["reward"])
         parts = [f"kl {metrics['kl_penalty']:.4f}"] if metrics["kl_penalty"] is not None else []
+        parts += [f"kl_coeff {metrics['kl_coeff']:.3g}"] if "kl_coeff" in metrics else []
         parts += [
             f"grad {metrics['grad_norm']:.2f}",
             f"{metrics['images_per_second']:.2g} images/s",
@@ -137,7 +138,7 @@ class LiveView:
             Text(f"step {self._at}/{self.last}", no_wrap=True),
             Text(f"{elapsed}  {self._left()}" if self._at < self.last else self._left(), style="dim", no_wrap=True),
         )
-        figures = Text("  ", no_wrap=True, overflow="ellipsis")
+        figures = Text("  ", no_wrap=True, overflow="ellipsis" if self._unicode else "crop")
         if self._rewards:
             figures.append(f"reward {self._rewards[-1]:.3f} ")
             figures.append(curve(self._rewards, CURVE, BARS if self._unicode else ASCII_BARS), style="cyan")

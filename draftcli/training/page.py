@@ -28,7 +28,12 @@ from draftcli.training.result import diversity_kept, diversity_warning
 _TEMPLATE = Path(__file__).parent / "training.html"
 SHEETS = 12  # of the validations, at most so many are in the page: the first, the last and some spread between
 SHEET_EDGE = 1600  # longest side of a sheet in the page, in pixels
-_OF_STEPS = {"reward": "reward in training", "kl_penalty": "KL penalty", "grad_norm": "gradient norm"}
+_OF_STEPS = {
+    "reward": "reward in training",
+    "kl_penalty": "KL penalty",
+    "kl_coeff": "KL coefficient",
+    "grad_norm": "gradient norm",
+}
 
 
 def write_train_page(run: Run) -> None:

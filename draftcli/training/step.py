@@ -105,7 +105,7 @@ class Trainer:
         """
         began, self._step = time.perf_counter(), step
         self.ranks.heartbeat(f"step {step}, drawing its pictures")
-        batch, scaler = self.batch(step), self.model.grad_scaler
+        batch, scaler, of_penalty = self.batch(step), self.model.grad_scaler, self.model.penalty.figures()
         metrics, scores = self._gradient(batch)
         scaler.unscale_(self.optimizer)
         limit = self.cfg.trainer.gradient_clip_val
@@ -135,6 +135,7 @@ class Trainer:
         return {
             "step": step,
             **metrics,
+            **of_penalty,
             **({f"reward/{name}": float(s.nanmean()) for name, s in scores.items()} if len(scores) > 1 else {}),
             **{f"silent/{name}": int(s.isnan().sum()) for name, s in scores.items() if s.isnan().any()},
             "grad_norm": norm,

@@ -31,6 +31,16 @@ SETTINGS = [
     ("draftp.truncation_steps=4", "draftp.truncation_steps is 4, sampling.steps 3: K can be at most 3"),
     ("draftp.truncation_steps=0", "greater than or equal to 1"),
     ("draftp.kl_coeff=-1", "greater than or equal to 0"),
+    (
+        "draftp.combine=min",
+        "draftp.combine min compares rewards: give rewards.tests.example_rewards:red.normalise std or",
+    ),
+    ("draftp.combine=product", "'sum' or 'min'"),
+    ("draftp.kl_target=0", "greater than 0"),
+    (
+        "draftp={kl_target: 0.1, kl_coeff: 0}",
+        "draftp.kl_target 0.1 steers the coefficient from draftp.kl_coeff on, and",
+    ),
     ("peft.peft_scheme=dora", "'lora' or 'none'"),
     ("peft.rank=0", "greater than or equal to 1"),
     ("peft.target_modules=[nowhere]", "peft.target_modules nowhere: no module of the UNet has such a name"),

@@ -56,7 +56,7 @@ def golden_data(name: str) -> dict[str, Tensor]:
 
 
 def golden_model(
-    name: str, dtype: torch.dtype, truncation_steps: int = 1, kl_coeff: float = 0.1
+    name: str, dtype: torch.dtype, truncation_steps: int = 1, kl_coeff: float = 0.1, scale: float = GOLDEN["cfg"]
 ) -> tuple[SDXLDRaFTPModel, Conditioning, dict[str, Tensor]]:
     """The model with the golden LoRA, its conditioning [uncond ; cond], and the recorded tensors."""
     data = golden_data(name)
@@ -71,7 +71,7 @@ def golden_model(
     cfg = check_config(
         {
             "model": {"precision": {torch.float64: "fp64", torch.float32: "fp32"}[dtype], "device": "cpu"},
-            "sampling": {"height": 128, "width": 128, "steps": GOLDEN["steps"], "scale": GOLDEN["cfg"]},
+            "sampling": {"height": 128, "width": 128, "steps": GOLDEN["steps"], "scale": scale},
             "draftp": {"truncation_steps": truncation_steps, "kl_coeff": kl_coeff},
             "peft": {"rank": 2, "target_modules": [entry["name"] for entry in layout]},
             "trainer": {"micro_batch_size": 2, "global_batch_size": 2},

@@ -376,7 +376,7 @@ def low_variance_loss_by_hand(model, prompts, n):
     for start in starts:
         walked = gradient_steps(model, cond, start, last)
         rewards.append(prefers_red(model.decode(walked.x_0), prompts.prompts).mean())
-        penalties.append((walked.eps - walked.eps_base).square().mean())
+        penalties.append((walked.eps.guided - walked.eps_base.guided).square().mean())
     return -sum(rewards) / (n + 1) + model.cfg.draftp.kl_coeff * sum(penalties) / (n + 1)
 
 

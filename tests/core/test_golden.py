@@ -71,7 +71,7 @@ def test_loss_kl_and_lora_gradient(name, dtype, k, kl_coeff):
     x = latents_at(model, cond, model.networks.at_first_level(data["inputs/x_T"]), first)
     assert not x.requires_grad
     walked = gradient_steps(model, cond, x, first)
-    x_0, eps_tuned, eps_base = walked.x_0, walked.eps, walked.eps_base
+    x_0, eps_tuned, eps_base = walked.x_0, walked.eps.guided, walked.eps_base.guided
     close(x_0, data["generate/x0"], tolerance["latents"])
     close(eps_tuned, data[f"generate/K{k}/eps_draft"], tolerance["eps"])
     close(eps_base, data[f"generate/K{k}/eps_init"], tolerance["eps"])

@@ -13,7 +13,7 @@ from draftcli.core.backward import Piece, Work
 from draftcli.core.draftp import SDXLDRaFTPModel, training_step
 from draftcli.core.gradient.last_k import LastK
 from draftcli.core.gradient.mode import make_mode, mode_names
-from draftcli.core.penalty import kl_penalty
+from draftcli.core.penalty import PENALTIES, Penalty, kl_penalty
 from draftcli.errors import InputError
 from draftcli.planning.plan import count_evaluations
 from tests.tiny import batch, latents_at, prefers_red, tiny_config, tiny_model
@@ -81,6 +81,23 @@ def test_one_objective(tiny_sdxl, name, kl_coeff):
     loss, metrics = loss_func(image)
     loss.backward()
     assert_same((metrics, gradient(model)), expected)
+
+
+@every_mode
+def test_every_way_has_the_same_penalty(tiny_sdxl, name):
+    """Graph kept, steps run again, one backward through everything; with a penalty of all kinds at once. The guidance
+    interval ends before the last step, whose estimates are one."""
+    model = model_of(tiny_sdxl, name, sampling={"guidance_interval": [0.0, 0.75]})
+    model.penalty = Penalty(lambda *asked: torch.stack([kind(*asked) for kind in PENALTIES.values()]).sum(), 0.7)
+    expected = step(model)
+    assert expected[0]["kl_penalty"] > 1e-6
+    assert_same(step(model, recompute=True, micro=1), expected)
+    if name != "matching":
+        model.unet.zero_grad()
+        image, loss_func = model.get_forward_output_and_loss_func()(iter([batch(4)]), model)
+        loss, metrics = loss_func(image)
+        loss.backward()
+        assert_same((metrics, gradient(model)), expected)
 
 
 @every_mode

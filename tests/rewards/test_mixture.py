@@ -12,7 +12,7 @@ import draftcli
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
 from draftcli.rewards import WeightedSum, get_reward_model, load_held_out, load_reward
-from draftcli.rewards.mixture import MEMORY
+from draftcli.rewards.mixture import COMBINATIONS, MEMORY
 from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
 from draftcli.toy.reward import toy_reward
 
@@ -284,3 +284,86 @@ def test_rewards_that_say_nothing_at_all_need_no_graph() -> None:
     total = WeightedSum({"a": Silent(1.0)})
     assert gradient(total, IMAGES, PROMPTS).abs().max() == 0
     assert total.pop_scores()["a"].isnan().all()
+
+
+# ------------------------------------------------------------------------------------------ the one that gains least
+
+
+class Channel:
+    """The mean of one colour channel, times a factor and plus an offset that mean nothing."""
+
+    def __init__(self, channel: int, factor: float, offset: float) -> None:
+        self.name, self.channel, self.factor, self.offset = f"channel {channel}", channel, factor, offset
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.factor * images[:, self.channel].mean((1, 2)) + self.offset
+
+
+def least_gain(factor: float = 1.0, offset: float = 0.0, **second: object) -> WeightedSum:
+    """Of red and blue, blue in other units; they have seen IMAGES."""
+    second = {"normalise": "std", **second}
+    cfg = check_config({"draftp": {"combine": "min"}, "rewards": {"red": {"normalise": "std"}, "blue": second}})
+    total = COMBINATIONS[cfg.draftp.combine]({"red": Channel(0, 1, 0), "blue": Channel(2, factor, offset)}, cfg.rewards)
+    gradient(total, IMAGES, PROMPTS)
+    total.end_step(total.pop_scores())
+    return total
+
+
+def gains() -> tuple[Tensor, Tensor]:
+    """Of red and blue in IMAGES: deviations above the mean, by hand."""
+    red, blue = IMAGES[:, 0].mean((1, 2)), IMAGES[:, 2].mean((1, 2))
+    return tuple((score - score.mean()) / score.std(correction=0) for score in (red, blue))
+
+
+def test_each_picture_counts_what_has_gained_least_in_it() -> None:
+    red, blue = gains()
+    torch.testing.assert_close(least_gain()(IMAGES, PROMPTS), torch.minimum(red, blue), rtol=1e-3, atol=1e-3)
+    slope = gradient(least_gain(), IMAGES, PROMPTS)
+    worse = (red < blue).tolist()
+    assert set(worse) == {True, False}, "some pictures of each"
+    for i, is_red in enumerate(worse):
+        assert (slope[i, 0].abs().max() > 0, slope[i, 2].abs().max() > 0) == (is_red, not is_red)
+    assert slope[:, 1].abs().max() == 0
+
+
+def test_units_do_not_decide_what_has_gained_least() -> None:
+    other = least_gain(factor=512.0, offset=-300.0)(IMAGES, PROMPTS)
+    torch.testing.assert_close(other, least_gain()(IMAGES, PROMPTS), rtol=1e-2, atol=1e-2)
+
+
+def test_a_gain_is_measured_from_the_first_step() -> None:
+    """And not from what a reward has come to: one that rises on all pictures is no longer the least."""
+    total = least_gain()
+    for _ in range(5):
+        total.end_step({"red": IMAGES[:, 0].mean((1, 2)) + 9, "blue": IMAGES[:, 2].mean((1, 2))})
+    images = IMAGES + torch.tensor([9.0, 0.0, 0.0]).view(1, 3, 1, 1)
+    slope = gradient(total, images, PROMPTS)
+    assert slope[:, 0].abs().max() == 0
+    assert slope[:, 2].abs().amin(0).min() > 0
+
+
+def test_lower_scores_of_one_can_be_wanted() -> None:
+    red, blue = gains()
+    found = least_gain(weight=-1)(IMAGES, PROMPTS)
+    torch.testing.assert_close(found, torch.minimum(red, -blue), rtol=1e-3, atol=1e-3)
+
+
+def test_weight_0_leaves_a_reward_out() -> None:
+    torch.testing.assert_close(least_gain(weight=0)(IMAGES, PROMPTS), gains()[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_reward_with_nothing_to_say_is_not_the_least() -> None:
+    """It speaks of one prompt alone; before the first step is over none counts."""
+    cfg = check_config({"draftp": {"combine": "min"}, "rewards": {n: {"normalise": "std"} for n in ("a", "b")}})
+    total = COMBINATIONS["min"]({"a": Choosy(3.0), "b": Channel(0, 1, 0)}, cfg.rewards)
+    assert total(IMAGES, PROMPTS).tolist() == [0, 0, 0, 0]
+    assert gradient(total, IMAGES, PROMPTS).abs().max() == 0
+    total.end_step(total.pop_scores())
+    assert total(IMAGES, PROMPTS).isfinite().all()
+    assert gradient(total, IMAGES, PROMPTS).isfinite().all()
+
+
+def test_statistics_of_a_version_without_the_first_step_are_read() -> None:
+    total = mixture()
+    total.load_state_dict({"a": torch.tensor([4.0, 2.0, 8.0, 0.0, 5.0], dtype=torch.float64)})
+    assert total.state_dict()["a"].tolist() == [4, 2, 8, 0, 5, 2]

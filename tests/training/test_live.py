@@ -31,7 +31,7 @@ def frames(width: int, encoding: str = "utf-8") -> str:
     console = Console(file=file, force_terminal=True, width=width, legacy_windows=False)
     with LiveView(console, "run", 0, 40) as view:
         for step in range(1, 31):
-            view.step({**METRICS, "step": step, "reward": step / 10}, skipped=2)
+            view.step({**METRICS, "step": step, "reward": step / 10, "kl_coeff": 0.15}, skipped=2)
         view.saved(20)
         view.note("validating: tuned 3/8")
         console.print(view)
@@ -40,14 +40,15 @@ def frames(width: int, encoding: str = "utf-8") -> str:
 
 def test_the_view_shows_where_a_run_is():
     shown = frames(160)
-    for words in ("step 30/40", "reward 3.000", "▁", "█", "kl 0.0100", "grad 1.50", "images/s", "GiB", "skipped 2",
-                  "saved at 20", "validating: tuned 3/8", "left"):  # fmt: skip
+    for words in ("step 30/40", "reward 3.000", "▁", "█", "kl 0.0100", "kl_coeff 0.15", "grad 1.50", "images/s", "GiB",
+                  "skipped 2", "saved at 20", "validating: tuned 3/8", "left"):  # fmt: skip
         assert words in shown
 
 
 def test_the_view_fits_a_narrow_terminal_and_one_without_unicode():
     assert "step 30/40" in frames(60)
-    assert "#" in frames(120, "ascii")
+    for width in (60, 120):
+        assert "#" in frames(width, "ascii")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,14 @@ def line(step: int, trained: float, held_out: float, kept: float = 1.0) -> dict:
 
 
 def step(number: int, **more: object) -> dict:
-    return {"step": number, "reward": 0.5 + number / 10, "kl_penalty": 0.01 * number, "grad_norm": 1.0, **more}
+    return {
+        "step": number,
+        "reward": 0.5 + number / 10,
+        "kl_penalty": 0.01 * number,
+        "kl_coeff": 0.1,
+        "grad_norm": 1.0,
+        **more,
+    }
 
 
 HISTORY = [line(0, 1.0, 1.0), line(2, 1.2, 1.1), line(4, 1.4, 0.8, kept=0.5)]
@@ -51,7 +58,9 @@ def test_the_page_shows_what_the_run_wrote_down(run):
     html = train_page(run)
     assert "<b>run" not in html
     assert "&lt;b&gt;run: training" in html
-    assert html.count('<svg class="plot"') == 6, "two rewards, diversity, reward in training, KL, gradient norm"
+    assert html.count('<svg class="plot"') == 7, (
+        "two rewards, diversity, reward in training, KL and coefficient, gradient norm"
+    )
     assert html.index("symmetry (held out)") < html.index("brightness (trained on)")
     assert "symmetry over the steps: 1.00 at step 0, 0.800 at step 4" in html
     assert [int(part.partition("<")[0]) for part in html.split("<summary>Step ")[1:]] == [4, 2, 0]

@@ -41,6 +41,7 @@ def assert_alike(one: str, two: str) -> None:
     for a, b in zip(lines(f"{one}/metrics.jsonl"), lines(f"{two}/metrics.jsonl"), strict=True):
         for name in ("loss", "reward", "kl_penalty"):
             assert a[name] == pytest.approx(b[name], abs=1e-4 if a["step"] > 1 else 1e-6)
+        assert a.get("kl_coeff") == b.get("kl_coeff")
     ours, theirs = lora(one), lora(two)
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-3, rtol=0)
@@ -56,8 +57,11 @@ def assert_alike(one: str, two: str) -> None:
 
 @pytest.mark.parametrize(
     "draftp_settings",
-    [{}, pytest.param({"truncation_steps": 1, "prefix_steps": 4}, marks=pytest.mark.slow(reason="more of the same"))],
-    ids=["own grid", "prefix"],
+    [
+        {"kl_target": 1e-3},
+        pytest.param({"truncation_steps": 1, "prefix_steps": 4}, marks=pytest.mark.slow(reason="more of the same")),
+    ],
+    ids=["own grid, a steered penalty", "prefix"],
 )
 def test_two_processes_equal_one_on_the_same_global_batch(tiny_sdxl, draftp_settings):
     preset = recipe(tiny_sdxl, draftp=draftp_settings, data=WITH_VALIDATION, trainer=BATCH)

@@ -69,7 +69,10 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
 
 
 def test_resumed_equals_uninterrupted_bit_for_bit(tiny_sdxl):
-    preset = recipe(tiny_sdxl)
+    """The coefficient of the penalty included, which is steered."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    preset = recipe(tiny_sdxl, draftp={"kl_target": 1e-3}, logging={"tensorboard": True})
     train(preset, "whole", "--set", "trainer.max_steps=6")
     train(preset, "parts", "--set", "trainer.max_steps=3")
     train(preset, "parts", "--set", "trainer.max_steps=6")
@@ -80,6 +83,12 @@ def test_resumed_equals_uninterrupted_bit_for_bit(tiny_sdxl):
         for run in ("whole", "parts")
     )
     assert whole == parts
+    coefficients = [line["kl_coeff"] for line in whole]
+    assert coefficients[:2] == [0.1, 0.1 / 1.5], "the penalty begins at 0"
+    assert len(set(coefficients[3:])) > 1, "it moves after the run was resumed as well"
+    assert "steered to a penalty of 0.001" in (Path("parts") / "final" / "README.md").read_text()
+    events = EventAccumulator("parts/tensorboard").Reload()
+    assert [event.value for event in events.Scalars("train/kl_coeff")] == pytest.approx(coefficients)
 
 
 def test_full_fine_tuning_trains_resumes_and_opens_in_diffusers(tiny_sdxl):

@@ -28,7 +28,7 @@ from draftcli.core.engine.fused import fused
 from draftcli.core.engine.prompt_cache import PromptCache
 from draftcli.core.engine.residency import JUDGES, UNET, Residency
 from draftcli.core.engine.runtime import choose_runtime
-from draftcli.core.guidance import guided, network_input, to_noise_estimate
+from draftcli.core.guidance import Estimator, NoiseEstimate, make_estimate, network_input, only_guided
 from draftcli.core.lora import adapters
 from draftcli.core.lora.beginning import attach_begun
 from draftcli.core.lora.files import Lora, attach_loras
@@ -110,23 +110,11 @@ class PlacedNetworks:
 
     def tuned(self, cond: Conditioning) -> Predict:
         """The guided noise estimate of what `unet` is when called: tuned, or base in `base_weights()`."""
-        sampling, detach_uncond = self.cfg.sampling, self.cfg.draftp.detach_uncond
-        conditional, unconditional = cond.conditional, cond.unconditional
+        return only_guided(self.tuned_estimates(cond))
 
-        def predict_guided(x: Tensor, level: Level) -> Tensor:
-            self.residency.need(UNET)
-            if not sampling.is_guided(level.index):
-                output = self._output(network_input(x, level), level, conditional)
-            elif detach_uncond and torch.is_grad_enabled():
-                once = network_input(x, level)
-                with torch.no_grad():
-                    without_prompt = self._output(once, level, unconditional)
-                output = guided(torch.cat([without_prompt, self._output(once, level, conditional)]), sampling.scale)
-            else:
-                output = guided(self._output(network_input(torch.cat([x, x]), level), level, cond), sampling.scale)
-            return to_noise_estimate(output, x, level, self.parts.prediction)
-
-        return predict_guided
+    def tuned_estimates(self, cond: Conditioning) -> Estimator:
+        """Its guided and its conditional estimate, of one call."""
+        return lambda x, level: _estimates(self, cond, x, level)
 
     def _output(self, x: Tensor, level: Level, cond: Conditioning) -> Tensor:
         """What the network says. Autocast is left after each call, with its copies of weights, which may be of a call
@@ -137,14 +125,18 @@ class PlacedNetworks:
 
     def base(self, cond: Conditioning) -> Predict:
         """The base's guided noise estimate; never carries gradient."""
-        tuned = self.tuned(cond)
+        return only_guided(self.base_estimates(cond))
+
+    def base_estimates(self, cond: Conditioning) -> Estimator:
+        """The base's guided and conditional estimate; they never carry gradient."""
+        tuned = self.tuned_estimates(cond)
 
         @torch.no_grad()
-        def predict_base(x: Tensor, level: Level) -> Tensor:
+        def estimate_of_base(x: Tensor, level: Level) -> NoiseEstimate:
             with self.phase(Phase.BASE), self.base_weights():
                 return tuned(x, level)
 
-        return predict_base
+        return estimate_of_base
 
     @contextmanager
     def base_weights(self) -> Iterator[None]:
@@ -295,3 +287,19 @@ class PlacedNetworks:
             yield
         finally:
             self._watch = before
+
+
+def _estimates(nets: PlacedNetworks, cond: Conditioning, x: Tensor, level: Level) -> NoiseEstimate:
+    """What `nets.unet` says at x (B, C, H, W), in one call."""
+    sampling, detach_uncond = nets.cfg.sampling, nets.cfg.draftp.detach_uncond
+    nets.residency.need(UNET)
+    seen = network_input(x, level)
+    if not sampling.is_guided(level.index):
+        output = nets._output(seen, level, cond.conditional)
+    elif detach_uncond and torch.is_grad_enabled():
+        with torch.no_grad():
+            without_prompt = nets._output(seen, level, cond.unconditional)
+        output = torch.cat([without_prompt, nets._output(seen, level, cond.conditional)])
+    else:
+        output = nets._output(torch.cat([seen, seen]), level, cond)
+    return make_estimate(output, x, level, nets.parts.prediction, sampling.scale)
