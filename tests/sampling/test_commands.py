@@ -205,9 +205,9 @@ def test_jsonl_prompts_bring_seed_size_and_negative_prompt(lora_run):
     ]
     assert found["0000-a-red-dog-s0042-tuned.png"].shape == (64, 96, 3)
     run("sample", lora_run, *ONE, "--negative-prompt", "blurry", "--output", "negative")
-    assert np.array_equal(
-        found["0001-a-red-dog-s1234-tuned.png"], pictures("negative")["0000-a-red-dog-s1234-tuned.png"]
-    )
+    # Drawn beside others and alone: the same up to rounding, which may turn a level of 255.
+    alone = pictures("negative")["0000-a-red-dog-s1234-tuned.png"].astype(int)
+    assert np.abs(found["0001-a-red-dog-s1234-tuned.png"] - alone).max() <= 1
     assert [line["negative_prompt"] for line in index()] == [None, "blurry", None, None]
     assert index()[3]["prompt"] == "日本語 <b>& a contact sheet"
 
