@@ -12,6 +12,7 @@ from draftcli import __version__
 from draftcli.config import load_config, preset_names
 from draftcli.planning.plan import make_plan
 from tests.command import draftp, recipe
+from tests.tiny import write_single_file
 
 # What no help of a typer program can do without.
 BARE_HELP = "import sys, typer; sys.argv = ['x', '--help']; typer.run(lambda: None)"
@@ -68,9 +69,9 @@ def test_a_preset_whose_file_was_not_fetched_says_so(preset, file):
 
 
 @pytest.mark.parametrize("preset", BY_SIZE)
-def test_dry_run_works_offline_for_every_preset_and_touches_nothing(preset):
+def test_dry_run_works_offline_for_every_preset_and_touches_nothing(preset, tiny_sdxl):
     if preset in FETCHED:
-        Path(FETCHED[preset]).touch()
+        write_single_file(tiny_sdxl, Path(FETCHED[preset]))
     result = draftp("train", "--preset", preset, "--dry-run")
     assert result.code == 0, result.err
     assert result.err == "", "a preset of ours gives no warning"
