@@ -167,13 +167,10 @@ def _made(folder: Path) -> dict[str, str]:
 
 def _settings(run: Run) -> dict[str, Any]:
     try:
-        found = yaml.load(run.config.read_text(encoding="utf-8-sig"), _LOADER)
+        found = yaml.safe_load(run.config.read_text(encoding="utf-8-sig"))
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where libyaml is there
 
 
 def _get(settings: dict[str, Any], *keys: str) -> Any:
