@@ -52,7 +52,8 @@ def anneal(
     kinds = kinds if only or not source.is_tuned else between_base_and_tuned(kinds)
     options.check(source, kinds)
     from draftcli.cli.console import open_console
+
+    console = open_console(options.quiet, options.debug)  # before torch and its companions are imported
     from draftcli.sampling.job import run as run_job
 
-    console = open_console(options.quiet, options.debug)
     print_result(run_job(options.job("anneal", source, kinds, stochastic, page=True), console), console)

@@ -201,9 +201,10 @@ def sample(options: DrawingOptions) -> None:
     kinds = [*(["base"] if options.base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])]
     options.check(source, kinds)
     from draftcli.cli.console import open_console
+
+    console = open_console(options.quiet, options.debug)  # before torch and its companions are imported
     from draftcli.sampling.job import run as run_job
 
-    console = open_console(options.quiet, options.debug)
     print_result(run_job(options.job("sample", source, kinds), console), console)
 
 

@@ -90,3 +90,12 @@ def found(lora_run, tmp_path_factory):
 def test_a_typo_costs_no_import_of_torch(found, case):
     code, imported_torch = found[case]
     assert (code, imported_torch) == (2, False)
+
+
+@pytest.mark.parametrize("command", ["sample", "anneal"])
+def test_libraries_say_nothing_of_their_own(lora_run, command):
+    """In a process of its own: transformers speaks of what it lacks when it is imported, unless it was told before."""
+    words = [command, str(lora_run), "--prompt", "a red dog", "--output", "out", "--set", "sampling.steps=1"]
+    code = f"import sys; sys.argv = ['draftp', *{words!r}]; from draftcli.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
