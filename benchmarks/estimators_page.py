@@ -187,7 +187,7 @@ def sweep(results: Results) -> list[str]:
 
 def hacking(results: Results) -> list[str]:
     """Oracle and diversity at equal learned reward, with the penalty and without."""
-    target = curve(runs(results, RECIPE), "toy")[-1]
+    target = curve(runs(results, FIRST), "toy")[-1]
     figures = (f"oracle at {target:.2f}", "diversity there", "oracle at the end")
     lines = head("mode", *(f"{what}, KL {kl}" for what in figures for kl in ("on", "off")))
     for arm, name in NAMES.items():
