@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = (torch.bfloat16, torch.float16)
 
 
 @contextmanager

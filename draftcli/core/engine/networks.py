@@ -35,10 +35,10 @@ from draftcli.core.lora.files import Lora, attach_loras
 from draftcli.core.lora.merging import load_base
 from draftcli.core.models.family import Conditioning, Parts, latent_factor
 from draftcli.core.phase import Phase
+from draftcli.core.precision import HALF
 from draftcli.core.schedule import Level
 from draftcli.errors import InputError
 
-HALF = (torch.bfloat16, torch.float16)
 NOT_FOLDED = "sharding.fold_lora has no effect: rounding would take more than sharding.fold_tolerance of the LoRA"
 
 # watch(phase) -> a context around each phase of a step
@@ -175,8 +175,10 @@ class PlacedNetworks:
         """Inside, LoRAs are added in one operation a layer in half precision, where it pays; no gradient may be asked
         for. The base stays the base: unlike folded weights, fused layers know when their adapters are off.
         """
-        plain = self.base_unet is not None or self.cfg.sharding.compile or self.runtime.dtype not in HALF
-        return nullcontext() if plain else fused(self.unet, self.runtime.dtype)
+        if self.base_unet is not None or self.cfg.sharding.compile or self.runtime.dtype not in HALF:
+            return nullcontext()
+        self.residency.need(UNET)  # its matrices are copied where they are
+        return fused(self.unet, self.runtime.dtype)
 
     # --------------------------------------------------------------------------------- what stands before and behind
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from draftcli.core.precision import DTYPES
+from draftcli.core.precision import DTYPES, HALF
 from draftcli.errors import InputError
 
 
@@ -37,8 +37,7 @@ class Runtime:
         """Around ONE network call. Never around phases with and without gradient together: torch's cache of cast
         weights would carry casts made without gradient into the phase that wants one (pytorch issue 65766).
         """
-        half = self.dtype in (torch.bfloat16, torch.float16)
-        with torch.autocast(self.device.type, self.dtype, enabled=half):
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype in HALF):
             yield
 
 

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from draftcli.config import ShardingConfig
 from draftcli.core.engine.runtime import Runtime
+from draftcli.core.precision import HALF
 from draftcli.errors import InputError, first_line
 
 ATTENTION = {
@@ -200,7 +201,7 @@ def shard(unet: nn.Module, mesh: DeviceMesh, dtype: torch.dtype) -> None:
             master weights send; autocast would have rounded them all the same (the norms' few excepted). Gradients
             travel in float32.
     """
-    half = dtype in (torch.bfloat16, torch.float16)
+    half = dtype in HALF
     # Inputs are autocast's: rounding a timestep of 999 to bfloat16 would make it 1000.
     policy = MixedPrecisionPolicy(dtype if half else None, torch.float32 if half else None, cast_forward_inputs=False)
     for block in unet.modules():
