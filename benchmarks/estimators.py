@@ -122,12 +122,22 @@ def image_cost(cfg: Any) -> float:
     return counts["forward"] + counts["base"] + 2 * counts["with_gradient"]
 
 
-def train(job: Job, budget: float, points: int) -> dict[str, Any]:
-    """Train an arm, and judge held-out pictures at `points` equal shares of the budget."""
+def trainer_of(cfg: Any) -> Any:
+    """A `Trainer` of a new model."""
     import draftcli
     from draftcli.core.draftp import SDXLDRaFTPModel
     from draftcli.prompts import read_prompts
     from draftcli.training.step import Trainer
+
+    model = SDXLDRaFTPModel(cfg)
+    rewards: Any = draftcli.get_reward_model(cfg)
+    model.reward_model = rewards
+    return Trainer(model, rewards, read_prompts(cfg.data.prompts))
+
+
+def train(job: Job, budget: float, points: int) -> dict[str, Any]:
+    """Train an arm, and judge held-out pictures at `points` equal shares of the budget."""
+    import draftcli
 
     settings = [*ARMS[job.arm], f"optim.lr={job.rate}", f"trainer.seed={1234 + job.seed}", "model.device=cpu"]
     if job.stage == "hacking":
@@ -135,10 +145,8 @@ def train(job: Job, budget: float, points: int) -> dict[str, Any]:
     cfg = draftcli.load_config("toy", settings)
     cost = image_cost(cfg) * cfg.trainer.global_batch_size
     steps = round(budget / cost)
-    model = SDXLDRaFTPModel(cfg)
-    rewards: Any = draftcli.get_reward_model(cfg)
-    model.reward_model = rewards
-    trainer = Trainer(model, rewards, read_prompts(cfg.data.prompts))
+    trainer = trainer_of(cfg)
+    model = trainer.model
     stops = {max(1, round(steps * (i + 1) / points)) for i in range(points)}
     curve: list[dict[str, Any]] = [] if job.stage == "sweep" else [{"steps": 0, "evaluations": 0.0, "seconds": 0.0}]
     if curve:
@@ -231,20 +239,14 @@ def load_half_way(model: Any, file: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     import draftcli
-    from draftcli.core.draftp import SDXLDRaFTPModel
     from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict
-    from draftcli.prompts import read_prompts
-    from draftcli.training.step import Trainer
 
     if not file.is_file():
         cfg = draftcli.load_config("toy", ["model.device=cpu"])
-        other = SDXLDRaFTPModel(cfg)
-        rewards: Any = draftcli.get_reward_model(cfg)
-        other.reward_model = rewards
-        trainer = Trainer(other, rewards, read_prompts(cfg.data.prompts))
+        trainer = trainer_of(cfg)
         for step in range(1, cfg.trainer.max_steps // 2 + 1):
             trainer.step(step)
-        save_file({name: t.contiguous() for name, t in lora_state_dict(other.unet).items()}, file)
+        save_file({name: t.contiguous() for name, t in lora_state_dict(trainer.model.unet).items()}, file)
     load_lora_state_dict(model.unet, load_file(file))
 
 

@@ -30,19 +30,18 @@ import torch
 from levers import settings_of
 from meter import Meter, clock, quiet_console
 from torch import Tensor
-from train_step import TEXTS, move_lora
+from train_step import batch_of, move_lora
 from train_step import main as train_step
 
 import draftcli
 from draftcli.config import Config
-from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.models.family import Parts
-from draftcli.core.models.loading import load_parts, model_path
-from draftcli.core.models.sdxl import SDXL_CONFIG
+from draftcli.core.models.loading import load_parts
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError
 from draftcli.planning.memory import CONTEXT, memory_plan
+from draftcli.planning.plan import configuration_folder
 from draftcli.training.optimizer import make_optimizer
 
 RECIPES = ("sdxl-lora-12gb", "sdxl-lora-24gb", "sdxl-lora-80gb", "sdxl-full")
@@ -159,12 +158,6 @@ class Bench:
         move_lora(model.unet)
         return model
 
-    def batch(self, cfg: Config) -> Batch:
-        """Prompts and seeds of one optimizer step."""
-        count = cfg.trainer.global_batch_size
-        prompts = [TEXTS[i % len(TEXTS)] for i in range(count)]
-        return Batch(prompts, list(range(count)), (cfg.sampling.height, cfg.sampling.width), [None] * count)
-
 
 def recipes(bench: Bench) -> Iterator[Row]:
     """Memory by phase against the plan's, in a second optimizer step, and seconds an image."""
@@ -175,7 +168,7 @@ def recipes(bench: Bench) -> Iterator[Row]:
 
 def _recipe(bench: Bench, name: str) -> Row:
     cfg = bench.config(name, ["trainer.global_batch_size=8"])
-    plan = memory_plan(cfg, SDXL_CONFIG if bench.sdxl else Path(model_path(cfg.model.pretrained)))
+    plan = memory_plan(cfg, configuration_folder(cfg))
     return {
         "recipe": name,
         "planned": {str(phase): size for phase, size in plan.phases.items()},
@@ -187,7 +180,7 @@ def _recipe(bench: Bench, name: str) -> Row:
 
 def _two_steps(bench: Bench, cfg: Config) -> Row:
     """Two optimizer steps as training takes them; the second is measured."""
-    model, batch = bench.model(cfg, alone=True), bench.batch(cfg)
+    model, batch = bench.model(cfg, alone=True), batch_of(cfg)
     read, peaks = clock(model.runtime.device), Peaks(model.runtime.device)
     optimizer = make_optimizer(model.trainable_parameters, cfg.optim)
     seconds: list[float] = []
@@ -226,7 +219,7 @@ def limits(bench: Bench) -> Iterator[Row]:
     cases = [("sdxl-lora-12gb", []), ("sdxl-lora", fit), ("sdxl-lora-24gb", [])] if bench.sdxl else [("toy", [])]
     for name, settings in cases:
         cfg = bench.config(name, ["trainer.global_batch_size=8", "sampling.steps=3", *settings])
-        plan = memory_plan(cfg, SDXL_CONFIG if bench.sdxl else Path(model_path(cfg.model.pretrained)))
+        plan = memory_plan(cfg, configuration_folder(cfg))
         for extra in (0.0, 0.5e9, 1e9, 2e9):
             allowed = plan.needed - CONTEXT + extra
             row: Row = {"recipe": name, "settings": settings, "needed": plan.needed, "allowed": allowed}
@@ -280,7 +273,7 @@ def _picture(bench: Bench, precision: str, exact: Tensor | None) -> tuple[Row, T
     cfg = bench.config(
         "sdxl-lora", [f"model.precision={precision}", "trainer.global_batch_size=2", "trainer.micro_batch_size=1"]
     )
-    model, batch = bench.model(cfg), bench.batch(cfg)
+    model, batch = bench.model(cfg), batch_of(cfg)
     x_0 = model.sampler.walk(model.networks.tuned(model.encode(batch)), model.networks.start(batch))
     exact = x_0 if exact is None else exact
     row: Row = {"unet": precision, "x_0_error": float((x_0 - exact).norm() / exact.norm())}
@@ -330,7 +323,7 @@ def _measured(bench: Bench, settings: list[str]) -> Row:
         bench.kept(cfg)
     _empty()
     before = torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
-    model, batch = bench.model(cfg), bench.batch(cfg)
+    model, batch = bench.model(cfg), batch_of(cfg)
     read, peaks, seconds, loss = clock(model.runtime.device), Peaks(model.runtime.device), [], 0.0
     meter = Meter(read)
     for watch in (peaks, meter):

@@ -24,9 +24,8 @@ from levers import Measured
 from meter import quiet_console
 
 import draftcli
-from draftcli.core.models.loading import model_path
-from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.planning.memory import memory_plan
+from draftcli.planning.plan import configuration_folder
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -61,8 +60,7 @@ def cost(options: argparse.Namespace, settings: dict[str, Any]) -> tuple[float |
     values["sampling.width"] = values["sampling.height"] = settings.get("sampling.height", options.edge)
     cfg = draftcli.load_config(preset, options.set, values)
     if options.plan:
-        folder = SDXL_CONFIG if options.preset == "sdxl" else Path(model_path(cfg.model.pretrained))
-        return None, memory_plan(cfg, folder).peak / 1e6
+        return None, memory_plan(cfg, configuration_folder(cfg)).peak / 1e6
     measured = Measured(cfg, options.preset == "sdxl")
     for _ in range(2):
         measured.seconds()

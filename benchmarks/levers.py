@@ -20,11 +20,10 @@ import torch
 from meter import LiveBytes, clock, quiet_console
 from rich.table import Table
 from torch import Tensor
-from train_step import SIZES, TEXTS, move_lora
+from train_step import SIZES, batch_of, move_lora
 
 import draftcli
 from draftcli.config import Config
-from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.models.loading import load_parts
 
@@ -65,9 +64,7 @@ class Measured:
             self.model = SDXLDRaFTPModel(cfg, load_parts(cfg.model))
             self.model.reward_model = draftcli.get_reward_model(cfg)
         move_lora(self.model.unet)
-        count, size = cfg.trainer.global_batch_size, (cfg.sampling.height, cfg.sampling.width)
-        prompts = [TEXTS[i % len(TEXTS)] for i in range(count)]
-        self.batch = Batch(prompts, list(range(count)), size, [None] * count)
+        self.batch = batch_of(cfg)
         self.read = clock(self.model.runtime.device)
         self.best = float("inf")
         self.first = self.seconds()

@@ -139,6 +139,13 @@ def make_sides(
     }
 
 
+def batch_of(cfg: Config) -> Batch:
+    """Prompts and seeds of one optimizer step."""
+    count = cfg.trainer.global_batch_size
+    prompts = [TEXTS[i % len(TEXTS)] for i in range(count)]
+    return Batch(prompts, list(range(count)), (cfg.sampling.height, cfg.sampling.width), [None] * count)
+
+
 def move_lora(unet: nn.Module) -> None:
     """Move the LoRA's B away from zero, from a fixed seed: a LoRA at its start has no gradient on A."""
     generator = torch.Generator().manual_seed(5)

@@ -118,7 +118,7 @@ def sample(
     from draftcli.sampling.source import find_source
 
     source = find_source(_text(run), model, loras, overrides)
-    kinds = [*(["base"] if base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])]
+    kinds = source.columns(base)
     how = {"images": images, "seed": seed, "batch_size": batch_size, "suffix": suffix}
     return _draw("sample", source, kinds, prompts, output, progress, how)
 
@@ -166,11 +166,10 @@ def anneal(
         DraftpError: the disk refuses.
         Interrupted: by Ctrl-C; the same call again goes on.
     """
-    from draftcli.core.weighings import between_base_and_tuned
     from draftcli.sampling.source import find_source
 
     source = find_source(_text(run), model, loras, overrides)
-    kinds = list(weights) if only or not source.is_tuned else between_base_and_tuned(list(weights))
+    kinds = source.annealed_columns(weights, only)
     how = {"images": images, "seed": seed, "batch_size": batch_size, "suffix": suffix}
     return _draw("anneal", source, kinds, prompts, output, progress, {**how, "stochastic": stochastic, "page": True})
 

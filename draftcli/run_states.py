@@ -16,7 +16,7 @@ import yaml
 from draftcli.disk import lock_file
 from draftcli.errors import InputError
 from draftcli.lines import text_lines
-from draftcli.runs import LOCK, Run, ValidationLine
+from draftcli.runs import LOCK, Run, ValidationLine, no_run
 
 _TAIL = 2**18  # bytes at the end of a log in which its last line is looked for
 
@@ -118,8 +118,7 @@ def run_status(folder: Path) -> RunStatus:
 def _folder(name: str) -> Path:
     found = next((path for path in (Path(name), Path("runs") / name) if (path / "config.yaml").is_file()), None)
     if found is None:
-        there = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
-        raise InputError(f"{name} is no run (it has no config.yaml); runs here: {', '.join(there) or 'none'}")
+        raise InputError(no_run(name))
     return found
 
 

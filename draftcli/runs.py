@@ -294,17 +294,19 @@ def find_run(name: str | None) -> tuple[Run, Path]:
         if not run.config.is_file() and (folder.parent / "config.yaml").is_file() and _holds_weights(folder):
             return Run(folder.parent), folder
         if not run.config.is_file():
-            there = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
-            raise InputError(
-                f"{name} is no run (it has no config.yaml); runs here: {', '.join(there) or 'none'}. "
-                "For other models give --model"
-            )
+            raise InputError(f"{no_run(name)}. For other models give --model")
     if not run.config.read_bytes().strip():  # which would be read as the defaults
         raise InputError(f"{run.config} is empty, as after a loss of power; for its weights give --model and --lora")
     weights = run.weights()
     if weights is None:
         raise InputError(f"{run.folder} has no weights yet, neither final/ nor a checkpoint; let draftp train go on")
     return run, weights
+
+
+def no_run(name: str) -> str:
+    """For messages: that `name` is no run, and which ones are there."""
+    there = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
+    return f"{name} is no run (it has no config.yaml); runs here: {', '.join(there) or 'none'}"
 
 
 def unfinished_note(run: Run, weights: Path, name: str | None) -> str | None:

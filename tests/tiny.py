@@ -114,6 +114,18 @@ def gradient_steps(model: SDXLDRaFTPModel, cond: Any, x: Tensor, first: int) -> 
     return KeptGraph().forward(model.networks, piece, with_base=True)
 
 
+def rows_asked(model: SDXLDRaFTPModel, images: Batch) -> dict[bool, int]:
+    """How many rows the UNet is asked for in a training step on these images: True with gradient, False without."""
+    rows = {True: 0, False: 0}
+
+    def count(module: Any, inputs: Any) -> None:
+        rows[torch.is_grad_enabled()] += len(inputs[0])
+
+    model.unet.register_forward_pre_hook(count)
+    model.get_loss_and_metrics(images)
+    return rows
+
+
 def prefers_red(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """A reward that depends on the picture, on where in it, and on the prompt."""
     ramp = torch.linspace(0.5, 1.5, images.shape[-1], dtype=images.dtype)

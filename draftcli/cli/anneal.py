@@ -44,12 +44,11 @@ def anneal(
 
     `draftp anneal --model stabilityai/stable-diffusion-xl-base-1.0 --lora style.safetensors --prompt "a fox"`
     """
-    from draftcli.core.weighings import between_base_and_tuned
 
     source = options.source()
     kinds = [kind.strip() for text in weight or ["linear"] for kind in text.split(",")]
     kinds = ["base", *kinds] if options.base else kinds
-    kinds = kinds if only or not source.is_tuned else between_base_and_tuned(kinds)
+    kinds = source.annealed_columns(kinds, only)
     options.check(source, kinds)
     from draftcli.cli.console import open_console
 

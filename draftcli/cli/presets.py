@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_presets
+from draftcli.cli.sample import AsJson, Debug
 
 
 def presets(
@@ -14,9 +15,9 @@ def presets(
         str | None,
         typer.Argument(metavar="NAME", help="Print this preset.  [default: list all]", autocompletion=complete_presets),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the names only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """List the presets with the hardware they need, or print one of them.
 

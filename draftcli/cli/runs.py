@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_runs
+from draftcli.cli.sample import AsJson, Debug
 
 
 def runs(
@@ -18,9 +19,9 @@ def runs(
             autocompletion=complete_runs,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: AsJson = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the folders only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """List the runs: how far each is, its last scores, and what was made of it. The newest comes first.
 

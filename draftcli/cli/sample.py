@@ -93,6 +93,7 @@ Output = Annotated[
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def sample(options: DrawingOptions) -> None:
     `torchrun --nproc-per-node 4 -m draftcli sample runs/mine --prompts many.jsonl --format webp`
     """
     source = options.source()
-    kinds = [*(["base"] if options.base or not source.is_tuned else []), *(["tuned"] if source.is_tuned else [])]
+    kinds = source.columns(options.base)
     options.check(source, kinds)
     from draftcli.cli.console import open_console
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_sections
+from draftcli.cli.sample import AsJson, Debug
 
 
 def settings(
@@ -18,12 +19,12 @@ def settings(
             autocompletion=complete_sections,
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")] = False,
+    as_json: AsJson = False,
     json_schema: Annotated[
         bool, typer.Option("--json-schema", help="Print a JSON schema of the YAML files, for editors.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the keys only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """List the settings: KEY = DEFAULT, what is allowed, and what it does.
 

@@ -76,6 +76,11 @@ class SamplingConfig(Section):
         """Which steps are taken, in words."""
         return f"timesteps {' '.join(map(str, self.timesteps))}" if self.timesteps else f"{self.schedule} grid"
 
+    @property
+    def summary(self) -> str:
+        """Steps, sampler and guidance in words, for footers."""
+        return f"{self.steps} steps of {self.sampler}, guidance {self.scale:g}"
+
     def is_guided(self, step: int) -> bool:
         """Whether a sampler step, 0 .. steps - 1, takes two evaluations: with the prompt and without."""
         first, last = self.guidance_interval

@@ -206,10 +206,10 @@ def progress_bar(
 
 
 def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, result: DrawingResult) -> None:
-    sampling, source = model.cfg.sampling, job.source
+    source = job.source
     counts = written.evaluations
     title = f"{source.name}: " + ("from base to tuned" if len(counts) > 1 else next(iter(counts)))
-    settings = f"{sampling.steps} steps of {sampling.sampler}, guidance {sampling.scale:g}"
+    settings = model.cfg.sampling.summary
     folder = written.index.parent
     key = hashlib.sha256(json.dumps([file.key for file in written.files]).encode()).hexdigest()[:16]
     sheet = free_path(folder, f"{job.name}-sheet", ".png", key, read_key)

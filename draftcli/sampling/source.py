@@ -9,7 +9,7 @@ from typing import Any
 
 from draftcli.config import Config, load_config, without_effect
 from draftcli.core.models.places import check_model_files
-from draftcli.core.weighings import named_weighing
+from draftcli.core.weighings import between_base_and_tuned, named_weighing
 from draftcli.errors import InputError
 from draftcli.prompts import find_prompts
 from draftcli.runs import find_run, split_scale, unfinished_note
@@ -46,6 +46,16 @@ class DrawingSource:
     def is_tuned(self) -> bool:
         """Whether there is anything beside the base."""
         return self.unet is not None or bool(self.loras)
+
+    def columns(self, base: bool) -> list[str]:
+        """What is drawn of it: the tuned network where there is one, and the base where it is asked for or alone."""
+        return [*(["base"] if base or not self.is_tuned else []), *(["tuned"] if self.is_tuned else [])]
+
+    def annealed_columns(self, weights: Sequence[str], only: bool) -> list[str]:
+        """What annealing draws: the weights, and unless `only` or there is nothing to anneal to, base and tuned beside
+        them.
+        """
+        return list(weights) if only or not self.is_tuned else between_base_and_tuned(list(weights))
 
 
 def find_source(

@@ -16,7 +16,7 @@ from draftcli.core.gradient.mode import make_mode, mode_names
 from draftcli.core.penalty import PENALTIES, Penalty, kl_penalty
 from draftcli.errors import InputError
 from draftcli.planning.plan import count_evaluations
-from tests.tiny import batch, latents_at, prefers_red, tiny_config, tiny_model
+from tests.tiny import batch, latents_at, prefers_red, rows_asked, tiny_config, tiny_model
 
 every_mode = pytest.mark.parametrize("name", mode_names())
 # Where a mode draws its steps: options with which every draw takes as many evaluations as their mean.
@@ -106,14 +106,8 @@ def test_every_way_has_the_same_penalty(tiny_sdxl, name):
 def test_evaluations_are_those_that_are_made(tiny_sdxl, name, recompute, sampling):
     """What a plan counts is what the network is asked for: rows with gradient and without, and the base's."""
     settings = {"sharding": {"recompute_steps": recompute, "fold_lora": False}, "sampling": sampling}
-    model, rows = model_of(tiny_sdxl, EVEN.get(name, name), **settings), {True: 0, False: 0}
-
-    def count(module, inputs):
-        rows[torch.is_grad_enabled()] += len(inputs[0])
-
-    model.unet.register_forward_pre_hook(count)
-    model.get_loss_and_metrics(batch(4))
-    planned = count_evaluations(model.cfg)
+    model = model_of(tiny_sdxl, EVEN.get(name, name), **settings)
+    rows, planned = rows_asked(model, batch(4)), count_evaluations(model.cfg)
     assert rows[True] == 4 * planned["with_gradient"]
     assert rows[False] == 4 * (planned["forward"] - planned["with_gradient"] + planned["base"])
 

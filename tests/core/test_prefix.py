@@ -25,7 +25,7 @@ from draftcli.planning.plan import configuration_folder, count_evaluations
 from draftcli.prompts import Prompt
 from draftcli.sampling.draw import Column, Picture
 from draftcli.sampling.identity import Provenance
-from tests.tiny import batch, prefers_red, tiny_config, tiny_model
+from tests.tiny import batch, prefers_red, rows_asked, tiny_config, tiny_model
 
 # Every mode that can leave the first steps alone, with options that make it do so in N = 4.
 LATE = {
@@ -93,14 +93,7 @@ def test_evaluations_are_those_that_are_made(tiny_sdxl, gradient, sampling, solv
     """The plan's count is what the network is asked for, guided where the run guides at that noise level."""
     draftp = {"gradient": gradient, "prefix_steps": 3, "prefix_sampler": solver}
     model = tiny_model(tiny_sdxl, 0.1, draftp=draftp, sampling=sampling, sharding={"fold_lora": False})
-    rows = {True: 0, False: 0}
-
-    def count(module, inputs):
-        rows[torch.is_grad_enabled()] += len(inputs[0])
-
-    model.unet.register_forward_pre_hook(count)
-    model.get_loss_and_metrics(batch(4))
-    planned = count_evaluations(model.cfg)
+    rows, planned = rows_asked(model, batch(4)), count_evaluations(model.cfg)
     assert rows[True] == 4 * planned["with_gradient"]
     assert rows[False] == 4 * (planned["forward"] - planned["with_gradient"] + planned["base"])
 
