@@ -23,7 +23,7 @@ app = typer.Typer(
     cls=PlainGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune Stable Diffusion XL on differentiable rewards with DRaFT+.\n\n"
-    "New here? `draftp train --preset toy` trains a tiny SDXL on this computer (73 seconds on two cores).",
+    "To start: `draftp train --preset toy` trains a tiny SDXL on this computer (49 seconds on two cores).",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -43,7 +43,7 @@ app.command("settings", cls=PlainCommand)(settings.settings)
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+def _root(version: bool = typer.Option(False, "--version", help="Show the version and exit.")) -> None:
     if version:
         literal_console().print(f"draftp {__version__}")
         raise typer.Exit

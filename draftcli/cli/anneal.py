@@ -17,22 +17,25 @@ def anneal(
         typer.Option(
             metavar="KIND",
             help="base, draft (or tuned), linear, cosine, power_P, step_F, constant_W, interval_A_B, reverse_KIND or "
-            "package.module:function; a column each, between base and tuned. Repeatable, or with commas.  "
+            "package.module:function; shown between base and tuned. Repeatable, or separated by commas.  "
             "[default: linear]",
         ),
     ] = None,
     only: Annotated[
-        bool, typer.Option("--only", help="Draw the named weights only, without base and tuned beside them.")
+        bool, typer.Option("--only", help="Generate only the named weightings, without base and tuned.")
     ] = False,
     stochastic: Annotated[
-        bool, typer.Option("--stochastic", help="Ask one network a step, drawn by the weight: AIG at half the price.")
+        bool,
+        typer.Option(
+            "--stochastic", help="Choose one network at random in each step, by the weight: AIG at half the cost."
+        ),
     ] = False,
 ) -> None:
-    """Draw with Annealed Importance Guidance: the whole range between base and tuned, at the same seeds.
+    """Blend the base and the fine-tuned model with Annealed Importance Guidance, at the same seeds.
 
-    The weight of the tuned network rises from noise to image: the base lays the picture out, the tuned network finishes
-    it. Base and tuned are drawn beside the weights, unless --only leaves them out. Leaves the pictures, a sheet, and
-    compare.html with a slider between any two columns.
+    The weight of the fine-tuned network rises from noise to image: the base decides the layout, the fine-tuned network
+    finishes the image. Images of both are generated too, unless --only leaves them out. Writes the images, a contact
+    sheet, and compare.html with a slider between any two columns.
 
     **Examples**
 

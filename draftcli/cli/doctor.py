@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_presets, complete_settings
+from draftcli.cli.options import Debug
 
 
 def doctor(
@@ -15,7 +16,7 @@ def doctor(
         str,
         typer.Option(
             metavar="NAME|FILE",
-            help="The recipe whose model and precision are checked.",
+            help="Preset whose model and precision are checked.",
             autocompletion=complete_presets,
         ),
     ] = "toy",
@@ -28,15 +29,17 @@ def doctor(
             autocompletion=complete_settings,
         ),
     ] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where runs would be stored.")] = Path("runs"),
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder where runs are stored; its free space is checked.")
+    ] = Path("runs"),
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and failures only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
-    """Check this machine and a recipe's model: would a training work?
+    """Check that this machine can train a given preset.
 
-    Device, precision, attention, disk and hub; whether every trained weight gets gradient, whether the VAE stays finite
-    in its precision, whether the adapters switched off are the base, bit for bit. Exit code 0: healthy, also with
-    warnings (no GPU, no hub); 1: not.
+    Checks device, precision, attention, disk and hub; that every trained weight gets a gradient, that the VAE stays
+    finite in its precision, and that the model with its adapters off equals the base bit for bit. Exit code 0:
+    healthy, possibly with warnings (no GPU, no hub); 1: not healthy.
 
     **Examples**
 

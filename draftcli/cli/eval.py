@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftcli.cli.completion import complete_rewards, complete_runs
-from draftcli.cli.sample import BatchSize, Debug, Override, Quiet, Seed
+from draftcli.cli.options import BatchSize, Debug, Override, Quiet, Seed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,7 +21,7 @@ def evaluate(
         list[str] | None,
         typer.Argument(
             metavar="RUN",
-            help="Runs, checkpoints of runs, folders of pictures with an index.jsonl.  [default: the newest run]",
+            help="Runs, checkpoints, or image folders with an index.jsonl.  [default: the newest run]",
             autocompletion=complete_runs,
         ),
     ] = None,
@@ -29,13 +29,15 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="KIND",
-            help="An annealing weight, as draftp anneal takes it; a column each beside base and tuned. Repeatable, or "
-            "with commas.  [default: linear]",
+            help="Weighting of draftp anneal to compare with base and tuned. Repeatable, or separated by commas.  "
+            "[default: linear]",
         ),
     ] = None,
     lora_scale: Annotated[
         list[str] | None,
-        typer.Option(metavar="X", help="The LoRA at another scale, such as 0.5; likewise a column each."),
+        typer.Option(
+            metavar="X", help="Scale of the LoRA to compare too, such as 0.5. Repeatable, or separated by commas."
+        ),
     ] = None,
     prompts: Annotated[
         str | None,
@@ -45,13 +47,15 @@ def evaluate(
             "nateraw/parti-prompts.  [default: the run's validation prompts]",
         ),
     ] = None,
-    num_images: Annotated[int, typer.Option(min=1, metavar="N", help="Pictures per prompt; diversity needs 2.")] = 4,
+    num_images: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Images per prompt; diversity needs at least 2.")
+    ] = 4,
     seed: Seed = None,
     reward: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A judge beside the run's trained and held-out rewards. Repeatable.",
+            help="Score with this reward too, besides the run's trained and held-out ones. Repeatable.",
             autocompletion=complete_rewards,
         ),
     ] = None,
@@ -59,29 +63,32 @@ def evaluate(
         str | None,
         typer.Option(
             metavar="NAME[=FOLDER]",
-            help="What diversity is measured in: dinov2, a reward that is a CLIP, or package.module:object.  "
-            "[default: dinov2, else a CLIP that no trained reward stands on; in the toy world what its oracle reads]",
+            help="Features that measure diversity: dinov2, a CLIP-based reward, or package.module:object.  "
+            "[default: dinov2, else a CLIP that no trained reward uses; in the toy world what its oracle reads]",
         ),
     ] = None,
     judge: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Reward of the recommendation.  [default: the first held-out one]"),
+        typer.Option(metavar="NAME", help="Reward that decides the recommendation.  [default: the first held-out one]"),
     ] = None,
     prefer: Annotated[
-        float, typer.Option(min=0, max=1, metavar="P", help="What is recommended: 1 for reward, 0 for diversity.")
+        float,
+        typer.Option(
+            min=0, max=1, metavar="P", help="Trade-off of the recommendation: 1 is reward only, 0 diversity only."
+        ),
     ] = 0.5,
     batch_size: BatchSize = None,
     override: Override = None,
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder of the report.  [default: eval in the run's folder]")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the report.  [default: eval in the run's folder]")
     ] = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Measure what the tuning bought and what it cost, base beside tuned at the same prompts and seeds.
+    """Compare the fine-tuned model with its base: rewards, diversity, drift, and signs of reward hacking.
 
-    Every reward with intervals and win rates, diversity, distance from the base, signs of reward hacking, and a
-    recommendation; as metrics.json, .csv and a report.html that needs no network. The same command again goes on.
+    Writes report.html, a self-contained page with intervals, win rates and a recommendation, as well as metrics.json
+    and metrics.csv. Run the same command again to resume.
 
     **Examples**
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_runs
+from draftcli.cli.options import Debug, Quiet
 
 
 def merge_lora(
@@ -15,46 +16,56 @@ def merge_lora(
         list[str] | None,
         typer.Argument(
             metavar="RUN|LORA[=SCALE]",
-            help="Runs and LoRA files.  [default: the newest run]",
+            help="Runs and LoRA files to export together.  [default: the newest run]",
             autocompletion=complete_runs,
         ),
     ] = None,
     base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Folder, hub id or .safetensors.  [default: the run's]")
+        str | None,
+        typer.Option(metavar="MODEL", help="Base model: folder, hub id or .safetensors.  [default: the run's]"),
     ] = None,
     config: Annotated[
         str | None,
-        typer.Option(metavar="DIR", help="Diffusers folder with configuration and tokenizers for a .safetensors base."),
+        typer.Option(
+            metavar="DIR", help="Diffusers folder with the configuration and tokenizers of a .safetensors base."
+        ),
     ] = None,
-    variant: Annotated[str | None, typer.Option(metavar="NAME", help="Which files of the base, such as fp16.")] = None,
+    variant: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Variant of the base's files, such as fp16.")
+    ] = None,
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="diffusers, single-file, lora or kohya.")
     ] = "diffusers",
-    scale: Annotated[float, typer.Option(metavar="X", help="How much of everything together.")] = 1.0,
+    scale: Annotated[float, typer.Option(metavar="X", help="Multiply the merged update by this factor.")] = 1.0,
     rank: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="For lora and kohya: compress to at most this rank.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Compress a LoRA (formats lora and kohya) to at most this rank."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="fp32, fp16 or bf16.  [default: as the base has it]")
+        str | None, typer.Option(metavar="DTYPE", help="fp32, fp16 or bf16.  [default: that of the base]")
     ] = None,
     max_shard_gb: Annotated[
-        float, typer.Option(metavar="GB", min=0.001, help="For diffusers: largest file of weights.")
+        float, typer.Option(metavar="GB", min=0.001, help="Largest weight file of a diffusers folder.")
     ] = 10.0,
     verify: Annotated[
-        str, typer.Option(metavar="LEVEL", help="keys: count; forward: also load and compare outputs.")
+        str,
+        typer.Option(
+            metavar="LEVEL", help="keys: check every tensor; forward: also load the result and compare outputs."
+        ),
     ] = "forward",
     output: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="File or folder.  [default: RUN/export/NAME-...]")
+        Path | None, typer.Option(metavar="PATH", help="File or folder to write.  [default: RUN/export/NAME-...]")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what merge-lora wrote before.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
     push_to_hub: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="Upload it, with a model card, to the Hugging Face Hub.")
+        str | None,
+        typer.Option(metavar="USER/NAME", help="Upload the result with a model card to the Hugging Face Hub."),
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository on the hub private.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repository on the hub as private.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
-    """Put what was trained into the files that other programs open, and check them before they are handed over.
+    """Export a run as a LoRA or checkpoint for ComfyUI, A1111, Forge or diffusers, and verify it.
 
     **Examples**
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_presets
-from draftcli.cli.sample import AsJson, Debug
+from draftcli.cli.options import AsJson, Debug
 
 
 def presets(
@@ -21,7 +21,7 @@ def presets(
 ) -> None:
     """List the presets with the hardware they need, or print one of them.
 
-    A preset is a YAML file with all settings of a training. A copy of one is the easiest start for your own.
+    A preset is a YAML file with the settings of a run. To make your own, start from a copy of one.
 
     **Examples**
 

@@ -8,18 +8,17 @@ import typer
 
 from draftcli.cli.completion import complete_rewards
 from draftcli.cli.help import PlainCommand, PlainGroup
+from draftcli.cli.options import Debug
 
-app = typer.Typer(
-    cls=PlainGroup, help="Which rewards there are, and whether one is fit to train on.", no_args_is_help=True
-)
+app = typer.Typer(cls=PlainGroup, help="List the reward models, or test one.", no_args_is_help=True)
 
 
 @app.command("list", cls=PlainCommand)
 def list_rewards(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the names only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
-    """Every reward that can be named, what it measures, and where its weights come from.
+    """List the rewards: what they measure, and where their weights come from.
 
     **Examples**
 
@@ -44,7 +43,7 @@ def list_rewards(
         out.print(f"{'':<16}{'; '.join(facts)}")
     for name, package in plug_ins().items():
         out.print(f"{name:<16}plug-in of {package}")
-    out.print("Your own: package.module:object or file.py:object. `draftp rewards check NAME` looks at one.")
+    out.print("Your own: package.module:object or file.py:object. `draftp rewards check NAME` tests one.")
     out.print("More: docs/rewards.md")
 
 
@@ -54,26 +53,27 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A name, package.module:object or file.py:object.",
+            help="A built-in name, package.module:object or file.py:object.",
             autocompletion=complete_rewards,
         ),
     ],
     pretrained: Annotated[
-        str | None, typer.Option(metavar="ID|PATH", help="Its weights: hub id, local folder or file.")
+        str | None, typer.Option(metavar="ID|PATH", help="The reward's weights: hub id, folder or file.")
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(metavar="ID|PATH", help="What its weights stand on, where it is elsewhere.")
+        str | None,
+        typer.Option(metavar="ID|PATH", help="The reward's backbone model, if it is not bundled with its weights."),
     ] = None,
-    size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Of the pictures that are scored.")] = "256x192",
+    size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Size of the test images.")] = "256x192",
     device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N or mps.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
-    """Load a reward, score noise and a flat picture, and say whether it can be trained on.
+    """Load a reward, score noise and a flat image, and say whether it can be trained on.
 
-    Looks at range, determinism, gradient (missing, zero, not finite, wrong), whether pictures of a batch influence
-    one another, and memory. Exit code 0: usable, for training or as the reward itself says for evaluation only; 1: not;
-    2: it gives no scores at all.
+    Checks range, determinism, gradient (missing, zero, not finite, wrong), whether images of a batch influence one
+    another, and memory. Exit code 0: usable, for training or, if the reward says so, for evaluation only; 1: not
+    usable; 2: it gives no scores at all.
 
     **Examples**
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_runs
-from draftcli.cli.sample import AsJson, Debug
+from draftcli.cli.options import AsJson, Debug
 
 
 def runs(
@@ -23,11 +23,11 @@ def runs(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the folders only.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List the runs: how far each is, its last scores, and what was made of it. The newest comes first.
+    """List your runs, the newest first: progress, latest scores, and what was made from them.
 
-    A run is `finished`, `training` now, `stopped` (the same `draftp train` resumes it), has `no weights` as it ended
-    before its first checkpoint, or is `damaged` as its settings cannot be read. Scores are those of the last
-    validation, base -> tuned; a held-out reward is marked with *.
+    A run is `finished`, `training`, `stopped` (the same `draftp train` resumes it), has `no weights` if it ended before
+    its first checkpoint, or is `damaged` if its settings cannot be read. Scores are those of the last validation,
+    base -> tuned; held-out rewards are marked with *.
 
     **Examples**
 

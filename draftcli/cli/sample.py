@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from draftcli.cli.completion import complete_runs, complete_settings
+from draftcli.cli.completion import complete_runs
+from draftcli.cli.options import BatchSize, Debug, Override, Quiet, Seed
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,38 +30,37 @@ RunName = Annotated[
 ]
 Model = Annotated[
     str | None,
-    typer.Option("--model", metavar="MODEL", help="Instead of a run: diffusers folder, hub id, .safetensors or toy."),
+    typer.Option(
+        "--model",
+        metavar="MODEL",
+        help="Use this model instead of a run: diffusers folder, hub id, .safetensors or toy.",
+    ),
 ]
 Loras = Annotated[
     list[str] | None,
-    typer.Option("--lora", metavar="PATH[=SCALE]", help="Add a LoRA in diffusers, peft or kohya form. Repeatable."),
+    typer.Option("--lora", metavar="PATH[=SCALE]", help="Add a LoRA in diffusers, peft or kohya format. Repeatable."),
 ]
-Prompts = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw. Repeatable.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", metavar="TEXT", help="Prompt. Repeatable.")]
 PromptFileOption = Annotated[
     str | None,
     typer.Option(
         "--prompts",
         metavar="FILE",
-        help="As for train: .txt, .jsonl, ..., or a built-in set.  [default: the run's validation prompts]",
+        help="File of prompts, as for train: .txt, .jsonl, ..., or a built-in set.  "
+        "[default: the run's validation prompts]",
     ),
 ]
-Negative = Annotated[str | None, typer.Option("--negative-prompt", metavar="TEXT", help="What to stay away from.")]
-Seed = Annotated[
-    int | None,
-    typer.Option(
-        min=0, max=2**32 - 1, metavar="S", help="Picture j of every prompt has seed S + j.  [default: the run's]"
-    ),
-]
-Images = Annotated[int, typer.Option("--num-images", min=1, metavar="N", help="Pictures per prompt.")]
+Negative = Annotated[str | None, typer.Option("--negative-prompt", metavar="TEXT", help="Negative prompt.")]
+Images = Annotated[int, typer.Option("--num-images", min=1, metavar="N", help="Images per prompt.")]
 Height = Annotated[
-    int | None, typer.Option(metavar="PIXELS", help="A multiple of 8.  [default: the run's, or the model's own]")
+    int | None, typer.Option(metavar="PIXELS", help="A multiple of 8.  [default: the run's, or the model's]")
 ]
 Width = Annotated[
-    int | None, typer.Option(metavar="PIXELS", help="A multiple of 8.  [default: the run's, or the model's own]")
+    int | None, typer.Option(metavar="PIXELS", help="A multiple of 8.  [default: the run's, or the model's]")
 ]
 Steps = Annotated[int | None, typer.Option(metavar="N", help="Sampler steps.  [default: the run's, or 25]")]
 Scale = Annotated[
-    float | None, typer.Option(metavar="X", help="Classifier-free guidance; 1 is none.  [default: the run's, or 5]")
+    float | None, typer.Option(metavar="X", help="Guidance scale; 1 turns guidance off.  [default: the run's, or 5]")
 ]
 SamplerOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="euler, heun, ddim or dpmpp_2m.  [default: the run's, or euler]")
@@ -77,23 +77,10 @@ PrecisionOption = Annotated[
         help="fp32, bf16, fp16 or fp64.  [default: the run's, or the device's]",
     ),
 ]
-BatchSize = Annotated[int | None, typer.Option(min=1, metavar="N", help="Pictures drawn together.  [default: by size]")]
 Format = Annotated[str, typer.Option("--format", metavar="NAME", help="png, jpg or webp.")]
-Override = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Any other setting, such as model.device=cuda:1. Repeatable.",
-        autocompletion=complete_settings,
-    ),
-]
 Output = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="Folder for the pictures.  [default: in the run's folder]")
+    Path | None, typer.Option(metavar="DIR", help="Folder for the images.  [default: in the run's folder]")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 
 
 @dataclass(frozen=True)
@@ -108,7 +95,7 @@ class DrawingOptions:
     negative_prompt: Negative = None
     seed: Seed = None
     num_images: Images = 1
-    base: Annotated[bool, typer.Option("--base", help="Draw the base too, with the same seeds.")] = False
+    base: Annotated[bool, typer.Option("--base", help="Generate images with the base too, at the same seeds.")] = False
     height: Height = None
     width: Width = None
     steps: Steps = None
@@ -186,7 +173,7 @@ def with_drawing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @with_drawing_options
 def sample(options: DrawingOptions) -> None:
-    """Draw pictures from a run, or from any SDXL with any LoRAs. What is there already is not drawn again.
+    """Generate images with a run, or with any SDXL and LoRAs. Existing images are kept; only missing ones are made.
 
     **Examples**
 
@@ -212,9 +199,9 @@ def sample(options: DrawingOptions) -> None:
 def print_result(result: DrawingResult, console: Console) -> None:
     """What each column costs, what was done, and where it is."""
     for name, count in result.evaluations.items():
-        console.print(f"{name}: {count} UNet evaluations a picture")
+        console.print(f"{name}: {count} UNet evaluations per image")
     there = result.total - result.drawn
-    drawn = f"{result.total} picture{'' if result.total == 1 else 's'}"
-    console.print(f"{drawn}{f', {there} of them there already' if there else ''}")
+    drawn = f"{result.total} image{'' if result.total == 1 else 's'}"
+    console.print(f"{drawn}{f', {there} of them existed already' if there else ''}")
     for what, path in result.written.items():
         console.print(f"{what:<8} {path}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from draftcli.cli.completion import complete_sections
-from draftcli.cli.sample import AsJson, Debug
+from draftcli.cli.options import AsJson, Debug
 
 
 def settings(
@@ -26,10 +26,9 @@ def settings(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the keys only.")] = False,
     debug: Debug = False,
 ) -> None:
-    """List the settings: KEY = DEFAULT, what is allowed, and what it does.
+    """List the settings with their defaults, allowed values and meanings.
 
-    Every setting can stand in a YAML file for `--preset`, and can be given as `--set KEY=VALUE`. docs/settings.md has
-    the same list.
+    Settings go into a YAML file for `--preset`, or are given as `--set KEY=VALUE`. docs/settings.md has the same list.
 
     **Examples**
 

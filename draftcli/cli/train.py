@@ -11,6 +11,7 @@ import typer
 
 from draftcli.cli.completion import complete_presets, complete_rewards, complete_settings
 from draftcli.cli.console import literal_console, open_console, print_table, quoted
+from draftcli.cli.options import Debug, Quiet
 from draftcli.errors import warn
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def train(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="A recipe that ships with draftp, or a YAML file.  [default: toy]",
+            help="Built-in preset, or a YAML file.  [default: toy]",
             autocompletion=complete_presets,
         ),
     ] = None,
@@ -40,7 +41,7 @@ def train(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="Override a setting, such as trainer.max_steps=300. Repeatable; draftp settings lists them.",
+            help="Change a setting, such as trainer.max_steps=300. Repeatable; draftp settings lists them.",
             autocompletion=complete_settings,
         ),
     ] = None,
@@ -65,36 +66,36 @@ def train(
     ] = None,
     processes: Annotated[
         int,
-        typer.Option(min=1, metavar="N", help="Train with so many processes on this machine, as torchrun starts them."),
+        typer.Option(min=1, metavar="N", help="Number of training processes (GPUs) on this machine."),
     ] = 1,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what a step computes and the memory it needs; touch nothing.")
+        bool, typer.Option("--dry-run", help="Print the compute and memory that a step needs, and exit.")
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="With --dry-run: print every setting as YAML too.")
+        bool, typer.Option("--verbose", help="With --dry-run: also print all settings as YAML.")
     ] = False,
     fit: Annotated[
         str | None,
         typer.Option(
             metavar="SIZE",
-            help="Choose batches, checkpointing, offloading and tiles that fit a GPU of 12GB, 16GB, 24GB, 40GB, 80GB "
-            "or any other size, and say what each costs. What --set gives stays.",
+            help="Choose batch sizes, checkpointing, offloading and tiles that fit a GPU of this size (16GB), and "
+            "print what each costs. Settings given by --set are kept.",
         ),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
 ) -> None:
-    """Tune an SDXL on differentiable rewards with DRaFT+. The same command again resumes.
+    """Fine-tune an SDXL on differentiable rewards with DRaFT+. Run the same command again to resume.
 
     **Examples**
 
-    `draftp train --preset toy` (a tiny SDXL, on any laptop; 73 seconds on two cores)
+    `draftp train --preset toy` (a tiny SDXL, on any laptop; 49 seconds on two cores)
 
     `draftp train --preset sdxl-lora --prompts my_prompts.txt --output runs/mine`
 
     `draftp train --preset sdxl-lora --reward pickscore=1.0 --set draftp.kl_coeff=0.2`
 
-    `draftp train --preset sdxl-full --dry-run` (what a step computes, and its memory)
+    `draftp train --preset sdxl-full --dry-run` (the compute and memory of a step)
 
     `draftp train --preset sdxl-lora --fit 16GB --dry-run`
     """

@@ -76,7 +76,7 @@ def test_bare_commands_draw_the_newest_run(runs):
     assert [Path(line.split()[1]) for line in result.out.splitlines()[-3:]] == [
         folder, folder / "index.jsonl", folder / "sample-sheet.png",
     ]  # fmt: skip
-    assert "tuned: 6 UNet evaluations a picture" in result.out
+    assert "tuned: 6 UNet evaluations per image" in result.out
     assert "runs/tiny" in result.out
     assert list(pictures(folder)) == [
         "0000-a-red-dog-s1234-tuned.png",
@@ -84,14 +84,14 @@ def test_bare_commands_draw_the_newest_run(runs):
         "0002-a-green-cat-asleep-on-a-windowsill-s1234-tuned.png",
     ]
     result = run("anneal", "--weight", "linear", "--only")
-    assert "linear: 10 UNet evaluations a picture" in result.out  # the first of 3 steps has weight 0
+    assert "linear: 10 UNet evaluations per image" in result.out  # the first of 3 steps has weight 0
     assert len(by_column("runs/tiny/anneal", "linear")) == len(pictures("runs/tiny/anneal")) == 3
     assert Path("runs/tiny/anneal/anneal-sheet.png").is_file()
     assert Path("runs/tiny/anneal/compare.html").is_file()
     run("anneal", "--weight", "linear")
     assert [len(by_column("runs/tiny/anneal", name)) for name in ("base", "linear", "tuned")] == [3, 3, 3]
     assert len(pictures("runs/tiny/anneal")) == 9
-    assert "9 pictures, 9 of them there already" in run("anneal").out
+    assert "9 images, 9 of them existed already" in run("anneal").out
 
 
 def test_the_newest_run_is_the_one_that_was_started_last(runs, lora_run):
@@ -225,14 +225,14 @@ def test_what_is_there_is_not_drawn_again(lora_run, monkeypatch):
     before, first = changed_times(), pictures()
     with monkeypatch.context() as patch:
         patch.setattr(files, "draw_batch", lambda *_: pytest.fail("something was drawn"))
-        assert "6 of them there already" in run(*options).out
+        assert "6 of them existed already" in run(*options).out
     assert changed_times() == before
     damaged, cut, foreign = sorted(Path("out").glob("*-s1234-linear.png"))
     damaged.write_bytes(b"no picture")
     cut.write_bytes(cut.read_bytes()[:-200])
     Image.new("RGB", (64, 64), "red").save(foreign)
     theirs = foreign.read_bytes()
-    assert "3 of them there already" in run(*options).out
+    assert "3 of them existed already" in run(*options).out
     assert foreign.read_bytes() == theirs, "a picture of somebody else is not ours to replace"
     (beside,) = Path("out").glob(f"{foreign.stem}-????????.png")
     beside.replace(foreign)
@@ -259,7 +259,7 @@ def test_other_settings_are_drawn_again(lora_run, change):
     (old,) = index()
     stored = (Path("out") / old["file"]).read_bytes()
     result = run(*options, *change)
-    assert "them there already" not in result.out
+    assert "them existed already" not in result.out
     (new,) = (line for line in index() if line != old)
     assert new["hash"] != old["hash"]
     assert new["file"] == f"0000-a-red-dog-s1234-tuned-{new['hash'][:8]}.png"
@@ -278,7 +278,7 @@ def test_other_weights_are_drawn_again_and_the_base_is_not(runs):
     name = next(key for key in tensors if "lora_B" in key)
     tensors[name][-1, -1] += 0.5  # one number of all
     save_file(tensors, file, metadata)
-    assert "2 pictures, 1 of them there already" in run("anneal", *ONE, "--weight", "base,tuned").out
+    assert "2 images, 1 of them existed already" in run("anneal", *ONE, "--weight", "base,tuned").out
 
 
 def test_an_interrupted_job_goes_on_where_it_was(lora_run, monkeypatch):
@@ -297,7 +297,7 @@ def test_an_interrupted_job_goes_on_where_it_was(lora_run, monkeypatch):
     assert len(pictures()) == len(index()) == 6
     assert not list(Path("out").glob(".*")), "no half of a picture"
     before = changed_times()
-    assert "12 pictures, 6 of them there already" in run(*options).out
+    assert "12 images, 6 of them existed already" in run(*options).out
     assert before.items() <= changed_times().items()
     run(*options, "--output", "undisturbed")
     equal(pictures(), pictures("undisturbed"))
@@ -505,7 +505,7 @@ def test_every_format_holds_its_settings_and_is_reused(lora_run, suffix):
     assert text[2].startswith(
         "Steps: 3, Sampler: Euler, Schedule type: Trailing, CFG scale: 3, Seed: 1234, Size: 64x64, "
     )
-    assert "1 of them there already" in run(*options).out
+    assert "1 of them existed already" in run(*options).out
 
 
 def test_the_picture_api_is_what_the_commands_use(lora_run):

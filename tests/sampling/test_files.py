@@ -73,7 +73,7 @@ def test_a_picture_of_something_else_is_not_replaced(lora_run, tiny_sdxl, what):
     before, lines = contents(), index()
     said = run(command, *commands[1], "--output", "out").out
     count = len(lines)
-    assert "there already" not in said
+    assert "existed already" not in said
     assert f"beside other pictures of the same name, with a hash behind it: {count} of {count}, such as" in said
     after = contents()
     assert before.items() <= after.items(), "picture, sheet and page of the first are as they were"
@@ -84,7 +84,7 @@ def test_a_picture_of_something_else_is_not_replaced(lora_run, tiny_sdxl, what):
     for old, new in zip(lines, (line for line in index() if line not in lines), strict=True):
         assert new["file"] == f"{Path(old['file']).stem}-{new['hash'][:8]}.png"
     for given in commands:  # each of them finds its own
-        assert f"{count} of them there already" in run(command, *given, "--output", "out").out
+        assert f"{count} of them existed already" in run(command, *given, "--output", "out").out
     assert contents() == after
 
 
@@ -114,7 +114,7 @@ def test_an_interrupted_job_beside_another_is_finished(lora_run, monkeypatch):
     assert draftp(*options, "--scale", 5).code == 130
     assert len(index()) == 5
     before = contents()
-    assert "3 pictures, 2 of them there already" in run(*options, "--scale", 5).out
+    assert "3 images, 2 of them existed already" in run(*options, "--scale", 5).out
     assert before.items() <= contents().items()
     assert len(index()) == 6
 
@@ -133,7 +133,7 @@ def test_columns_whose_names_are_one_to_a_file_system(lora_run):
     names = [line["file"] for line in index()]
     assert len({name.lower() for name in names}) == len({line["hash"] for line in index()}) == 5
     assert not any("sheet" in name for name in names)
-    assert "5 of them there already" in run(*options).out
+    assert "5 of them existed already" in run(*options).out
 
 
 def test_names_are_taken_as_they_come():
