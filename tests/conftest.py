@@ -12,7 +12,9 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
 )
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,3 +60,40 @@ def full_run(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.command import trained_run
 
     return trained_run(tmp_path_factory.mktemp("full"), tiny_sdxl, peft={"peft_scheme": "none"}, optim={"lr": 5e-3})
+
+
+@pytest.fixture(scope="session")
+def chromium():
+    """Debian's Chromium, headless, driven by Playwright: for the tests marked `browser`."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium")
+    assert path, "these tests need Debian's chromium: apt-get install chromium"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # CI is root in a container
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_file(chromium):
+    """A function that opens a page; the page must request nothing else and write nothing to the console."""
+    contexts, trouble = [], []
+
+    def opened(path: Path, width: int = 1200, **context: Any):
+        contexts.append(chromium.new_context(viewport={"width": width, "height": 900}, **context))
+        page = contexts[-1].new_page()
+        address = path.resolve().as_uri()
+        page.on("console", lambda message: trouble.append(message.text))
+        page.on("pageerror", lambda error: trouble.append(str(error)))
+        page.on("request", lambda request: trouble.append(request.url) if is_outside(request.url, address) else None)
+        page.goto(address)
+        return page
+
+    def is_outside(url: str, address: str) -> bool:
+        return url.partition("#")[0] != address and not url.startswith(("data:", "blob:"))
+
+    yield opened
+    for context in contexts:
+        context.close()
+    assert trouble == []

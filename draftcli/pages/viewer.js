@@ -20,7 +20,7 @@ function fill(select, names, chosen) {
 
 const state = () => ({
   left: +at("left").value, right: +at("right").value, view: at("view").value, order: at("order").value,
-  reward: data.rewards[+at("reward").value],
+  reward: data.rewards[+at("reward")?.value], // undefined on a page without scores
 });
 
 function change(item, reward, left, right) {

@@ -20,18 +20,6 @@ def report(tmp_path_factory):
     return files["report"].as_uri()
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium")
-    assert path, "these tests need Debian's chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # CI is root in a container
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def open_page(chromium, report):
     """A function that opens the report and afterwards says that it kept to itself and complained about nothing."""
