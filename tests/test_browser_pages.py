@@ -1,4 +1,4 @@
-"""compare.html and training.html in a real browser; the report has tests of its own (tests/evaluation/test_browser.py)."""
+"""compare.html and training.html in a real browser; tests/evaluation/test_browser.py has the report."""
 
 import shutil
 from pathlib import Path
@@ -25,7 +25,9 @@ def compare(run) -> Path:
     """Three columns, two prompts with two seeds each; one prompt is hostile."""
     prompts = run.parent / "prompts.txt"
     prompts.write_text(f"a red dog\n{HOSTILE}\n", encoding="utf-8")
-    drawn = draftp("anneal", run, "--weight", "linear", "--num-images", 2, "--prompts", prompts, "--output", run / "out")
+    drawn = draftp(
+        "anneal", run, "--weight", "linear", "--num-images", 2, "--prompts", prompts, "--output", run / "out"
+    )
     assert drawn.code == 0, drawn.err
     page = run.parent / "compare.html"  # elsewhere: it needs no file beside it
     shutil.copy(run / "out" / "compare.html", page)
@@ -95,6 +97,9 @@ def test_the_page_of_a_training_fits_the_window(open_file, training, width, sche
     assert pictures_are_whole(page)
     assert width_of(page) <= width
     assert page.locator("svg.plot").count() >= 4, "rewards, diversity, loss and penalty"
+    assert page.evaluate(
+        "[...document.querySelectorAll('svg.plot')].every((e) => e.getBoundingClientRect().right <= innerWidth)"
+    )
     for role in ("banner", "main", "contentinfo"):
         assert page.get_by_role(role).count() == 1, role
 

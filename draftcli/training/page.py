@@ -114,7 +114,7 @@ def _validation_charts(validations: Sequence[ValidationLine], trained: Sequence[
         low, high = ([b + _or_nan(f.get(key)) for f, b in zip(figures, base, strict=True)] for key in ("low", "high"))
         level = next((value for value in reversed(base) if math.isfinite(value)), None)
         role = "trained on" if name in trained else "held out"
-        text = f"{name} ({role}) on validation prompts. Line: the base. Band: the 95 % interval of the change."
+        text = f"{name} ({role}) on validation prompts. Level line: base. Band: 95 % interval of the change."
         charts.append(_chart(StepCurve(steps, values, low, high, level, marked=True), name, text))
     kept = [diversity_kept(line) for line in validations]
     known = [(math.nan,) * 3 if k is None else (k.share, k.low, k.high) for k in kept]
