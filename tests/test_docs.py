@@ -1,6 +1,7 @@
 """What the documents say is true: commands run, links lead somewhere, the pages made from code are up to date."""
 
 import ast
+import json
 import re
 import runpy
 import shlex
@@ -12,6 +13,7 @@ import typer
 from PIL import Image
 
 from draftcli.cli import app
+from draftcli.config import load_config
 from tests.command import draftp
 
 ROOT = Path(__file__).parents[1]
@@ -160,3 +162,18 @@ def test_the_pairs_of_the_first_picture_are_chosen_by_their_rule():
     assert change[at_quantiles(change, 4)].tolist() == [-0.1, 0.1, 0.3, 0.9]
     assert change[at_quantiles(change, 8)].tolist() == sorted(change)
     assert len(at_quantiles(np.zeros(3), 12)) == 12
+
+
+def test_the_comfyui_workflow_has_the_settings_of_its_preset():
+    """A graph in ComfyUI's API form: every link leads to a node, and the sampler's inputs are those of `sdxl-lora`."""
+    nodes = json.loads((ROOT / "docs" / "comfyui-workflow.json").read_text(encoding="utf-8"))
+    links = [value[0] for node in nodes.values() for value in node["inputs"].values() if isinstance(value, list)]
+    assert set(links) == nodes.keys() - {key for key, node in nodes.items() if node["class_type"] == "SaveImage"}
+    sampler, latent = (
+        next(node["inputs"] for node in nodes.values() if node["class_type"] == kind)
+        for kind in ("KSampler", "EmptyLatentImage")
+    )
+    cfg = load_config("sdxl-lora").sampling
+    assert (sampler["steps"], sampler["cfg"], sampler["sampler_name"]) == (cfg.steps, cfg.scale, cfg.sampler)
+    assert (sampler["scheduler"], cfg.schedule) == ("sgm_uniform", "trailing")
+    assert (latent["height"], latent["width"]) == (cfg.height, cfg.width)
