@@ -182,7 +182,7 @@ def test_two_processes_leave_the_same_files_as_one(lora_run):
     assert index("alone") == index("together")
     assert {p.name for p in Path("alone").iterdir()} == {p.name for p in Path("together").iterdir()}
     assert Path("rank1.txt").read_text() == ""
-    assert "12 pictures\n" in Path("rank0.txt").read_text()
+    assert "12 images\n" in Path("rank0.txt").read_text()
     assert two_processes(*options, "--output", "small", "--batch-size", 8) == [0, 0]
     equal(pictures("alone"), pictures("small"), within=1)
 
