@@ -104,7 +104,7 @@ def fidelity(results: Results) -> list[str]:
         exact = results.get(f"fidelity-{EXACT}{half}")
         if exact is None:
             continue
-        lines += head(title, "cosine, one picture", "cosine, sum of 64", "norm, of the exact one's", "own variance")
+        lines += head(title, "cosine, one image", "cosine, sum of 64", "norm, of the exact one's", "own variance")
         for arm, name in NAMES.items():
             found = results.get(f"fidelity-{arm}{half}")
             if found is None:
