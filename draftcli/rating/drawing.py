@@ -34,18 +34,21 @@ class _Arrivals:
         self.candidates, self.prompts, self.session = candidates, prompts, session
         self.rows: list[list[RatedPicture]] = [[] for _ in candidates.columns]
         self.paired = 0
+        self.each = 2 if len(self.rows) == 1 else 1  # pictures of a row in a pair
 
     def take(self, row: int, picture: RatedPicture) -> None:
         """The next picture of a column."""
         if self.session.ended.is_set():
             raise _Ended
         self.rows[row].append(picture)
+        drawn = sum(map(len, self.rows))
+        self.session.doing = f"{drawn} of {2 * len(self.prompts)} pictures are there."
         self.session.add(self._new_pairs())
 
     def _new_pairs(self) -> Iterator[Pair]:
-        each = 2 if len(self.rows) == 1 else 1  # pictures of a row in a pair
-        while all(len(row) >= each * (self.paired + 1) for row in self.rows):
-            first, second = (p for row in self.rows for p in row[each * self.paired : each * (self.paired + 1)])
+        while all(len(row) >= self.each * (self.paired + 1) for row in self.rows):
+            place = slice(self.each * self.paired, self.each * (self.paired + 1))
+            first, second = (picture for row in self.rows for picture in row[place])
             yield Pair(self.prompts[self.paired].text, (first, second))
             self.paired += 1
 
@@ -94,12 +97,12 @@ def _draw_source(
     arrivals: _Arrivals,
     console: Console,
 ) -> None:
+    arrivals.session.doing = "The model is being loaded, which may take a minute."
     model, folder = load_source(source), candidates.output / PICTURES
     size = picture_size(source, model)
-    seeds = 2 if len(candidates.columns) == 1 else 1  # of each prompt in a pair
     pictures: list[Picture] = []
     for prompt, before in chosen:
-        pictures += plan([prompt], seeds * (before + 1), candidates.seed, size)[seeds * before :]
+        pictures += plan([prompt], arrivals.each * (before + 1), candidates.seed, size)[arrivals.each * before :]
     about = {"model": source.name, "settings": model.cfg.sampling.summary}
 
     def take(lines: list[dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ function tell(text, bad = false) {
 // ---- what is shown
 
 async function show(before) {
-  const { pair, done, total, drawn, pairs, complete, ended } = state;
+  const { pair, done, total, complete, ended } = state;
   at("bar").max = Math.max(1, total);
   at("bar").value = done;
   at("count").textContent = `${done} of ${total}`;
@@ -70,7 +70,7 @@ async function show(before) {
     if (at("large").open) at("large").close();
     const [text, detail] = ended ? ["Every answer is saved. You can close this page.", "draftp says in the terminal what came of it."]
       : complete ? [`All ${total} pairs are rated.`, "Undo goes back to the last one. Finish ends draftp."]
-      : ["The next pair is being drawn.", drawn ? `${drawn} of ${pairs} pairs are drawn.` : "The model is loaded first, which may take a minute."];
+      : ["The next pair is being drawn.", state.doing];
     at("waiting").textContent = text;
     at("detail").textContent = detail;
     return;

@@ -133,6 +133,8 @@ def _of_folders(request: RatingRequest, folders: Sequence[Path]) -> Candidates:
 def _of_sources(request: RatingRequest) -> Candidates:
     settings = {} if request.device is None else {"model.device": request.device}
     run, *other = request.names or (None,)
+    if other and request.loras:
+        raise InputError("--lora: two runs are compared as they are; name one run, or leave it out")
     first = find_source(run, request.model, request.loras, request.overrides, settings, request.preset)
     sources, notes = [first], []
     if other:

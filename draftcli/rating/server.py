@@ -151,7 +151,7 @@ def served(session: RatingSession, port: int = 0) -> Iterator[str]:
         port = listener.getsockname()[1]
         config = uvicorn.Config(
             make_application(session, token, port), log_config=None, access_log=False, lifespan="off", ws="none",
-            server_header=False, timeout_graceful_shutdown=2,
+            server_header=False, proxy_headers=False, timeout_graceful_shutdown=2,
         )  # fmt: skip
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, args=([listener],), name="page", daemon=True)

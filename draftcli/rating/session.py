@@ -43,6 +43,7 @@ class RatingSession:
     Attributes:
         ended: set when there is nothing more to do here.
         given: how many answers were given here, and not taken back.
+        doing: in a sentence, what goes on until the next pair is there.
     """
 
     def __init__(self, preferences: Preferences, count: int, seed: int) -> None:
@@ -56,6 +57,7 @@ class RatingSession:
         }
         self.ended = threading.Event()
         self.given = 0
+        self.doing = ""
 
     def add(self, pairs: Iterable[Pair]) -> None:
         """The next pairs are ready to be shown."""
@@ -81,6 +83,7 @@ class RatingSession:
                 "total": done + len(waiting),
                 "drawn": len(self._pairs),
                 "pairs": self._count,
+                "doing": self.doing,
                 "complete": not waiting,
                 "undo": self._last() is not None,
                 "ended": self.ended.is_set(),

@@ -103,6 +103,19 @@ def test_finishing_on_the_page_ends_the_drawing(lora_run):
     assert len(list(Path("out/pictures").glob("*.png"))) < 100
 
 
+def test_ctrl_c_ends_the_drawing_and_keeps_what_is_there(lora_run):
+    def leaves(*_):
+        signal.raise_signal(signal.SIGINT)
+        return "left"
+
+    result = rated(leaves, names=[str(lora_run)], prompts=PROMPTS, pairs=500, most=1, output=Path("out"), batch_size=1)
+    assert result.summary.answered == len(read_preferences(result.path)) == 1
+    drawn = {path.name for path in Path("out/pictures").glob("*.png")}
+    index = [json.loads(line)["file"] for line in Path("out/pictures/index.jsonl").read_text().splitlines()]
+    assert 2 <= len(index) <= len(drawn) < 100
+    assert drawn >= {*index}
+
+
 # ---- the command line, in a process of its own
 
 
@@ -126,14 +139,23 @@ def pictures():
 
 
 def test_killed_and_started_again_nothing_is_lost(pictures):
+    """While the first one runs, a second one may neither write there nor listen at its port."""
     with command(pictures, "--pairs", 10) as (process, address):
         assert rate_pairs(address, prefers_red, most=4, finish=False) == 4
+        refused = draftp("rate", pictures, "--pairs", 10)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert "another draftp rate is open there" in refused.err
+        port = address.split(":")[2].split("/")[0]
+        refused = draftp("rate", pictures, "--output", "other", "--port", port, "--pairs", 10)
+        assert (refused.code, refused.err.count("\n")) == (2, 1)
+        assert f"--port {port}: cannot be used" in refused.err
         process.kill()
         assert process.wait() != 0
     before = Path("pictures/rate/preferences.jsonl").read_bytes()
     assert before.count(b"\n") == 4
     with command(pictures, "--pairs", 10) as (process, address):
-        assert rate_pairs(address, prefers_red) == 7
+        assert rate_pairs(address, prefers_red, most=7, finish=False) == 7
+        process.send_signal(signal.SIGINT)
         out, err = process.stdout.read(), process.stderr.read()
         assert (process.wait(), err) == (0, "")
     assert Path("pictures/rate/preferences.jsonl").read_bytes().startswith(before)
@@ -143,25 +165,7 @@ def test_killed_and_started_again_nothing_is_lost(pictures):
         "the same answer to 1 of 1 pairs that were shown twice",
         "answers  pictures/rate/preferences.jsonl",
     ]
-
-
-def test_ctrl_c_saves_and_leaves(pictures):
-    with command(pictures, "--pairs", 10, "--quiet") as (process, address):
-        rate_pairs(address, prefers_red, most=2, finish=False)
-        process.send_signal(signal.SIGINT)
-        assert (process.stdout.read(), process.stderr.read(), process.wait()) == ("", "", 0)
-    assert len(read_preferences(Path("pictures/rate/preferences.jsonl"))) == 2
-
-
-def test_two_at_once_and_a_taken_port_are_one_line(pictures):
-    with command(pictures, "--output", "out") as (_, address):
-        port = address.split(":")[2].split("/")[0]
-        result = draftp("rate", pictures, "--output", "out", "--no-open")
-        assert (result.code, result.err.count("\n")) == (2, 2)
-        assert "another draftp rate is open there" in result.err
-        result = draftp("rate", pictures, "--output", "other", "--port", port, "--pairs", 5)
-        assert (result.code, result.err.count("\n")) == (2, 1)
-        assert f"--port {port}: cannot be used" in result.err
+    assert len(read_preferences(Path("pictures/rate/preferences.jsonl"))) == 11
 
 
 # ---- what is refused, and what is said
@@ -174,6 +178,7 @@ def test_two_at_once_and_a_taken_port_are_one_line(pictures):
         (["nowhere"], "nowhere"),
         ([], "no run"),
         (["pictures", "nowhere"], "give two runs or two folders"),
+        (["one", "two", "--lora", "pictures"], "two runs are compared as they are"),
         (["pictures", "--judge", "pickscor"], "did you mean pickscore"),
         (["--model", "toy"], "no prompt was given"),
         (["--model", "toy", "--prompts", "none.txt"], "none.txt"),
