@@ -14,7 +14,7 @@ from rich.console import Console
 
 from draftcli import __version__
 from draftcli.config import RewardSource
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.models.places import BUILT_IN, unread_prompts
@@ -199,7 +199,7 @@ def _draw(
 
 def _draw_column(
     request: Request,
-    model: SDXLDRaFTPModel,
+    model: DRaFTPModel,
     loras: Sequence[NamedLora],
     column: Column,
     pictures: Sequence[Picture],
