@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from draftcli.config import Config, ModelConfig, check_config
 from draftcli.core.backward import Forward, KeptGraph, Piece
 from draftcli.core.batch import Batch
-from draftcli.core.draftp import DRaFTPModel
+from draftcli.core.draftp import DRaFTPModel, SDDRaFTPModel, SDXLDRaFTPModel
 from draftcli.core.models.family import Parts
 from draftcli.core.models.loading import load_parts
 
@@ -116,7 +116,8 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
 def tiny_model(folder: Path, moved: float = 0.0, **sections: dict[str, Any]) -> DRaFTPModel:
     """The model with a reward to train for; `moved` shifts the trained weights away from the base."""
     cfg = tiny_config(folder, **sections)
-    model = DRaFTPModel(cfg, copy.deepcopy(_loaded(cfg.model, cfg.peft.peft_scheme == "none")))
+    parts = copy.deepcopy(_loaded(cfg.model, cfg.peft.peft_scheme == "none"))
+    model = {"sdxl": SDXLDRaFTPModel, "sd1": SDDRaFTPModel}[parts.family.name](cfg, parts)
     model.reward_model = prefers_red
     if moved:
         move(model, moved)

@@ -186,7 +186,7 @@ def with_drawing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @with_drawing_options
 def sample(options: DrawingOptions) -> None:
-    """Draw pictures from a run, or from any SDXL with any LoRAs. What is there already is not drawn again.
+    """Draw pictures from a run, or from any model with any LoRAs. What is there already is not drawn again.
 
     **Examples**
 

@@ -84,7 +84,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
-    """Tune an SDXL on differentiable rewards with DRaFT+. The same command again resumes.
+    """Tune Stable Diffusion on differentiable rewards with DRaFT+. The same command again resumes.
 
     **Examples**
 

@@ -18,6 +18,7 @@ from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.models.places import BUILT_IN, unread_prompts
+from draftcli.core.models.recognition import family_of
 from draftcli.errors import InputError, warn
 from draftcli.evaluation.citations import bibtex
 from draftcli.evaluation.compare import ColumnComparison, compare
@@ -285,5 +286,6 @@ def _versions() -> str:
 
 
 def _bibtex(request: Request, sources: Sequence[DrawingSource], judges: Judges) -> str:
-    in_sdxl = any(source.cfg.model.pretrained not in BUILT_IN for source in sources)
-    return bibtex(judges.rewards, judges.features.name, bool(sources), bool(sources and request.weights), in_sdxl)
+    models = [source.cfg.model for source in sources if source.cfg.model.pretrained not in BUILT_IN]
+    families = {family_of(model).name for model in models}
+    return bibtex(judges.rewards, judges.features.name, bool(sources), bool(sources and request.weights), families)

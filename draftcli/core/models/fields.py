@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from draftcli.core.models.family import Family, find_family
+from draftcli.core.models.family import FAMILIES, Family, find_family
 from draftcli.errors import InputError, brief
 
 Fits = Callable[[Any, Mapping[str, Any]], bool]
@@ -98,7 +98,6 @@ _SCHEDULER: dict[str, Rule] = {
              "solver_order", "solver_p", "solver_type", "tau_func"),
 }  # fmt: skip
 
-_ADDED = {"text_time": "size keys and pooled text go in, as in SDXL", None: "nothing goes in beside text and noise"}
 _INPUT = "it wants an input beside prompt, size keys and noise"
 _UNET: dict[str, Rule] = {
     **_rules(Rule("4 and 4, or check_channels says which task it is for"), "in_channels", "out_channels"),
@@ -181,7 +180,7 @@ def check_fields(part: str, module: Any, where: str, family: Family | None = Non
     check_class(part, kind.__name__, where, family)
     if part == "unet":
         check_channels(fields["in_channels"], fields["out_channels"], where)
-        rules["addition_embed_type"] = _only(_ADDED[family.added_input], family.added_input)
+        rules["addition_embed_type"] = _added_input(family)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
     fresh = f"{kind.__name__} (fresh noise at each step, as sampling.sampler lcm)"
     asked = [fresh] if kind.__name__ in FEW_STEPS else []
@@ -210,6 +209,12 @@ def check_fields(part: str, module: Any, where: str, family: Family | None = Non
             "sampling.schedule",
             stacklevel=2,
         )
+
+
+def _added_input(family: Family) -> Rule:
+    """What a family's UNet takes beside text and noise; what the others' take tells whose another one is."""
+    each = [f"{some.pipeline} has {some.added_input!r}" for some in map(find_family, FAMILIES)]
+    return _only("size keys and pooled text, or nothing: " + ", ".join(each), family.added_input)
 
 
 def check_class(part: str, name: str, where: str, family: Family | None = None) -> None:

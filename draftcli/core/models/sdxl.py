@@ -72,7 +72,8 @@ class SDXL(LatentDiffusion):
         """
         sequence, pooled = embed(batch.prompts)
         negatives = [negative if own is None else own for own in batch.negatives]
-        absent = torch.tensor([own is None and bool(parts.zeros_for_empty) for own in negatives], device=sequence.device)
+        zeros = bool(parts.zeros_for_empty)
+        absent = torch.tensor([own is None and zeros for own in negatives], device=sequence.device)
         if absent.all():
             uncond, uncond_pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
         else:
