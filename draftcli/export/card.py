@@ -9,7 +9,7 @@ import huggingface_hub
 import yaml
 
 from draftcli.core.models.family import find_family
-from draftcli.core.models.places import BUILT_IN
+from draftcli.core.models.places import BUILT_IN, card_base
 from draftcli.errors import DraftpError, first_line
 from draftcli.export.formats import OUTPUT_FORMATS
 from draftcli.export.report import NO_BASE, MergeReport
@@ -26,7 +26,12 @@ def merge_card(report: MergeReport, where: str) -> str:
     family = find_family()
     tags = [family.tag, "text-to-image", *(["lora"] if kind.is_lora else [])]
     base = family.hub_base if report.base == NO_BASE else report.base
-    head = {"base_model": base, "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    head = {
+        **card_base(base, is_lora=kind.is_lora),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": tags,
+    }
     return "\n".join(
         [
             "---",

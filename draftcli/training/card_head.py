@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from draftcli.config import Config
 from draftcli.core.models.family import Family
-from draftcli.core.models.places import BUILT_IN, is_hub_id
+from draftcli.core.models.places import BUILT_IN, card_base, is_hub_id
 from draftcli.core.models.recognition import family_of
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
@@ -27,10 +27,8 @@ def card_head(cfg: Config, title: str, validation: ValidationLine | None, sheet:
         sheet: name of that validation's sheet in the card's folder; None: there is none.
     """
     lora, family = cfg.peft.peft_scheme == "lora", family_of(cfg.model)
-    head: dict[str, Any] = {}
-    if is_hub_id(cfg.model.pretrained):  # the Hub takes nothing else
-        head = {"base_model": cfg.model.pretrained, "base_model_relation": "adapter" if lora else "finetune"}
-    head |= {
+    head: dict[str, Any] = {
+        **card_base(cfg.model.pretrained, is_lora=lora),
         "library_name": "diffusers",
         **_license(cfg.model.pretrained, family),
         "pipeline_tag": "text-to-image",

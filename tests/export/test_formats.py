@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
@@ -112,6 +113,20 @@ def test_the_card_of_a_lora_opens_the_toy_and_without_a_base_sdxl(tiny_sdxl, nam
     report = MergeReport("1", "title", name, NO_BASE, [])
     assert f'from_pretrained("{SDXL_BASE}")' in merge_card(report, "x")
     assert NO_BASE not in merge_card(report, "x").partition("Made by")[0]
+
+
+@pytest.mark.parametrize(
+    ("base", "on_the_hub"),
+    [("somebody/their-sdxl", True), ("models/mine.safetensors", False), ("/srv/models/mine", False), ("toy", False)],
+)
+@every_format
+def test_a_base_model_in_the_head_of_a_card_is_one_of_the_hub(name, base, on_the_hub):
+    card = merge_card(MergeReport("1", "title", name, base, []), "x")
+    head = yaml.safe_load(card.split("---")[1])
+    relation = "adapter" if OUTPUT_FORMATS[name].is_lora else "finetune"
+    told = {"base_model": base, "base_model_relation": relation} if on_the_hub else {}
+    assert {key: value for key, value in head.items() if key.startswith("base_model")} == told
+    assert f"from {base} and" in card, "the text says it in any case"
 
 
 @pytest.mark.parametrize("damage", [LEFT_OUT, SCALED])

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftcli.core.models.family import FAMILIES, Family, find_family
+from draftcli.core.models.kinds import Facts, check_kind
 from draftcli.errors import InputError, brief
 
 Fits = Callable[[Any, Mapping[str, Any]], bool]
@@ -100,7 +101,7 @@ _SCHEDULER: dict[str, Rule] = {
 
 _INPUT = "it wants an input beside prompt, size keys and noise"
 _UNET: dict[str, Rule] = {
-    **_rules(Rule("4 and 4, or check_channels says which task it is for"), "in_channels", "out_channels"),
+    **_rules(Rule("4 and 4, or kinds.py says what model it is"), "in_channels", "out_channels"),
     "addition_embed_type": Rule("what goes in beside text and noise: the family's, as check_fields asks it"),
     "time_cond_proj_dim": _only("the guidance scale is an input of the UNet, as in LCM", None),
     **_rules(_only(_INPUT, None), "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"),
@@ -159,7 +160,6 @@ _CLASSES = {
     "vae": frozenset({"AutoencoderKL"}),
 }
 _OTHER_PROCESSES = {"EDM": "EDM", "Flow": "flow matching"}  # by how the class's name begins
-_KINDS_BY_INPUT = {5: "a depth model", 8: "an editing model", 9: "an inpainting model"}
 
 
 def check_fields(part: str, module: Any, where: str, family: Family | None = None) -> None:
@@ -179,7 +179,7 @@ def check_fields(part: str, module: Any, where: str, family: Family | None = Non
     kind, fields, rules = type(module), dict(module.config), {**FIELDS[part]}
     check_class(part, kind.__name__, where, family)
     if part == "unet":
-        check_channels(fields["in_channels"], fields["out_channels"], where)
+        check_kind(Facts(taken=fields["in_channels"], given=fields["out_channels"]), where)
         rules["addition_embed_type"] = _added_input(family)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
     fresh = f"{kind.__name__} (fresh noise at each step, as sampling.sampler lcm)"
@@ -236,22 +236,3 @@ def check_class(part: str, name: str, where: str, family: Family | None = None) 
             f"{where}: its {part} is of the class {name}{process}, whose formulas are not those of {short}; "
             f"{_ADVICE[part].format(family=short)}"
         )
-
-
-def check_channels(taken: int, given: int, where: str) -> None:
-    """Refuse a UNet for another task than text to image.
-
-    Args:
-        taken: channels of its input.
-        given: channels of its output.
-        where: what the user calls the place that it came from.
-
-    Raises:
-        InputError: they are not 4 and 4.
-    """
-    wanted = "draftp tunes text-to-image models, whose UNet takes 4 and gives 4; choose one"
-    if taken != 4:
-        kind = _KINDS_BY_INPUT.get(taken, "a model for something else")
-        raise InputError(f"{where}: the UNet takes {taken} channels, so it is {kind}; {wanted}")
-    if given != 4:
-        raise InputError(f"{where}: the UNet gives {given} channels, so it predicts more than the noise; {wanted}")

@@ -17,6 +17,7 @@ from draftcli.config import ModelConfig
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.family import FAMILIES, Family, Parts, find_family
 from draftcli.core.models.fields import FIELDS, check_class, check_fields
+from draftcli.core.models.kinds import check_kind, facts_of_folder
 from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.models.meta import read_json
 from draftcli.core.models.places import BUILT_IN, checked_file, is_single_file, model_path
@@ -334,12 +335,12 @@ def check_folder(folder: Path, setting: str = "model.pretrained", family: Family
         InputError: it is not a diffusers folder of the family.
     """
     family = family or family_of_folder(folder)
-    index = folder / "model_index.json"
+    index, to_merge = folder / "model_index.json", setting == "--base"
     if not index.is_file() and (folder / "config.json").is_file():
+        check_kind(facts_of_folder(folder), f"{setting} {folder}", to_merge=to_merge)
         network = str(read_json(folder / "config.json").get("_class_name") or "one network")[:80]
         raise InputError(
             f"{setting} {folder} is {network} alone, not a whole model; give a folder with a model_index.json"
-            + ", and this one as model.vae" * network.startswith("Autoencoder")
         )
     if not index.is_file():
         raise InputError(f"{setting} {folder}: no model_index.json in it, so it is not a diffusers folder")
@@ -347,6 +348,7 @@ def check_folder(folder: Path, setting: str = "model.pretrained", family: Family
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{index} is not valid JSON: download the model again") from None
+    check_kind(facts_of_folder(folder), f"{setting} {folder}", to_merge=to_merge)
     if kind == family.pipeline:
         return
     told = family_of_pipeline({"_class_name": kind})

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from draftcli.core.models.family import Family, find_family
+from draftcli.core.models.kinds import check_kind, facts_of_file
 from draftcli.core.models.original_layout import PREFIX, from_original
 from draftcli.core.models.weight_files import check_plain, clean_key
 from draftcli.errors import InputError
@@ -27,7 +28,7 @@ _TITLES = {
 def check_networks(
     file: Path, needed: Sequence[str], setting: str = "model.pretrained", family: Family | None = None
 ) -> None:
-    """Refuse a file that cannot be read, or in which one of the networks has no tensor at all, or quantised ones.
+    """Refuse a file that cannot be read, is another kind of model, or lacks one of the networks or has it quantised.
 
     Args:
         file: a .safetensors.
@@ -36,11 +37,13 @@ def check_networks(
         family: of the model; None: SDXL.
 
     Raises:
-        InputError: it cannot be read, holds none of a network's tensors, or holds codes for them.
+        InputError: it cannot be read, is one of the models of kinds.py, holds none of a network's tensors, or holds
+            codes for them.
     """
     with opened(file, setting) as tensors:
-        keys = list(tensors.keys())
+        keys, facts = list(tensors.keys()), facts_of_file(tensors)
     check_plain(keys, f"{setting} {file}")
+    check_kind(facts, f"{setting} {file}", to_merge=setting == "--base")
     family = family or find_family()
     absent = [part for part in needed if not any(key.startswith(PREFIX[part]) for key in keys)]
     if len(absent) == len(needed):
