@@ -9,7 +9,7 @@ H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -31,6 +31,23 @@ Embedding = tuple[Tensor, Tensor]
 FAMILIES = {"sdxl": "draftcli.core.models.sdxl:SDXL", "sd1": "draftcli.core.models.sd1:SD1"}
 
 
+@dataclass(frozen=True)
+class Edition:
+    """What the metadata of files call a model.
+
+    Attributes:
+        architecture: modelspec.architecture of a whole model.
+        lora_implementation: modelspec.implementation of a LoRA: whose names its layers have.
+        kohya_version: kohya's ss_base_model_version.
+        v2: kohya's ss_v2.
+    """
+
+    architecture: str
+    lora_implementation: str
+    kohya_version: str
+    v2: bool = False
+
+
 class Family(Protocol):
     """One kind of model.
 
@@ -44,9 +61,9 @@ class Family(Protocol):
         hub_license: that model's license, as the Hub calls it.
         config_folder: its configuration, without weights and tokenizers, so that its shape is known offline.
         networks: what it consists of, as diffusers' folders are called, and what plans call each.
+        original_prefixes: what the tensors of each network begin with in a single file of the original code.
+        kohya_prefixes: what the layers of each network begin with in kohya's LoRAs.
         tag: on model cards.
-        architecture: of modelspec's metadata.
-        kohya_version: of kohya's metadata, ss_base_model_version.
         added_input: what the UNet gets beside text and noise: its addition_embed_type in diffusers.
         zeros_for_empty: `Parts.zeros_for_empty` of models whose files say nothing of it.
     """
@@ -60,9 +77,9 @@ class Family(Protocol):
     hub_license: str
     config_folder: Path
     networks: Mapping[str, str]
+    original_prefixes: Mapping[str, str]
+    kohya_prefixes: Mapping[str, str]
     tag: str
-    architecture: str
-    kohya_version: str
     added_input: str | None
     zeros_for_empty: bool
 
@@ -118,6 +135,23 @@ class Family(Protocol):
         """
         ...
 
+    def kohya_unet_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """What kohya's LoRAs call the UNet's modules, with dots; those that they have no name for are left out.
+
+        Args:
+            modules: of the whole UNet, by diffusers' names.
+        """
+        ...
+
+    def edition(self, unet: Mapping[str, tuple[int, ...]], prediction: str | None) -> Edition:
+        """What metadata call a model of this family.
+
+        Args:
+            unet: the shapes of its UNet's weights, by module.
+            prediction: of the model; None: not known.
+        """
+        ...
+
     def schedule(
         self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"], timesteps: Sequence[int] = ()
     ) -> Schedule:
@@ -150,6 +184,12 @@ def tokenize(parts: Parts, prompts: Sequence[str]) -> list[Tensor]:
         ).input_ids
         for tokenizer in parts.tokenizers
     ]
+
+
+def tokenizer_folders(family: Family) -> list[str]:
+    """Where the tokenizers are in a diffusers folder of a family: one for each text encoder."""
+    encoders = (part for part in family.networks if part.startswith("text_encoder"))
+    return [part.replace("text_encoder", "tokenizer") for part in encoders]
 
 
 def latent_factor(vae: Any) -> int:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from draftcli.core.models.family import FAMILIES, find_family
 from draftcli.core.models.meta import read_json
+from draftcli.core.models.original_layout import ORIGINAL_UNET
 from draftcli.errors import InputError, brief
-
-_UNET = "model.diffusion_model."  # what the UNet's tensors begin with in a single file
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,12 @@ OTHER_MODELS = (
         takes_loras=True,
     ),
     OtherModel(
-        lambda f: f.named("Flux") or f.key(rf"({_UNET})?(double_blocks|single_transformer_blocks)\."), "it is FLUX"
+        lambda f: f.named("Flux") or f.key(rf"({ORIGINAL_UNET})?(double_blocks|single_transformer_blocks)\."),
+        "it is FLUX",
     ),
     OtherModel(
-        lambda f: f.named("StableDiffusion3|SD3") or f.key(rf"({_UNET})?joint_blocks\."), "it is Stable Diffusion 3"
+        lambda f: f.named("StableDiffusion3|SD3") or f.key(rf"({ORIGINAL_UNET})?joint_blocks\."),
+        "it is Stable Diffusion 3",
     ),
     OtherModel(
         lambda f: f.key(r"cond_stage_model\.model\."),
@@ -155,8 +157,9 @@ def facts_of_folder(folder: Path) -> Facts:
     """
     files = [folder / "model_index.json", folder / "config.json"]
     index = read_json(next((file for file in files if file.is_file()), files[0]))
-    unet_file = folder / "unet" / "config.json"
-    unet = read_json(unet_file) if unet_file.is_file() else {}
+    unet: dict[str, Any] = {}
+    with suppress(InputError):  # of one that is damaged or missing its loader will tell
+        unet = read_json(folder / "unet" / "config.json")
     refiner = None
     if index.get("requires_aesthetics_score") is True:
         refiner = "its model_index.json says requires_aesthetics_score"
@@ -186,7 +189,7 @@ def facts_of_file(tensors: Any) -> Facts:
     found = set(keys)
 
     def size(key: str, dimension: int) -> int | None:
-        shape = tensors.get_slice(_UNET + key).get_shape() if _UNET + key in found else []
+        shape = tensors.get_slice(ORIGINAL_UNET + key).get_shape() if ORIGINAL_UNET + key in found else []
         return shape[dimension] if len(shape) > dimension else None
 
     said = metadata.get("modelspec.architecture", "")

@@ -9,12 +9,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from draftcli.core.guidance import Prediction
+from draftcli.core.models.original_layout import ORIGINAL_UNET
 from draftcli.core.schedule import TRAIN_STEPS, sigma_table
 from draftcli.errors import InputError, brief
 
 # modelspec.prediction_type
 PREDICTION_NAMES: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-_UNET = "model.diffusion_model."
 # Tables of noise levels that training code leaves in checkpoints, each as the share of the image in the variance.
 _TABLES = {
     "alphas_cumprod": lambda alphas: alphas,
@@ -44,7 +44,7 @@ def check_marks(file: Path, prediction_type: Prediction | None) -> None:
             f"{where}: its mark {edm[0]} says that it was trained by EDM, whose formulas are not those of SDXL; "
             "choose a model without it"
         )
-    if any(key.startswith(_UNET) and key.endswith("cond_proj.weight") for key in keys):
+    if any(key.startswith(ORIGINAL_UNET) and key.endswith("cond_proj.weight") for key in keys):
         raise InputError(
             f"{where}: the guidance scale is an input of its UNet (time_cond_proj_dim), as in LCM; choose a "
             "text-to-image SDXL"

@@ -6,7 +6,7 @@ channels (4), H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from draftcli.core.batch import Batch
-from draftcli.core.models.family import Conditioning, Embedding, Parts, tokenize
+from draftcli.core.models.family import Conditioning, Edition, Embedding, Parts, tokenize
 from draftcli.core.models.latent import LatentDiffusion
-from draftcli.core.models.original_layout import Original
+from draftcli.core.models.original_layout import ORIGINAL_UNET, ORIGINAL_VAE, Original, original_layout
 from draftcli.core.precision import wide_default
 from draftcli.errors import InputError
 
@@ -41,9 +41,11 @@ class SD1(LatentDiffusion):
     hub_license = "creativeml-openrail-m"
     config_folder = SD1_CONFIG
     networks = MappingProxyType({"unet": "unet", "vae": "vae decoder", "text_encoder": "text encoder"})
+    original_prefixes = MappingProxyType(
+        {"unet": ORIGINAL_UNET, "vae": ORIGINAL_VAE, "text_encoder": "cond_stage_model.transformer."}
+    )
+    kohya_prefixes = MappingProxyType({"unet": "lora_unet_", "text_encoder": "lora_te_"})
     tag = "stable-diffusion"
-    architecture = "stable-diffusion-v1"
-    kohya_version = "sd_v1"
     added_input = None
     zeros_for_empty = False
 
@@ -77,6 +79,33 @@ class SD1(LatentDiffusion):
         """See `Family`.
 
         Raises:
-            InputError: always; single files are read for SDXL alone.
+            InputError: a tensor has no place there; or the model is a 2.x, whose text encoder a single file has in
+                OpenCLIP's form and with the last layer, which a diffusers folder leaves out.
         """
-        raise InputError(f"a single file of {self.title} is not read yet: take the model as a diffusers folder")
+        if part == "unet" and _is_second(shapes):
+            raise InputError(
+                "a single file of Stable Diffusion 2 has a layer of the text encoder that a diffusers folder lacks; "
+                "take the model as a diffusers folder, and merge-lora's result with --format diffusers"
+            )
+        return original_layout(part, shapes, self.original_prefixes[part])
+
+    def kohya_unet_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """See `Family`: diffusers' own, with whose UNet sd-scripts trains these models."""
+        return {module: module for module in modules}
+
+    def edition(self, unet: Mapping[str, tuple[int, ...]], prediction: str | None) -> Edition:
+        """See `Family`."""
+        of_v = prediction == "v_prediction"
+        if not _is_second(unet):
+            return Edition("stable-diffusion-v1", "diffusers", "sd_v1_v" if of_v else "sd_v1")
+        size = "768-v" if of_v else "512"
+        return Edition(f"stable-diffusion-v2-{size}", "diffusers", "sd_v2_v" if of_v else "sd_v2", v2=True)
+
+
+def _is_second(unet: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a UNet is that of a 2.x, whose attention is entered by linear layers instead of convolutions.
+
+    Args:
+        unet: shapes of its tensors or weights.
+    """
+    return any(len(shape) == 2 for name, shape in unet.items() if name.endswith(("proj_in", "proj_in.weight")))

@@ -6,7 +6,7 @@ D2 pooled width (1280), C latent channels (4), H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,9 +15,16 @@ import torch
 from torch import Tensor
 
 from draftcli.core.batch import Batch
-from draftcli.core.models.family import Conditioning, Embedding, Parts, tokenize
+from draftcli.core.models.family import Conditioning, Edition, Embedding, Parts, tokenize
 from draftcli.core.models.latent import LatentDiffusion
-from draftcli.core.models.original_layout import Original, original_layout
+from draftcli.core.models.original_layout import (
+    ORIGINAL_CODE,
+    ORIGINAL_UNET,
+    ORIGINAL_VAE,
+    Original,
+    original_layout,
+)
+from draftcli.core.models.original_names import original_unet_names
 from draftcli.core.models.size_keys import size_keys, time_ids
 from draftcli.core.precision import wide_default
 
@@ -44,9 +51,18 @@ class SDXL(LatentDiffusion):
             "text_encoder_2": "text encoder 2",
         }
     )
+    original_prefixes = MappingProxyType(
+        {
+            "unet": ORIGINAL_UNET,
+            "vae": ORIGINAL_VAE,
+            "text_encoder": "conditioner.embedders.0.transformer.",
+            "text_encoder_2": "conditioner.embedders.1.model.",
+        }
+    )
+    kohya_prefixes = MappingProxyType(
+        {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    )
     tag = "stable-diffusion-xl"
-    architecture = "stable-diffusion-xl-v1-base"
-    kohya_version = "sdxl_base_v1-0"
     added_input = "text_time"
     zeros_for_empty = True
 
@@ -96,4 +112,12 @@ class SDXL(LatentDiffusion):
 
     def original_layout(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Original]:
         """See `Family`."""
-        return original_layout(part, shapes)
+        return original_layout(part, shapes, self.original_prefixes[part])
+
+    def kohya_unet_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """See `Family`: those of the original code, with which sd-scripts trains an SDXL."""
+        return original_unet_names(modules)
+
+    def edition(self, unet: Mapping[str, tuple[int, ...]], prediction: str | None) -> Edition:
+        """See `Family`."""
+        return Edition("stable-diffusion-xl-v1-base", ORIGINAL_CODE, "sdxl_base_v1-0")

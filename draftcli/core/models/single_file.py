@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from draftcli.core.models.family import Family, find_family
 from draftcli.core.models.kinds import check_kind, facts_of_file
-from draftcli.core.models.original_layout import PREFIX, from_original
+from draftcli.core.models.original_layout import from_original
 from draftcli.core.models.weight_files import check_plain, clean_key
 from draftcli.errors import InputError
 from draftcli.file_kinds import unreadable
@@ -45,7 +45,7 @@ def check_networks(
     check_plain(keys, f"{setting} {file}")
     check_kind(facts, f"{setting} {file}", to_merge=setting == "--base")
     family = family or find_family()
-    absent = [part for part in needed if not any(key.startswith(PREFIX[part]) for key in keys)]
+    absent = [part for part in needed if not any(key.startswith(family.original_prefixes[part]) for key in keys)]
     if len(absent) == len(needed):
         first = f", the first of its tensors is {keys[0]}" if keys else ""
         raise InputError(
@@ -56,7 +56,8 @@ def check_networks(
         remedy = "give a whole checkpoint or a diffusers folder"
         if absent == ["vae"] and setting == "model.pretrained":
             remedy = "set model.vae to one, a diffusers folder, a hub id or a .safetensors"
-        raise InputError(f"{setting} {file}: it holds no {_TITLES[absent[0]]}; {remedy}")
+        title = _TITLES[absent[0]] if "text_encoder_2" in family.networks else family.networks[absent[0]]
+        raise InputError(f"{setting} {file}: it holds no {title}; {remedy}")
 
 
 def ensure_taken(
