@@ -181,6 +181,9 @@ def test_a_single_file_is_the_same_model_and_draftp_reads_it_as_one(tiny_sd, sin
     )
     result = draftp("train", "--preset", preset, "--output", "run", "--quiet")
     assert result.code == 0, result.err
+    kohya = Path("run/final/run-kohya.safetensors")
+    assert said_by(kohya)["ss_base_model_version"] == "sd_v1"
+    assert all(key.startswith(("lora_unet_down_", "lora_unet_mid_", "lora_unet_up_")) for key in load_file(kohya))
     before = load_file(single_file)
     save_file(
         {**before, "cond_stage_model.logit_scale": torch.ones(())}, "extra.safetensors", {"modelspec.author": "me"}
