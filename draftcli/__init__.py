@@ -1,4 +1,4 @@
-"""draftp: fine-tune Stable Diffusion XL on differentiable rewards with DRaFT+, and sample with AIG.
+"""draftp: fine-tune Stable Diffusion on differentiable rewards with DRaFT+, and sample with AIG.
 
 Importing this package is instant: the public names below load torch and diffusers only when they are first used.
 """
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from draftcli.api import anneal, evaluate, load_run, sample, train
     from draftcli.config import Config, load_config
-    from draftcli.core.draftp import SDXLDRaFTPModel
+    from draftcli.core.draftp import SDDRaFTPModel, SDXLDRaFTPModel
     from draftcli.core.grid import timesteps
     from draftcli.rewards import get_reward_model
     from draftcli.sampling.pipeline import annealed
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Config",
+    "SDDRaFTPModel",
     "SDXLDRaFTPModel",
     "anneal",
     "annealed",
@@ -40,6 +41,7 @@ _HOME = {
     "Config": "draftcli.config",
     "load_config": "draftcli.config",
     "timesteps": "draftcli.core.grid",
+    "SDDRaFTPModel": "draftcli.core.draftp",
     "SDXLDRaFTPModel": "draftcli.core.draftp",
     "annealed": "draftcli.sampling.pipeline",
     "get_reward_model": "draftcli.rewards",

@@ -88,7 +88,7 @@ def sample(
     output: StrPath | None = None,
     progress: Progress | None = None,
 ) -> DrawingResult:
-    """Draw pictures from a run, or from any SDXL with any LoRAs, as `draftp sample` does.
+    """Draw pictures from a run, or from any model with any LoRAs, as `draftp sample` does.
 
     What is there already is not drawn again.
 

@@ -47,6 +47,14 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_sd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Stable Diffusion 1.x of tests/tiny.py: read it, don't write into it."""
+    from tests.tiny import tiny_sd1
+
+    return tiny_sd1(tmp_path_factory.mktemp("tiny") / "sd1")
+
+
+@pytest.fixture(scope="session")
 def lora_run(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained run of the tiny SDXL: read it, don't write into it."""
     from tests.command import trained_run

@@ -38,8 +38,8 @@ def test_there_are_commands_to_check():
 
 
 def by_size(line: str):
-    """A dry run of SDXL works out its memory: half a minute of processor time."""
-    slow = line.startswith("draftp train") and "sdxl" in line
+    """A dry run at full size works out its memory: half a minute of processor time."""
+    slow = line.startswith("draftp train") and re.search(r"sdxl|sd15", line) is not None
     return pytest.param(line, marks=pytest.mark.slow) if slow else line
 
 

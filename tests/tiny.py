@@ -1,4 +1,5 @@
-"""A very small SDXL with random weights, as the diffusers folder that SDXL is: the same classes, the same conditioning.
+"""A very small SDXL with random weights, as the diffusers folder that SDXL is: the same classes, the same conditioning;
+and likewise a Stable Diffusion 1.x or 2.x.
 
 Random networks of this size hardly depend on what they are asked, so the prompt's way into the UNet is amplified:
 another prompt, another size or another negative prompt moves the picture by more than any tolerance of the tests.
@@ -14,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
@@ -23,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from draftcli.config import Config, ModelConfig, check_config
 from draftcli.core.backward import Forward, KeptGraph, Piece
 from draftcli.core.batch import Batch
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel, SDDRaFTPModel, SDXLDRaFTPModel
 from draftcli.core.models.family import Parts
 from draftcli.core.models.loading import load_parts
 
@@ -63,6 +72,33 @@ def make_sdxl(
     return folder
 
 
+def tiny_sd1(
+    folder: Path,
+    prediction_type: str = "epsilon",
+    rescale_betas_zero_snr: bool = False,
+    seed: int = 0,
+    version: int = 1,
+) -> Path:
+    """Write a Stable Diffusion to `folder`, 1.x or 2.x; of other networks than the SDXL of the same seed."""
+    noise = {**SDXL_SCHEDULER, "prediction_type": prediction_type, "set_alpha_to_one": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(100 + seed)
+        pipe = StableDiffusionPipeline(
+            vae=_vae(0.18215),
+            text_encoder=_text_encoder(CLIPTextModel, WIDTHS[0], "quick_gelu" if version == 1 else "gelu"),
+            tokenizer=_tokenizer(folder / "tokenizer", EOS if version == 1 else "!"),
+            unet=_unet_sd1(version),
+            scheduler=DDIMScheduler(**noise, clip_sample=False, rescale_betas_zero_snr=True)
+            if rescale_betas_zero_snr
+            else PNDMScheduler(**noise, skip_prk_steps=True),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    pipe.save_pretrained(folder)
+    return folder
+
+
 def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
     """Settings for the tiny model; `sections` are laid over these: tiny_config(path, draftp={"kl_coeff": 0})."""
     data: dict[str, dict[str, Any]] = {
@@ -77,10 +113,11 @@ def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
     return check_config(data)
 
 
-def tiny_model(folder: Path, moved: float = 0.0, **sections: dict[str, Any]) -> SDXLDRaFTPModel:
+def tiny_model(folder: Path, moved: float = 0.0, **sections: dict[str, Any]) -> DRaFTPModel:
     """The model with a reward to train for; `moved` shifts the trained weights away from the base."""
     cfg = tiny_config(folder, **sections)
-    model = SDXLDRaFTPModel(cfg, copy.deepcopy(_loaded(cfg.model, cfg.peft.peft_scheme == "none")))
+    parts = copy.deepcopy(_loaded(cfg.model, cfg.peft.peft_scheme == "none"))
+    model = {"sdxl": SDXLDRaFTPModel, "sd1": SDDRaFTPModel}[parts.family.name](cfg, parts)
     model.reward_model = prefers_red
     if moved:
         move(model, moved)
@@ -93,7 +130,7 @@ def _loaded(cfg: ModelConfig, in_full: bool) -> Parts:
     return load_parts(cfg, trained_in_full=in_full)
 
 
-def move(model: SDXLDRaFTPModel, by: float) -> None:
+def move(model: DRaFTPModel, by: float) -> None:
     """Shift the trained weights as a training would, the same way whatever the batch or the process."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -103,18 +140,18 @@ def move(model: SDXLDRaFTPModel, by: float) -> None:
 
 
 @torch.no_grad()
-def latents_at(model: SDXLDRaFTPModel, cond: Any, x: Tensor, step: int) -> Tensor:
+def latents_at(model: DRaFTPModel, cond: Any, x: Tensor, step: int) -> Tensor:
     """The latents at level `step` of the tuned network's walk from x at level 0."""
     return model.sampler.walk(model.networks.tuned(cond), x, stop=step)
 
 
-def gradient_steps(model: SDXLDRaFTPModel, cond: Any, x: Tensor, first: int) -> Forward:
+def gradient_steps(model: DRaFTPModel, cond: Any, x: Tensor, first: int) -> Forward:
     """The steps from `first` to the image from x at that level, tuned beside base, in the grad mode of the caller."""
     piece = Piece([""] * len(x), cond, model.sampler.levels(first), [x])
     return KeptGraph().forward(model.networks, piece, with_base=True)
 
 
-def rows_asked(model: SDXLDRaFTPModel, images: Batch) -> dict[bool, int]:
+def rows_asked(model: DRaFTPModel, images: Batch) -> dict[bool, int]:
     """How many rows the UNet is asked for in a training step on these images: True with gradient, False without."""
     rows = {True: 0, False: 0}
 
@@ -155,14 +192,34 @@ def _unet() -> UNet2DConditionModel:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTHS[1] + 6 * 8,
     )
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if name.endswith(("to_out.0.weight", "add_embedding.linear_2.weight", "time_emb_proj.weight")):
-                parameter.mul_(3)
+    return _amplified(unet)
+
+
+def _unet_sd1(version: int) -> UNet2DConditionModel:
+    """1.x projects by convolutions, 2.x by linear layers and with another number of heads at each level."""
+    only_in_2: dict[str, Any] = {"use_linear_projection": True, "upcast_attention": True, "attention_head_dim": (2, 4)}
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=WIDTHS[0],
+        **({"attention_head_dim": 2} if version == 1 else only_in_2),
+    )
+    return _amplified(unet)
+
+
+@torch.no_grad()
+def _amplified(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+    for name, parameter in unet.named_parameters():
+        if name.endswith(("to_out.0.weight", "add_embedding.linear_2.weight", "time_emb_proj.weight")):
+            parameter.mul_(3)
     return unet
 
 
-def _vae() -> AutoencoderKL:
+def _vae(scaling_factor: float = 0.13025) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -171,11 +228,11 @@ def _vae() -> AutoencoderKL:
         norm_num_groups=4,
         latent_channels=4,
         sample_size=64,
-        scaling_factor=0.13025,
+        scaling_factor=scaling_factor,
     )
 
 
-def _text_encoder(kind: Any, width: int) -> Any:
+def _text_encoder(kind: Any, width: int, activation: str | None = None) -> Any:
     vocabulary = _vocabulary()
     config = CLIPTextConfig(
         vocab_size=len(vocabulary),
@@ -185,7 +242,7 @@ def _text_encoder(kind: Any, width: int) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=77,
-        hidden_act="quick_gelu" if kind is CLIPTextModel else "gelu",
+        hidden_act=activation or ("quick_gelu" if kind is CLIPTextModel else "gelu"),
         bos_token_id=vocabulary[BOS],
         eos_token_id=vocabulary[EOS],
         pad_token_id=vocabulary[EOS],

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from draftcli.core.lora.adapters import DEFAULT_TARGETS
 from draftcli.core.lora.files import Lora, Update
+from draftcli.core.models.family import find_family
 from draftcli.core.models.meta import modules_on_meta
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.core.models.sdxl import SDXL_CONFIG
@@ -68,10 +69,11 @@ def random_lora(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> Lora:
 def write_files(folder: Path) -> None:
     """Both LoRAs in both namings."""
     folder.mkdir(parents=True, exist_ok=True)
-    everything = sdxl_shapes()
+    everything, family = sdxl_shapes(), find_family()
     default = {m: s for m, s in everything["unet"].items() if any(m.endswith(f".{t}") for t in DEFAULT_TARGETS)}
     for name, shapes in (("default", {"unet": default}), ("all", everything)):
-        changes, lineage = Changes([random_lora(shapes)]), Lineage(name)
+        changes = Changes([random_lora(shapes)])
+        lineage = Lineage(name, family, family.edition(everything["unet"], None))
         job = MergeJob(None, changes, everything, lineage, None, None, 0, lambda _: nullcontext(lambda _: None))
         for kind, ending in ((KohyaLora, "kohya"), (DiffusersLora, "diffusers")):
             kind(job).write(folder / f"{name}-{ending}.safetensors")

@@ -173,7 +173,7 @@ def with_drawing_options(command: Callable[..., None]) -> Callable[..., None]:
 
 @with_drawing_options
 def sample(options: DrawingOptions) -> None:
-    """Generate images with a run, or with any SDXL and LoRAs. Existing images are kept; only missing ones are made.
+    """Generate images with a run, or with any model and LoRAs. Existing images are kept; only missing ones are made.
 
     **Examples**
 

@@ -85,7 +85,7 @@ def train(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune an SDXL on differentiable rewards with DRaFT+. Run the same command again to resume.
+    """Fine-tune Stable Diffusion on differentiable rewards with DRaFT+. Run the same command again to resume.
 
     **Examples**
 

@@ -15,12 +15,15 @@ from draftcli.errors import brief
 
 
 class ModelConfig(Section):
-    """Which SDXL, where and in which precision."""
+    """Which model, where and in which precision."""
 
     pretrained: Annotated[LocalPath, Field(min_length=1)] = "toy"
     """Diffusers folder, hub id, single .safetensors file, or `toy`."""
+    family: Literal["auto", "sdxl", "sd1"] = "auto"
+    """sdxl: Stable Diffusion XL; sd1: Stable Diffusion 1.x and 2.x; auto: what the model's own files tell."""
     config: LocalPath | None = None
-    """Folder or hub id with configuration and tokenizers for a single file; default the hub's SDXL base."""
+    """Folder or hub id with configuration and tokenizers for a single file; default that of the family's
+    base on the hub."""
     vae: LocalPath | None = None
     """Another VAE: diffusers folder, hub id or .safetensors."""
     variant: str | None = None

@@ -1,4 +1,4 @@
-"""DRaFT+ for Stable Diffusion XL. The file to read first.
+"""DRaFT+ for Stable Diffusion. The file to read first.
 
 What each method adds:
 
@@ -13,8 +13,8 @@ What each method adds:
    (core/annealing.py).
 
 `training_step` is the algorithm. What it stands on: denoise.py (the one loop), gradient/ (which steps carry gradient),
-backward.py (their gradient in two stages), penalty.py (the loss). SDXLDRaFTPModel keeps the public names of the system
-it descends from (NeMo-Aligner's MegatronSDXLDRaFTPModel) on the same pieces.
+backward.py (their gradient in two stages), penalty.py (the loss). SDXLDRaFTPModel and SDDRaFTPModel keep the public
+names of the system they descend from (NeMo-Aligner's MegatronSDXLDRaFTPModel and MegatronSDDRaFTPModel).
 
 Names: `tuned` and `base`, always. Shape legend: B images, K gradient steps, N sampler steps, C latent channels,
 H W latent size. Images are float in [0, 1], NCHW, except where `generate` and `annealed_guidance` return [0, 255], the
@@ -42,6 +42,7 @@ from draftcli.core.gradient.last_k import LastK
 from draftcli.core.gradient.mode import GradientMode, check_sampler, make_mode
 from draftcli.core.lora.files import Lora
 from draftcli.core.models.family import Conditioning, Parts
+from draftcli.core.models.recognition import family_of
 from draftcli.core.models.size_keys import size_keys
 from draftcli.core.networks import Networks, RewardFunction
 from draftcli.core.one_backward import LossFunction, Metrics, as_metrics, images_and_loss, one_backward
@@ -120,10 +121,11 @@ class StepFigures:
         return as_metrics(loss, reward, kl)
 
 
-class SDXLDRaFTPModel:
-    """An SDXL being tuned, its frozen base, and the reward it is tuned for.
+class DRaFTPModel:
+    """A model being tuned, its frozen base, and the reward it is tuned for.
 
     Attributes:
+        kind: name of the only family that it takes; None: any.
         networks: tuned and base on this machine.
         sampler: the run's N steps.
         reward_model: assign before training: `reward_model(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`.
@@ -136,8 +138,10 @@ class SDXLDRaFTPModel:
         loss: an objective of one's own, as `get_forward_output_and_loss_func` returns it, for get_loss_and_metrics.
 
     Raises:
-        InputError: the model cannot be loaded, or the settings do not fit it.
+        InputError: the model cannot be loaded, is of another family, or the settings do not fit it.
     """
+
+    kind: str | None = None
 
     def __init_subclass__(cls) -> None:
         if "get_forward_output_and_loss_func" in vars(cls):
@@ -152,6 +156,9 @@ class SDXLDRaFTPModel:
     ) -> None:
         if loras is None and (problem := next(conflicts(cfg), None)) is not None:
             raise InputError(problem)
+        family = family_of(cfg.model, fetch=True) if parts is None else parts.family
+        if self.kind not in (None, family.name):
+            raise InputError(f"{type(self).__name__} is for the family {self.kind}, and this model is {family.title}")
         self.cfg, self.loss = cfg, loss
         self.networks = PlacedNetworks(cfg, parts, loras)
         self.sampler = Sampler.named(cfg.sampling.sampler, self.networks.schedule, cfg.sampling.s_churn)
@@ -220,10 +227,6 @@ class SDXLDRaFTPModel:
         self.networks.split()
 
     # ------------------------------------------------------------------------------------- what goes in, what comes out
-
-    def append_sdxl_size_keys(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
-        """Size conditioning for pictures of `size` (height, width), default the run's; each key (B, 2) int64."""
-        return size_keys(len(prompts), *(size or self._size))
 
     def encode(self, batch: Batch) -> Conditioning:
         """What the UNet gets for [unconditional ; conditional], on its device and in its dtype."""
@@ -308,9 +311,7 @@ class SDXLDRaFTPModel:
             that the mode cuts a batch into; in validation the batch's own, with the penalty over the last K steps.
         """
 
-        def forward(
-            data_iterator: Iterator[Batch | Sequence[str]], model: SDXLDRaFTPModel
-        ) -> tuple[Tensor, LossFunction]:
+        def forward(data_iterator: Iterator[Batch | Sequence[str]], model: DRaFTPModel) -> tuple[Tensor, LossFunction]:
             batch = model.as_batch(next(data_iterator), training=not validation_step)
             mode = model._last_steps() if validation_step else model.mode
             pieces = model._pieces(mode, batch, model.initial_noise(batch), training=not validation_step)
@@ -367,3 +368,19 @@ class SDXLDRaFTPModel:
         """The batch, of the size that the noise has."""
         factor = self.networks.factor
         return replace(self.as_batch(batch), size=(x_T.shape[-2] * factor, x_T.shape[-1] * factor))
+
+
+class SDXLDRaFTPModel(DRaFTPModel):
+    """The model where it is an SDXL."""
+
+    kind = "sdxl"
+
+    def append_sdxl_size_keys(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> dict[str, Tensor]:
+        """Size conditioning for pictures of `size` (height, width), default the run's; each key (B, 2) int64."""
+        return size_keys(len(prompts), *(size or self._size))
+
+
+class SDDRaFTPModel(DRaFTPModel):
+    """The model where it is a Stable Diffusion 1.x or 2.x."""
+
+    kind = "sd1"

@@ -19,6 +19,11 @@ _ENTRIES = {
         "Podell, Dustin and English, Zion and Lacey, Kyle and Blattmann, Andreas and Dockhorn, Tim and others",
         "2024", "2307.01952",
     ),
+    "sd1": (
+        "rombach2022ldm", "High-Resolution Image Synthesis with Latent Diffusion Models",
+        "Rombach, Robin and Blattmann, Andreas and Lorenz, Dominik and Esser, Patrick and Ommer, Bj{\\\"o}rn",
+        "2022", "2112.10752",
+    ),
     "pickscore": (
         "kirstain2023pickapic", "Pick-a-Pic: An Open Dataset of User Preferences for Text-to-Image Generation",
         "Kirstain, Yuval and Polyak, Adam and Singer, Uriel and Matiana, Shahbuland and Penna, Joe and Levy, Omer",
@@ -50,7 +55,9 @@ _ENTRIES = {
 _ALSO = {"hpsv2_1": "hpsv2"}  # rewards of the same paper
 
 
-def bibtex(rewards: Collection[str], features: str, trained: bool, annealed: bool, sdxl: bool) -> str:
+def bibtex(
+    rewards: Collection[str], features: str, trained: bool, annealed: bool, families: Collection[str] = ()
+) -> str:
     """The entries of what was used.
 
     Args:
@@ -58,10 +65,10 @@ def bibtex(rewards: Collection[str], features: str, trained: bool, annealed: boo
         features: name of the features of diversity.
         trained: whether a column comes from a run of draftp.
         annealed: whether a column is a blend of base and tuned network.
-        sdxl: whether images come from a model of SDXL's family.
+        families: names of the families whose models images come from.
     """
     used = {_ALSO.get(name, name) for name in rewards} | {features.partition(",")[0].partition("=")[0], "vendi"}
-    used |= {name for name, is_used in (("draft", trained), ("aig", annealed), ("sdxl", sdxl)) if is_used}
+    used |= {name for name, is_used in (("draft", trained), ("aig", annealed)) if is_used} | {*families}
     return "\n\n".join(_entry(*fields) for name, fields in _ENTRIES.items() if name in used) + "\n"
 
 

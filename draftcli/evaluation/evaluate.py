@@ -14,10 +14,11 @@ from rich.console import Console
 
 from draftcli import __version__
 from draftcli.config import RewardSource
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks, open_ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.models.places import BUILT_IN, unread_prompts
+from draftcli.core.models.recognition import family_of
 from draftcli.errors import InputError, warn
 from draftcli.evaluation.citations import bibtex
 from draftcli.evaluation.compare import ColumnComparison, compare
@@ -191,7 +192,7 @@ def _draw(
 
 def _draw_column(
     request: Request,
-    model: SDXLDRaFTPModel,
+    model: DRaFTPModel,
     loras: Sequence[NamedLora],
     column: Column,
     pictures: Sequence[Picture],
@@ -277,5 +278,6 @@ def _versions() -> str:
 
 
 def _bibtex(request: Request, sources: Sequence[DrawingSource], judges: Judges) -> str:
-    in_sdxl = any(source.cfg.model.pretrained not in BUILT_IN for source in sources)
-    return bibtex(judges.rewards, judges.features.name, bool(sources), bool(sources and request.weights), in_sdxl)
+    models = [source.cfg.model for source in sources if source.cfg.model.pretrained not in BUILT_IN]
+    families = {family_of(model).name for model in models}
+    return bibtex(judges.rewards, judges.features.name, bool(sources), bool(sources and request.weights), families)

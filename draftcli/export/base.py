@@ -9,15 +9,16 @@ from typing import get_args
 
 from draftcli.core.guidance import Prediction
 from draftcli.core.lora.files import LORA_PARTS, Shapes
-from draftcli.core.models.family import find_family
+from draftcli.core.models.family import Family
 from draftcli.core.models.loading import (
     checked_file,
     local_folder,
     model_path,
     single_file_prediction,
 )
-from draftcli.core.models.meta import PARTS, modules_on_meta, read_json
+from draftcli.core.models.meta import modules_on_meta, read_json
 from draftcli.core.models.original_layout import Original, original_shape
+from draftcli.core.models.recognition import family_of_file, family_of_folder
 from draftcli.core.models.single_file import check_networks
 from draftcli.core.models.weight_files import clean_key, weight_files
 from draftcli.errors import InputError, brief
@@ -29,12 +30,14 @@ class ModelLocation:
     """Where a whole model is, as diffusers' loaders want to know it.
 
     Attributes:
+        family: of the model.
         path: a diffusers folder, or a single file.
         config: folder with the parts' config.json; for a single file, another model's or the packaged one.
         single_file: which of the two it is.
         variant: which weight files of a folder, such as fp16.
     """
 
+    family: Family
     path: Path
     config: Path
     single_file: bool
@@ -43,7 +46,7 @@ class ModelLocation:
 
 @dataclass
 class Base:
-    """A whole SDXL on disk.
+    """A whole model on disk.
 
     Attributes:
         name: as the user gave it.
@@ -63,14 +66,19 @@ class Base:
     layout: list[Original] = field(default_factory=list)
     extra: dict[str, StoredTensor] = field(default_factory=dict)
 
+    @property
+    def family(self) -> Family:
+        """Of the model."""
+        return self.location.family
+
     def shapes(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Shapes of the weights that a LoRA can change, by part and module: what `read_lora` asks for."""
         return _layers({part: {key: t.shape for key, t in tensors.items()} for part, tensors in self.tensors.items()})
 
 
-def family_shapes() -> dict[str, dict[str, tuple[int, ...]]]:
-    """The same of SDXL itself, from its configuration alone."""
-    return _layers(_expected(find_family().config_folder))
+def family_shapes(family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The same of the model that a family is known by, from its configuration alone."""
+    return _layers(_expected(family.config_folder, family))
 
 
 def _layers(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -82,6 +90,7 @@ def _layers(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
             if key.endswith(".weight") and len(shape) in (2, 4)
         }
         for part in LORA_PARTS
+        if part in shapes
     }
 
 
@@ -90,27 +99,28 @@ def open_base(pretrained: str, config: str | None = None, variant: str | None = 
 
     Args:
         pretrained: diffusers folder, hub id, single .safetensors, or a built-in name.
-        config: for a single file, folder with configuration (and, for --format diffusers, tokenizers) of an SDXL of
-            its shape; default SDXL's own.
+        config: for a single file, folder with configuration (and, for --format diffusers, tokenizers) of a model of
+            its shape; default that of the model that its family is known by.
         variant: which files of a folder, such as fp16.
 
     Raises:
-        InputError: nothing is there, it is not an SDXL, it is damaged or incomplete.
+        InputError: nothing is there, it is of no family that we know, it is damaged or incomplete.
     """
     source = model_path(pretrained)
     if source.endswith((".safetensors", ".ckpt")):
         return _open_single_file(pretrained, Path(checked_file(source, "--base")), config)
     folder = local_folder(source, variant, "--base")
-    tensors = {part: _part_of_folder(folder, part, variant) for part in PARTS}
-    expected = _expected(folder)
-    for part in PARTS:
+    family = family_of_folder(folder)
+    tensors = {part: _part_of_folder(folder, part, variant) for part in family.networks}
+    expected = _expected(folder, family)
+    for part in family.networks:
         if missing := sorted(expected[part].keys() - tensors[part].keys()):
             raise InputError(f"{folder}: {len(missing)} tensors of {part} are missing, the first is {missing[0]}")
         if odd := sorted(key for key in expected[part] if tensors[part][key].shape != expected[part][key]):
             raise InputError(f"{folder}: {odd[0]} of {part} has another shape than its config.json says")
         # Left-overs that no program reads, such as position_ids, have no place in other layouts.
         tensors[part] = {key: stored for key, stored in tensors[part].items() if key in expected[part]}
-    return Base(pretrained, ModelLocation(folder, folder, False, variant), tensors, *_scheduled(folder))
+    return Base(pretrained, ModelLocation(family, folder, folder, False, variant), tensors, *_scheduled(folder))
 
 
 def _scheduled(folder: Path) -> tuple[str, bool]:
@@ -124,25 +134,26 @@ def _scheduled(folder: Path) -> tuple[str, bool]:
 
 
 def _open_single_file(name: str, file: Path, config: str | None) -> Base:
-    folder = Path(model_path(config)) if config else find_family().config_folder
+    family = family_of_file(file)
+    folder = Path(model_path(config)) if config else family.config_folder
     if not folder.is_dir():
-        raise InputError(f"--config {config}: there is no such folder; give a local diffusers folder of an SDXL")
-    check_networks(file, PARTS, "--base")
+        raise InputError(f"--config {config}: there is no such folder; give a local diffusers folder of {family.title}")
+    check_networks(file, tuple(family.networks), "--base", family)
     held = stored_tensors(file)
-    expected, layout = _expected(folder), []
-    tensors: dict[str, dict[str, StoredTensor]] = {part: {} for part in PARTS}
-    for part in PARTS:
-        originals = find_family().original_layout(part, expected[part])
+    expected, layout = _expected(folder, family), []
+    tensors: dict[str, dict[str, StoredTensor]] = {part: {} for part in family.networks}
+    for part in family.networks:
+        originals = family.original_layout(part, expected[part])
         if missing := [o.key for o in originals if o.key not in held]:
             raise InputError(
                 f"{file}: {len(missing)} of the {len(originals)} tensors of {part} are missing, the first is "
-                f"{missing[0]}; it is no whole SDXL checkpoint, or --config ({folder}) has another shape"
+                f"{missing[0]}; it is no whole checkpoint of {family.title}, or --config ({folder}) has another shape"
             )
         for original in originals:
             stored, shape = held[original.key], original_shape(original, expected[part])
             if stored.shape != shape:
                 raise InputError(
-                    f"{file}: {original.key} is {stored.shape}, an SDXL with the configuration of {folder} has {shape}"
+                    f"{file}: {original.key} is {stored.shape}, and by the configuration of {folder} it is {shape}"
                 )
             tensors[part] |= _split(stored, original, expected[part])
         layout += originals
@@ -150,7 +161,7 @@ def _open_single_file(name: str, file: Path, config: str | None) -> Base:
     (prediction, zero_snr), scheduled = single_file_prediction(file), _scheduled(folder)
     prediction, zero_snr = prediction or scheduled[0], scheduled[1] if zero_snr is None else zero_snr
     extra = {key: stored for key, stored in held.items() if key not in known}
-    return Base(name, ModelLocation(file, folder, True), tensors, prediction, zero_snr, layout, extra)
+    return Base(name, ModelLocation(family, file, folder, True), tensors, prediction, zero_snr, layout, extra)
 
 
 def _split(stored: StoredTensor, original: Original, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredTensor]:
@@ -170,9 +181,9 @@ def _part_of_folder(folder: Path, part: str, variant: str | None) -> dict[str, S
     return {clean_key(part, key): stored for key, stored in held.items()}
 
 
-def _expected(config: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+def _expected(config: Path, family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
     """Every tensor that the configuration wants, with its shape."""
     return {
         part: {clean_key(part, key): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        for part, module in modules_on_meta(config).items()
+        for part, module in modules_on_meta(config, family).items()
     }

@@ -8,11 +8,11 @@ from pathlib import Path
 import huggingface_hub
 import yaml
 
-from draftcli.core.models.family import find_family
-from draftcli.core.models.places import BUILT_IN
+from draftcli.core.models.family import Family, find_family
+from draftcli.core.models.places import BUILT_IN, card_base
 from draftcli.errors import DraftpError, first_line
 from draftcli.export.formats import OUTPUT_FORMATS
-from draftcli.export.report import NO_BASE, MergeReport
+from draftcli.export.report import MergeReport
 
 
 def merge_card(report: MergeReport, where: str) -> str:
@@ -23,10 +23,15 @@ def merge_card(report: MergeReport, where: str) -> str:
         where: file or folder name that the loading example uses.
     """
     kind = OUTPUT_FORMATS[report.format]
-    family = find_family()
+    family = find_family(report.family)
     tags = [family.tag, "text-to-image", *(["lora"] if kind.is_lora else [])]
-    base = family.hub_base if report.base == NO_BASE else report.base
-    head = {"base_model": base, "library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
+    base = report.base or family.hub_base
+    head = {
+        **card_base(base, is_lora=kind.is_lora),
+        "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
+        "tags": tags,
+    }
     return "\n".join(
         [
             "---",
@@ -35,12 +40,12 @@ def merge_card(report: MergeReport, where: str) -> str:
             "",
             f"# {report.title}",
             "",
-            f"{kind.programs} Made by draftp {report.draftp} from {report.base} and:",
+            f"{kind.programs} Made by draftp {report.draftp} from {report.origin} and:",
             "",
             *(f"- {item.name} (scale {item.scale:g})" for item in report.inputs),
             "",
             "```python",
-            opening(report.format, where, base),
+            opening(report.format, where, base, family),
             "```",
             "",
             "Checked when it was written:",
@@ -51,15 +56,16 @@ def merge_card(report: MergeReport, where: str) -> str:
     )
 
 
-def opening(kind: str, where: str, base: str) -> str:
+def opening(kind: str, where: str, base: str, family: Family) -> str:
     """Python that opens the result as `pipe` of diffusers.
 
     Args:
         kind: a name in OUTPUT_FORMATS.
         where: the result: path, or repository on the hub.
         base: the model that a LoRA is put on: folder, hub id, single file, or a built-in name.
+        family: of that model.
     """
-    pipeline = find_family().pipeline
+    pipeline = family.pipeline
     lines = [
         f"from diffusers import {pipeline}",
         "",

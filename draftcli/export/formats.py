@@ -21,7 +21,7 @@ from torch import Tensor
 from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.lora.files import Lora, Shapes
 from draftcli.core.lora.reading import read_lora
-from draftcli.core.models.meta import PARTS
+from draftcli.core.models.family import Family
 from draftcli.core.models.weight_files import clean_key
 from draftcli.errors import DraftpError, InputError, warn
 from draftcli.export import verify
@@ -67,6 +67,11 @@ class MergeJob:
     rank: int | None
     shard_size: int
     progress: Callable[[int], AbstractContextManager[Wrote]]
+
+    @property
+    def family(self) -> Family:
+        """Of the model that the result is, or is for."""
+        return self.lineage.family
 
 
 class OutputFormat(ABC):
@@ -196,12 +201,12 @@ class DiffusersFolder(ModelFormat):
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By `part.key`, in our own naming of keys."""
-        parts = ((part, entry) for part in PARTS for entry in self.merger.entries(part))
+        parts = ((part, entry) for part in self.job.family.networks for entry in self.merger.entries(part))
         return {f"{part}.{clean_key(part, entry.key)}": entry for part, entry in parts}
 
     def found(self, target: Path) -> verify.Tensors:
         """All its files of weights."""
-        return verify.tensors_of_folder(target)
+        return verify.tensors_of_folder(target, self.job.family)
 
     def stream(self, target: Path, wrote: Wrote) -> None:
         """Shards, and everything but the weights copied from the base."""
@@ -209,7 +214,7 @@ class DiffusersFolder(ModelFormat):
 
     def location(self, target: Path) -> ModelLocation:
         """The folder."""
-        return ModelLocation(target, self.base.location.config, single_file=False)
+        return ModelLocation(self.job.family, target, self.base.location.config, single_file=False)
 
 
 class SingleFile(ModelFormat):
@@ -246,7 +251,7 @@ class SingleFile(ModelFormat):
 
     def location(self, target: Path) -> ModelLocation:
         """The file, with the base's configuration."""
-        return ModelLocation(target, self.base.location.config, single_file=True)
+        return ModelLocation(self.job.family, target, self.base.location.config, single_file=True)
 
 
 class LoraFormat(OutputFormat):
@@ -329,7 +334,7 @@ class KohyaLora(LoraFormat):
 
     def tensors(self) -> Mapping[str, Tensor]:
         """lora_unet_….lora_down.weight, lora_up.weight and alpha."""
-        return kohya_tensors(self.lora, self.job.shapes["unet"])
+        return kohya_tensors(self.lora, self.job.shapes["unet"], self.job.family)
 
     def metadata(self) -> dict[str, str]:
         """kohya's own, and modelspec's."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from draftcli.config import Config, load_config
 from draftcli.core.lora.files import Lora, Shapes, refuse_stacked_dora
 from draftcli.core.lora.reading import read_lora
-from draftcli.core.models.family import find_family
+from draftcli.core.models.family import Family
 from draftcli.core.models.places import base_lora
 from draftcli.errors import InputError
 from draftcli.export.arguments import parse_input
@@ -168,13 +168,16 @@ def read_base_loras(texts: Sequence[str], changes: Changes, shapes: Shapes, *, o
     refuse_stacked_dora(changes.loras)
 
 
-def read_changes(inputs: Sequence[MergeInput], base: Base | None, shapes: Shapes, scale: float) -> Changes:
+def read_changes(
+    inputs: Sequence[MergeInput], base: Base | None, family: Family, shapes: Shapes, scale: float
+) -> Changes:
     """Read every input for the base.
 
     Args:
         inputs: at most one of them trained in full.
         base: needed where one is.
-        shapes: of the base's weights.
+        family: of the base, or without one that which the inputs are for.
+        shapes: of its weights.
         scale: multiplies every input's own.
 
     Raises:
@@ -187,8 +190,8 @@ def read_changes(inputs: Sequence[MergeInput], base: Base | None, shapes: Shapes
             raise InputError(f"{source.text}: with the scale 0 it would change nothing; leave it out")
         if not source.in_full:
             lora = read_lora(source.path, shapes)
-            config = base.location.config if base is not None else find_family().config_folder
-            changes.readings.append(compare_reading(source.path, lora, config))
+            config = base.location.config if base is not None else family.config_folder
+            changes.readings.append(compare_reading(source.path, lora, config, family))
             changes.loras.append(lora.scaled(scale * source.scale))
             continue
         if changes.full:

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 
 from draftcli.core.lora.files import Lora
-from draftcli.core.models.family import find_family
-from draftcli.core.models.original_names import original_unet_names
+from draftcli.core.models.family import Family
 from draftcli.errors import InputError
 from draftcli.export.lineage import Lineage
 from draftcli.export.tensors import PlannedTensor, header_bytes, tensor_bytes, times
 
-KOHYA_PREFIX = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
-# Modules outside the blocks, which sd-scripts never trains. Each has a name in the original layout all the same.
+# Modules outside the blocks, which sd-scripts never trains. Other programs have a name for each all the same.
 _OUTSIDE_SD_SCRIPTS = {
     "unet": ("conv_in", "conv_out", "time_embedding.", "add_embedding."),
     "text_encoder_2": ("text_projection",),
@@ -25,24 +23,24 @@ _OUTSIDE_SD_SCRIPTS = {
 _LEGACY_WINDOW = (0x100000, 0x110000)  # the bytes of a file that the older of kohya's two hashes is of
 
 
-def kohya_tensors(lora: Lora, unet_modules: Iterable[str]) -> dict[str, Tensor]:
-    """A LoRA by kohya's names, which need those of all modules of the UNet.
+def kohya_tensors(lora: Lora, unet_modules: Iterable[str], family: Family) -> dict[str, Tensor]:
+    """A LoRA by kohya's names for a family, which need those of all modules of the UNet.
 
     Scales are multiplied into B so that all layers have one alpha: diffusers 0.42 loses the alphas of attention layers
     where they differ.
 
     Raises:
-        InputError: it changes a module that the original layout does not have.
+        InputError: it changes a module that kohya's naming has no name for.
     """
     alpha = largest_rank(lora)
-    names = original_unet_names(unet_modules)
+    names = family.kohya_unet_names(unet_modules)
     if unknown := sorted(lora.parts.get("unet", {}).keys() - names.keys()):
         raise InputError(
             f"{_listed(unknown)} of the UNet: kohya's naming has no name for these modules; take --format lora"
         )
     tensors: dict[str, Tensor] = {}
     for part, module, update in lora.updates():
-        stem = KOHYA_PREFIX[part] + (names[module] if part == "unet" else module).replace(".", "_")
+        stem = family.kohya_prefixes[part] + (names[module] if part == "unet" else module).replace(".", "_")
         tensors[f"{stem}.alpha"] = torch.tensor(float(alpha))
         tensors[f"{stem}.lora_down.weight"] = update.down
         tensors[f"{stem}.lora_up.weight"] = times(update.up, update.scale * update.rank / alpha)
@@ -76,6 +74,7 @@ def ignored_by_kohya(modules: Mapping[str, Iterable[str]]) -> str | None:
 
 def kohya_metadata(lora: Lora, lineage: Lineage) -> dict[str, str]:
     """kohya's own metadata, as far as it is known here."""
+    edition = lineage.edition
     ranks = {update.rank for _, _, update in lora.updates()}
     known = {
         "ss_output_name": lineage.title,
@@ -87,8 +86,8 @@ def kohya_metadata(lora: Lora, lineage: Lineage) -> dict[str, str]:
         "ss_network_module": "networks.lora",
         "ss_network_dim": next(iter(ranks)) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": float(largest_rank(lora)),
-        "ss_base_model_version": find_family().kohya_version,
-        "ss_v2": False,
+        "ss_base_model_version": edition.kohya_version,
+        "ss_v2": edition.v2,
     }
     return {key: str(value) for key, value in known.items() if value is not None}
 

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from draftcli import __version__
 from draftcli.config import Config
-from draftcli.core.models.family import find_family
+from draftcli.core.lora.files import Shapes
+from draftcli.core.models.family import Edition, Family
 from draftcli.core.models.meta import read_json
+from draftcli.core.models.original_layout import ORIGINAL_CODE
 from draftcli.export.base import Base
 from draftcli.export.inputs import MergeInput
 from draftcli.export.tensors import file_metadata
@@ -24,6 +26,8 @@ class Lineage:
 
     Attributes:
         title: what people call them: the name of the run, or of the output.
+        family: of the model that they are, or are for.
+        edition: what metadata call that model.
         base: the model that they were trained on or merged into, as its owner gave it; of a path, its last part.
         merged_from: the LoRAs and runs that were merged; empty: the weights were trained.
         prediction: epsilon, v_prediction or sample, for which other programs have no name.
@@ -35,6 +39,8 @@ class Lineage:
     """
 
     title: str
+    family: Family
+    edition: Edition
     base: str | None = None
     merged_from: tuple[str, ...] = ()
     prediction: str | None = None
@@ -47,11 +53,11 @@ class Lineage:
 
 def modelspec(lineage: Lineage, *, lora: bool = False) -> dict[str, str]:
     """The metadata by which programs recognise what a file is (https://github.com/Stability-AI/ModelSpec)."""
-    predictions = {"epsilon": "epsilon", "v_prediction": "v"}
+    predictions, edition = {"epsilon": "epsilon", "v_prediction": "v"}, lineage.edition
     known = {
         "sai_model_spec": "1.0.0",
-        "architecture": find_family().architecture + ("/lora" if lora else ""),
-        "implementation": "https://github.com/Stability-AI/generative-models",
+        "architecture": edition.architecture + ("/lora" if lora else ""),
+        "implementation": edition.lora_implementation if lora else ORIGINAL_CODE,
         "title": lineage.title,
         "description": describe_training(lineage) + f"made by draftp {__version__}",
         "date": lineage.date and lineage.date.strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -62,16 +68,29 @@ def modelspec(lineage: Lineage, *, lora: bool = False) -> dict[str, str]:
     return {f"modelspec.{key}": value for key, value in known.items() if value}
 
 
-def lineage_of_merge(title: str, inputs: Sequence[MergeInput], base: Base | None) -> Lineage:
-    """What is known of the result of a merge. The runs among its inputs know most; the date is that of the newest."""
+def lineage_of_merge(
+    title: str, inputs: Sequence[MergeInput], base: Base | None, family: Family, shapes: Shapes
+) -> Lineage:
+    """What is known of the result of a merge. The runs among its inputs know most; the date is that of the newest.
+
+    Args:
+        title: of the result.
+        inputs: what was merged.
+        base: the model merged into; None: there is none.
+        family: of it, or of the model that the inputs are for.
+        shapes: of the weights of that model, by network and module.
+    """
+    prediction = base.prediction if base else None
     settings = [i.cfg for i in inputs if i.cfg]
     return Lineage(
         title,
+        family,
+        family.edition(shapes["unet"], prediction),
         base=short_name(base.name) if base else None,
         merged_from=tuple(i.text for i in inputs),
-        prediction=base.prediction if base else None,
+        prediction=prediction,
         zero_terminal_snr=base is not None and base.zero_terminal_snr,
-        resolution=trained_resolution(settings[0]) if settings else native_resolution(base),
+        resolution=trained_resolution(settings[0]) if settings else native_resolution(base, family),
         steps=steps_taken(inputs[0].path) if len(inputs) == 1 else None,
         rewards=tuple(settings[0].rewards) if len(inputs) == 1 and settings else (),
         date=max((date_of(i.path) for i in inputs), default=None),
@@ -96,12 +115,12 @@ def trained_resolution(cfg: Config) -> tuple[int, int]:
     return cfg.sampling.width, cfg.sampling.height
 
 
-def native_resolution(base: Base | None) -> tuple[int, int] | None:
+def native_resolution(base: Base | None, family: Family) -> tuple[int, int] | None:
     """(width, height) that a model is for, as its file says or else its configuration; without a model the family's."""
     said = file_metadata(base.location.path) if base and base.location.single_file else {}
     if match := re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", said.get("modelspec.resolution", "")):
         return int(match[1]), int(match[2])
-    config = base.location.config if base else find_family().config_folder
+    config = base.location.config if base else family.config_folder
     latent = read_json(config / "unet" / "config.json").get("sample_size")
     if not isinstance(latent, int):
         return None

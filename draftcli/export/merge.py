@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from draftcli import __version__
 from draftcli.core.lora.files import Shapes
+from draftcli.core.lora.reading import read_lora
+from draftcli.core.models.family import FAMILIES, Family, find_family
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
 from draftcli.export.arguments import check_options
@@ -23,7 +25,7 @@ from draftcli.export.card import merge_card, push_to_hub
 from draftcli.export.formats import OUTPUT_FORMATS, MergeJob, OutputFormat
 from draftcli.export.inputs import MergeInput, base_loras_of, base_of, find_inputs, read_base_loras, read_changes
 from draftcli.export.lineage import lineage_of_merge
-from draftcli.export.report import NO_BASE, REPORT, MergeReport, ReportedInput
+from draftcli.export.report import REPORT, MergeReport, ReportedInput
 from draftcli.export.tensors import Wrote, close_files
 from draftcli.runs import disk_errors
 
@@ -103,20 +105,20 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     kind = OUTPUT_FORMATS[request.format]
     inputs = find_inputs(request.inputs)
     output = _output(request.output, kind, inputs)
-    base, shapes = _base(request, kind, inputs)
+    base, family, shapes = _base(request, kind, inputs)
     _check_output(output, request.overwrite, inputs, base)
-    changes = read_changes(inputs, base, shapes, request.scale)
+    changes = read_changes(inputs, base, family, shapes, request.scale)
     if request.base is None:
         read_base_loras(base_loras_of(inputs), changes, shapes, own_alone=kind.is_lora)
     merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
-    report = MergeReport(__version__, output.stem, kind.name, base.name if base else NO_BASE, merged)
+    report = MergeReport(__version__, output.stem, kind.name, family.name, base.name if base else None, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)
-    console.print(f"{kind.name} from {report.base} and {listed}")
+    console.print(f"{kind.name} from {report.origin} and {listed}")
     job = MergeJob(
         base,
         changes,
         shapes,
-        lineage_of_merge(report.title, inputs, base),
+        lineage_of_merge(report.title, inputs, base, family, shapes),
         dtype=DTYPES[request.dtype] if request.dtype else None,
         rank=request.rank,
         shard_size=request.shard_size,
@@ -142,20 +144,37 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     return MergeResult(output, written, report.checks, url)
 
 
-def _base(request: MergeRequest, kind: type[OutputFormat], inputs: Sequence[MergeInput]) -> tuple[Base | None, Shapes]:
-    """The base, and the shapes of its weights. Formats that need no base can do with SDXL's shapes alone."""
+def _base(
+    request: MergeRequest, kind: type[OutputFormat], inputs: Sequence[MergeInput]
+) -> tuple[Base | None, Family, Shapes]:
+    """The base, its family and the shapes of its weights. Formats that need no base can do with a family's shapes."""
     found = (request.base, request.config, request.variant) if request.base else base_of(inputs)
     if found is None:
         if kind.needs_base:
             raise InputError(f"--format {kind.name} needs the model to merge into: give --base MODEL")
+        family, shapes = _family_of_inputs(inputs)
         if request.verify == "forward":
-            warnings.warn("without --base only the keys are checked, against SDXL's configuration", stacklevel=3)
-        return None, family_shapes()
+            warnings.warn(
+                f"without --base only the keys are checked, against {family.short}'s configuration", stacklevel=3
+            )
+        return None, family, shapes
     pretrained, config, variant = found
     base = open_base(pretrained, request.config or config, request.variant or variant)
     if not request.base:
         _predicts_as_trained(base, inputs)
-    return base, base.shapes()
+    return base, base.family, base.shapes()
+
+
+def _family_of_inputs(inputs: Sequence[MergeInput]) -> tuple[Family, Shapes]:
+    """The first family whose model the first LoRA fits, with the shapes of that model's weights; else SDXL, for which
+    it is then refused.
+    """
+    for family in map(find_family, FAMILIES):
+        shapes = family_shapes(family)
+        with suppress(InputError), warnings.catch_warnings(action="ignore"):  # it is read again
+            read_lora(inputs[0].path, shapes)
+            return family, shapes
+    return find_family(), family_shapes(find_family())
 
 
 def _predicts_as_trained(base: Base, inputs: Sequence[MergeInput]) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 
+from draftcli.core.models.family import find_family
 from draftcli.export.compress import Loss
 from draftcli.export.verify import Comparison
 
 REPORT = "draftp-merge.json"
-NO_BASE = "SDXL's configuration"  # stands for the base where a LoRA was merged without one
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class MergeReport:
         draftp: the version that wrote it.
         title: the output's name without its ending.
         format: as --format takes it.
-        base: the model merged into, as the user gave it, or NO_BASE.
+        family: of the model that it is, or is for.
+        base: the model merged into, as the user gave it; None: LoRAs were merged without one.
         inputs: what was merged.
         figures: of the result.
         verification: outputs of the result's networks beside those that were wanted; None: not compared.
@@ -62,11 +63,17 @@ class MergeReport:
     draftp: str
     title: str
     format: str
-    base: str
+    family: str
+    base: str | None
     inputs: list[ReportedInput]
     figures: MergeFigures = MergeFigures()
     verification: list[Comparison] | None = None
     checks: list[str] = field(default_factory=list)
+
+    @property
+    def origin(self) -> str:
+        """What the inputs were merged with, for people."""
+        return self.base or f"{find_family(self.family).short}'s configuration"
 
     def to_json(self) -> str:
         """The text of draftp-merge.json; what does not apply to the format is left out."""

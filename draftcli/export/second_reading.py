@@ -25,27 +25,27 @@ from torch import Tensor, nn
 from draftcli.core.lora.files import LORA_PARTS, Lora, Update
 from draftcli.core.lora.naming import PEFT_PREFIX, sort_tensors, split_prefix
 from draftcli.core.lora.reading import PEFT_FILE, find_lora, read_tensors
-from draftcli.core.models.family import find_family
+from draftcli.core.models.family import Family
 from draftcli.core.models.meta import modules_on_meta
 from draftcli.core.models.weight_files import with_text_model
 from draftcli.errors import DraftpError, first_line
 
 _ADAPTER = "second"
 _SETTINGS = "lora_adapter_metadata"  # of peft, in the metadata of diffusers' files
-_KOHYA = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
 # By the names of the original code; diffusers before 0.39 does not take a file that has one of them.
 _OUTSIDE_BLOCKS = tuple(f"lora_unet_{name}_" for name in ("input_blocks_0", "out", "time_embed", "label_emb"))
 _DIFFUSERS = re.compile(rf"({'|'.join(LORA_PARTS)})\..*(\.lora_[AB]\.|lora\.(down|up)\.|lora_magnitude_vector)")
 _NEAR = 1e-6  # relative, of scales: quotients of the same numbers in another order
 
 
-def compare_reading(path: Path, lora: Lora, config: Path) -> str:
+def compare_reading(path: Path, lora: Lora, config: Path, family: Family) -> str:
     """See that every layer that diffusers or peft reads from a file has the same matrices and scale in `lora`.
 
     Args:
         path: the file or folder that `lora` was read from.
         lora: as it was read, with no further scale.
         config: folder with the configuration of the model that it is for.
+        family: of that model.
 
     Returns:
         how many layers could be compared, for people.
@@ -57,7 +57,7 @@ def compare_reading(path: Path, lora: Lora, config: Path) -> str:
     layers = [(part, module, update) for part, module, update in lora.updates()]
     try:
         with _quiet():
-            found = _second_reading(file, config)
+            found = _second_reading(file, config, family)
     except Exception as error:  # what other loaders make of names that they don't know is as varied as they are
         return (
             f"reading: not compared, diffusers does not read {file.name} ({type(error).__name__}: {first_line(error)})"
@@ -89,9 +89,10 @@ def _same(one: Tensor, two: Tensor) -> bool:
     return torch.equal(one.float().flatten(), two.float().flatten())
 
 
-def _second_reading(file: Path, config: Path) -> dict[tuple[str, str], Update]:
+def _second_reading(file: Path, config: Path, family: Family) -> dict[tuple[str, str], Update]:
     """By network and clean name of the module: each layer that the loaders found in the file."""
-    networks = {part: network for part, network in modules_on_meta(config).items() if part in LORA_PARTS}
+    found = modules_on_meta(config, family)
+    networks = {part: network for part, network in found.items() if part in LORA_PARTS}
     for network in networks.values():
         _hollow(network)
     tensors, metadata = read_tensors(file)
@@ -100,17 +101,17 @@ def _second_reading(file: Path, config: Path) -> dict[tuple[str, str], Update]:
         return _layers(networks)
     by_diffusers = all(_DIFFUSERS.match(key) for key in tensors)
     if by_diffusers and _SETTINGS in metadata:
-        _load(networks, str(file.parent), _ADAPTER, weight_name=file.name)
+        _load(family, networks, str(file.parent), _ADAPTER, weight_name=file.name)
         return _without_inventions(_layers(networks), tensors)
     if _SETTINGS in metadata:
         networks["unet"].load_lora_adapter(str(file.parent), weight_name=file.name, prefix=None, adapter_name=_ADAPTER)
         return _without_inventions(_layers(networks), tensors)
-    for i, state in enumerate(_alike(tensors, by_diffusers)):
-        _load(networks, state, f"{_ADAPTER}{i}")
+    for i, state in enumerate(_alike(tensors, by_diffusers, family)):
+        _load(family, networks, state, f"{_ADAPTER}{i}")
     return _without_inventions(_layers(networks), tensors)
 
 
-def _alike(tensors: Mapping[str, Tensor], by_diffusers: bool) -> list[dict[str, Tensor]]:
+def _alike(tensors: Mapping[str, Tensor], by_diffusers: bool, family: Family) -> list[dict[str, Tensor]]:
     """The layers of one alpha at a time, or of one rank where there is none; those of other programs by kohya's names.
 
     diffusers 0.42 loses the alphas of attention layers where they differ, and older ones take a wrong scale where ranks
@@ -130,7 +131,9 @@ def _alike(tensors: Mapping[str, Tensor], by_diffusers: bool) -> list[dict[str, 
         if layer.keys() - {"alpha"} != {"down", "up"}:
             continue
         _, part, name = split_prefix(module)
-        stem = _KOHYA[part] + name.replace(".", "_")
+        if part not in family.kohya_prefixes:
+            continue
+        stem = family.kohya_prefixes[part] + name.replace(".", "_")
         if "resblocks" in name or (blocks_alone and stem.startswith(_OUTSIDE_BLOCKS)):
             continue  # OpenCLIP's names, which diffusers does not know
         group |= {f"{stem}.lora_down.weight": layer["down"][1], f"{stem}.lora_up.weight": layer["up"][1]}
@@ -139,15 +142,17 @@ def _alike(tensors: Mapping[str, Tensor], by_diffusers: bool) -> list[dict[str, 
     return [group for group in groups.values() if group]
 
 
-def _load(networks: Mapping[str, Any], source: str | dict[str, Tensor], adapter: str, **file: str) -> None:
+def _load(
+    family: Family, networks: Mapping[str, Any], source: str | dict[str, Tensor], adapter: str, **file: str
+) -> None:
     """By diffusers' loader; `weight_name` is that of a file in the folder `source`."""
     import diffusers
 
-    pipeline = getattr(diffusers, find_family().pipeline)
+    pipeline = getattr(diffusers, family.pipeline)
     read: Any = pipeline.lora_state_dict(source, unet_config=networks["unet"].config, return_lora_metadata=True, **file)
     state, alphas, metadata = read
     pipeline.load_lora_into_unet(state, alphas, networks["unet"], adapter_name=adapter, metadata=metadata)
-    for part in LORA_PARTS[1:]:
+    for part in (part for part in LORA_PARTS[1:] if part in networks):
         pipeline.load_lora_into_text_encoder(
             state, alphas, networks[part], prefix=part, adapter_name=adapter, metadata=metadata
         )

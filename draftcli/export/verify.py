@@ -16,8 +16,8 @@ from torch import Tensor
 
 from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, Update, attach_loras
 from draftcli.core.lora.reading import read_lora
-from draftcli.core.models.family import find_family
-from draftcli.core.models.meta import PARTS, modules_on_meta
+from draftcli.core.models.family import Family, tokenizer_folders
+from draftcli.core.models.meta import modules_on_meta
 from draftcli.core.models.weight_files import clean_key, weight_files
 from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import ModelLocation
@@ -80,11 +80,11 @@ def tensors_of_file(file: Path) -> Tensors:
     return {key: (stored.dtype, stored.shape) for key, stored in stored_tensors(file).items()}
 
 
-def tensors_of_folder(folder: Path) -> Tensors:
+def tensors_of_folder(folder: Path, family: Family) -> Tensors:
     """What a diffusers folder holds: `part.key`, with keys as `clean_key` has them."""
     return {
         f"{part}.{clean_key(part, key)}": facts
-        for part in PARTS
+        for part in family.networks
         for file in weight_files(folder / part, part, None)
         for key, facts in tensors_of_file(file).items()
     }
@@ -148,7 +148,7 @@ def compare_model(base: ModelLocation, changes: Changes, result: ModelLocation, 
     """
     touched = {part for part, _ in changes.touched()}
     found = []
-    for part in LORA_PARTS:
+    for part in (part for part in LORA_PARTS if part in base.family.networks):
         before, wanted = _base_and_tuned(base, part, changes)
         with _loaded(result, part) as network:
             found.append(_compared(part, before, wanted, _output(network), dtype, part in touched))
@@ -173,9 +173,8 @@ def compare_lora(base: ModelLocation, lora: Lora, file: Path, dtype: torch.dtype
     """
     import diffusers
 
-    pipeline = getattr(diffusers, find_family().pipeline)
-
-    unet_config = modules_on_meta(base.config)["unet"].config
+    pipeline = getattr(diffusers, base.family.pipeline)
+    unet_config = modules_on_meta(base.config, base.family)["unet"].config
     found = []
     for part in lora.parts:
         before, wanted = _base_and_tuned(base, part, Changes([lora]))
@@ -230,10 +229,9 @@ def _loaded(location: ModelLocation, part: str) -> Iterator[Any]:
     """One network in float32, by the pipeline's own loader, with all others left out."""
     import diffusers
 
-    pipeline = getattr(diffusers, find_family().pipeline)
-
-    path = location.path
-    others = dict.fromkeys(name for name in (*PARTS, "tokenizer", "tokenizer_2") if name != part)
+    family, path = location.family, location.path
+    pipeline = getattr(diffusers, family.pipeline)
+    others = dict.fromkeys(name for name in (*family.networks, *tokenizer_folders(family)) if name != part)
     with _loader_errors(path), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         if location.single_file:
@@ -243,8 +241,8 @@ def _loaded(location: ModelLocation, part: str) -> Iterator[Any]:
                 str(path),
                 config=str(location.config),
                 torch_dtype=torch.float32,
-                add_watermarker=False,
-                scheduler=EulerDiscreteScheduler(),
+                scheduler=EulerDiscreteScheduler(steps_offset=1),  # as the pipeline of SD 1.x wants it
+                **family.options,
                 **others,
             )
         else:
@@ -253,7 +251,7 @@ def _loaded(location: ModelLocation, part: str) -> Iterator[Any]:
                 torch_dtype=torch.float32,
                 variant=location.variant,
                 use_safetensors=True,
-                add_watermarker=False,
+                **family.options,
                 **others,
             )
         network = getattr(pipe, part)
@@ -296,11 +294,10 @@ def _output(network: Any) -> Tensor:
         output = network(ids, output_hidden_states=True)
         pooled = output.text_embeds if hasattr(output, "text_embeds") else output.pooler_output
         return torch.cat([output.hidden_states[-2].flatten(1), pooled.flatten(1)], dim=1)
-    sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]] * 2)
-    pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-    return network(
-        normal(2, config.in_channels, *LATENT),
-        torch.tensor([801, 201]),
-        encoder_hidden_states=normal(2, 77, config.cross_attention_dim),
-        added_cond_kwargs={"text_embeds": normal(2, pooled_width), "time_ids": sizes},
-    ).sample
+    added = None
+    latents, text = normal(2, config.in_channels, *LATENT), normal(2, 77, config.cross_attention_dim)
+    if config.addition_embed_type == "text_time":
+        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]] * 2)
+        pooled_width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        added = {"text_embeds": normal(2, pooled_width), "time_ids": sizes}
+    return network(latents, torch.tensor([801, 201]), encoder_hidden_states=text, added_cond_kwargs=added).sample

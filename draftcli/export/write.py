@@ -17,13 +17,12 @@ from torch import Tensor
 
 from draftcli.core.lora.adapters import ADAPTER_METADATA, stored_settings
 from draftcli.core.lora.files import Lora, Update
-from draftcli.core.models.family import find_family
-from draftcli.core.models.meta import PARTS
+from draftcli.core.models.family import Family, tokenizer_folders
 from draftcli.core.models.original_layout import V_MARKER, ZERO_SNR_MARKER, Original, original_shape, to_original
 from draftcli.core.models.weight_files import WEIGHT_NAMES
 from draftcli.core.precision import DTYPES
 from draftcli.errors import DraftpError, InputError, first_line
-from draftcli.export.base import Base
+from draftcli.export.base import Base, ModelLocation
 from draftcli.export.inputs import Changes
 from draftcli.export.lineage import Lineage, modelspec
 from draftcli.export.tensors import PlannedTensor, StoredTensor, Wrote, file_metadata, times, write_safetensors
@@ -84,11 +83,13 @@ class Merger:
     def original_entries(self) -> list[PlannedTensor]:
         """The tensors of the whole model in the original layout. A single file keeps its order and its extras."""
         base = self.base
-        shapes = {part: {key: stored.shape for key, stored in base.tensors[part].items()} for part in PARTS}
+        shapes = {
+            part: {key: stored.shape for key, stored in base.tensors[part].items()} for part in base.family.networks
+        }
         if base.location.single_file:
             layout = base.layout
         else:
-            layout = [original for part in PARTS for original in find_family().original_layout(part, shapes[part])]
+            layout = [o for part in base.family.networks for o in base.family.original_layout(part, shapes[part])]
         found = [self._original_entry(original, shapes[original.part]) for original in layout]
         found += [PlannedTensor(key, stored.dtype, stored.shape, stored.load) for key, stored in base.extra.items()]
         present = {entry.key for entry in found}
@@ -143,10 +144,10 @@ def write_folder(merger: Merger, folder: Path, shard_size: int, wrote: Wrote) ->
     """
     base = merger.base
     folder.mkdir()
-    source = _with_tokenizers(base.location.config) if base.location.single_file else base.location.config
-    _copy_all_but_weights(source, folder)
+    source = _with_tokenizers(base.location) if base.location.single_file else base.location.config
+    _copy_all_but_weights(source, folder, base.family)
     _write_scheduler(base, folder / "scheduler" / "scheduler_config.json")
-    for part in PARTS:
+    for part in base.family.networks:
         (folder / part).mkdir(exist_ok=True)
         _write_shards(folder / part, WEIGHT_NAMES[part], merger.entries(part), shard_size, wrote)
 
@@ -232,7 +233,7 @@ def _write_shards(folder: Path, stem: str, entries: Sequence[PlannedTensor], sha
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
-def _copy_all_but_weights(source: Path, folder: Path) -> None:
+def _copy_all_but_weights(source: Path, folder: Path, family: Family) -> None:
     index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     parts = [name for name, value in index.items() if isinstance(value, list) and value[0]]
     shutil.copyfile(source / "model_index.json", folder / "model_index.json")
@@ -242,7 +243,7 @@ def _copy_all_but_weights(source: Path, folder: Path) -> None:
         (folder / part).mkdir()
         for file in sorted((source / part).iterdir()):
             weights = ".index." in file.name or file.suffix not in {".json", ".txt"}
-            if file.is_file() and not (weights and part in PARTS):
+            if file.is_file() and not (weights and part in family.networks):
                 shutil.copyfile(file, folder / part / file.name)
 
 
@@ -255,17 +256,18 @@ def _write_scheduler(base: Base, file: Path) -> None:
         file.write_text(json.dumps(scheduler, indent=2), encoding="utf-8")
 
 
-def _with_tokenizers(config: Path) -> Path:
-    """A folder that has all but the weights: `config`, or the hub's SDXL base."""
-    if all((config / name).exists() for name in ("model_index.json", "tokenizer", "tokenizer_2", "scheduler")):
+def _with_tokenizers(location: ModelLocation) -> Path:
+    """A folder that has all but the weights: the configuration's, or that of the family's model on the hub."""
+    family, config = location.family, location.config
+    if all((config / name).exists() for name in ("model_index.json", *tokenizer_folders(family), "scheduler")):
         return config
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(find_family().hub_base, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
+        return Path(snapshot_download(family.hub_base, allow_patterns=["*.json", "*/*.json", "*/*.txt"]))
     except Exception as error:  # offline, refused, interrupted: the hub's client has many types of errors
         raise InputError(
-            f"a single file holds no tokenizers, and {find_family().hub_base} cannot be reached for them; give a local "
-            f"diffusers folder of an SDXL with --config, or take --format single-file ({type(error).__name__}: "
+            f"a single file holds no tokenizers, and {family.hub_base} cannot be reached for them; give a local "
+            f"diffusers folder of {family.title} with --config, or take --format single-file ({type(error).__name__}: "
             f"{first_line(error)})"
         ) from error

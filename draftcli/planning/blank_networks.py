@@ -19,6 +19,7 @@ from draftcli.core.lora.adapters import attach_lora
 from draftcli.core.models.family import Parts
 from draftcli.core.models.fields import check_fields
 from draftcli.core.models.meta import modules_on_meta
+from draftcli.core.models.recognition import family_of_folder
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError
 from draftcli.planning.repeated_layers import shorten
@@ -29,7 +30,7 @@ from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
 
 
 def shortened_modules(folder: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
-    """The four networks whose configurations are in `folder`, on the meta device, shortened where every layer is to be
+    """The networks whose configurations are in `folder`, on the meta device, shortened where every layer is to be
     treated alike.
 
     Args:
@@ -37,11 +38,12 @@ def shortened_modules(folder: Path, targets: Sequence[str] = ()) -> dict[str, An
         targets: peft.target_modules.
 
     Raises:
-        InputError: a configuration is missing or not readable, or asks for other formulas than SDXL's.
+        InputError: a configuration is missing or not readable, or asks for other formulas than its family's.
     """
-    modules = modules_on_meta(folder)
+    family = family_of_folder(folder)
+    modules = modules_on_meta(folder, family)
     for part in ("unet", "vae"):
-        check_fields(part, modules[part], str(folder))
+        check_fields(part, modules[part], str(folder), family)
     for part, network in modules.items():
         if part != "unet" or not any(_ONE_BLOCK.search(target) for target in targets):
             shorten(network)
@@ -52,7 +54,7 @@ _ONE_BLOCK = re.compile(r"(^|\.)\d+\.(attn|ff|norm)")  # a target that says whic
 
 
 def blank_parts(folder: Path, cfg: Config) -> Parts:
-    """The SDXL whose configuration is in `folder`, on the meta device, in the dtypes that `load_parts` gives it and
+    """The model whose configuration is in `folder`, on the meta device, in the dtypes that `load_parts` gives it and
     with the LoRA that is to be trained.
     """
     modules, lora = shortened_modules(folder, cfg.peft.target_modules), cfg.peft.peft_scheme == "lora"
@@ -66,8 +68,9 @@ def blank_parts(folder: Path, cfg: Config) -> Parts:
     }
     for part, module in modules.items():
         nn.Module.to(module, dtypes.get(part, dtype))
-    encoders = (modules["text_encoder"], modules["text_encoder_2"])
-    parts = Parts(modules["unet"], modules["vae"], encoders, (BlankTokenizer(), BlankTokenizer()))
+    encoders = [module for part, module in modules.items() if part.startswith("text_encoder")]
+    tokenizers = [BlankTokenizer() for _ in encoders]
+    parts = Parts(modules["unet"], modules["vae"], encoders, tokenizers, family=family_of_folder(folder))
     if lora:
         with torch.device("meta"):  # else peft would fill a LoRA of real memory with zeros
             attach_lora(parts.unet, cfg.peft.rank, cfg.peft.alpha, cfg.peft.target_modules)

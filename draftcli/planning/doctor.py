@@ -19,7 +19,7 @@ import torch
 
 from draftcli.config import Config
 from draftcli.core.batch import Batch
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.runtime import Runtime, choose_runtime
 from draftcli.core.engine.sharding import compiled, working_attention
@@ -72,7 +72,7 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             check_installed(cfg)
-            model = SDXLDRaFTPModel(cfg)
+            model = DRaFTPModel(cfg)
     except DraftpError as error:
         yield Finding("model", "failed", str(error))
         return
@@ -87,7 +87,7 @@ def examine(cfg: Config, folder: Path) -> Iterator[Finding]:
         yield _checked(what, check, model)
 
 
-def _checked(what: str, check: Callable[[SDXLDRaFTPModel], Finding], model: SDXLDRaFTPModel) -> Finding:
+def _checked(what: str, check: Callable[[DRaFTPModel], Finding], model: DRaFTPModel) -> Finding:
     try:
         return check(model)
     except RuntimeError as error:  # torch's own, where a kernel or memory is missing
@@ -163,13 +163,13 @@ def _hub(is_needed: bool) -> Finding:
     return Finding("hub", "warning", f"{reasons[0]}; {need}, rewards from the hub too")
 
 
-def _batch(model: SDXLDRaFTPModel) -> Batch:
+def _batch(model: DRaFTPModel) -> Batch:
     """One small picture: only the network's output counts here, not its quality."""
     return Batch(["a red circle"], [0], (64, 64), [None])
 
 
 @torch.no_grad()
-def _vae_is_finite(model: SDXLDRaFTPModel) -> Finding:
+def _vae_is_finite(model: DRaFTPModel) -> Finding:
     """Decode latents as large as pictures have them; SDXL's own VAE overflows in float16 inside."""
     dtype = str(next(model.vae.parameters()).dtype).removeprefix("torch.")
     latents = model.initial_noise(_batch(model)).to(model.runtime.device, model.runtime.latent_dtype)
@@ -193,7 +193,7 @@ def _overflows(output: object) -> bool:
 
 
 @torch.no_grad()
-def _off_is_base(model: SDXLDRaFTPModel) -> Finding:
+def _off_is_base(model: DRaFTPModel) -> Finding:
     """The output of the frozen base must not change by a bit when the trained weights do."""
     batch = _batch(model)
     cond = model.encode(batch)
@@ -210,7 +210,7 @@ def _off_is_base(model: SDXLDRaFTPModel) -> Finding:
     return Finding("adapters off", "ok", "equals the base, bit for bit")
 
 
-def _every_weight_gets_gradient(model: SDXLDRaFTPModel) -> Finding:
+def _every_weight_gets_gradient(model: DRaFTPModel) -> Finding:
     """Of one UNet call, with every trained weight moved first: while a LoRA's B is 0 its A has no gradient."""
     batch = _batch(model)
     cond = model.encode(batch)
@@ -231,7 +231,7 @@ def _every_weight_gets_gradient(model: SDXLDRaFTPModel) -> Finding:
 
 
 @contextmanager
-def _moved(model: SDXLDRaFTPModel) -> Iterator[None]:
+def _moved(model: DRaFTPModel) -> Iterator[None]:
     """Inside, every trained weight is a little elsewhere; afterwards it is what it was, bit for bit."""
     weights, generator = model.trainable_parameters, torch.Generator().manual_seed(0)
     kept = [weight.detach().clone() for weight in weights]

@@ -89,7 +89,7 @@ def unit_work(cfg: Config, folder: Path) -> UnitWork:
 
     Args:
         cfg: the settings.
-        folder: with the configurations of the model's four networks.
+        folder: with the configurations of the model's networks.
     """
     return _unit_work(*of_one_evaluation(cfg), folder)
 
@@ -127,7 +127,7 @@ def make_ledger(cfg: Config, folder: Path) -> Ledger:
 
     Args:
         cfg: the settings.
-        folder: with the configurations of the model's four networks.
+        folder: with the configurations of the model's networks.
 
     Raises:
         InputError: the gradient mode does not go with the settings.

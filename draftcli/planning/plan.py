@@ -1,6 +1,6 @@
 """What a run would load, train and compute, worked out without weights: on the meta device, offline.
 
-A model that is not a local folder is planned with SDXL's own configuration, which ships with the package.
+A model that is not a local folder is planned with its family's own configuration, which ships with the package.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from draftcli.core.gradient.mode import make_mode, recomputes_steps
 from draftcli.core.lora import adapters
 from draftcli.core.lora.beginning import follow_init_from
 from draftcli.core.lora.files import weight_shapes
-from draftcli.core.models.family import drop_vae_encoder, find_family
+from draftcli.core.models.family import drop_vae_encoder
 from draftcli.core.models.loading import model_path
-from draftcli.core.models.meta import PARTS, modules_on_meta
+from draftcli.core.models.meta import modules_on_meta
+from draftcli.core.models.recognition import family_of
 from draftcli.core.penalty import make_penalty
 from draftcli.core.prefix import evaluations_per_step
 from draftcli.planning.blank_networks import shortened_modules
@@ -64,7 +65,8 @@ def make_plan(cfg: Config) -> Plan:
     folder = configuration_folder(cfg)
     modules = shortened_modules(folder, cfg.peft.target_modules)
     drop_vae_encoder(modules["vae"])
-    labels = find_family().networks
+    family = family_of(cfg.model)
+    labels = family.networks
     frozen = {labels[part]: _count(module) for part, module in modules.items()}
     if cfg.peft.peft_scheme == "lora":
         with torch.device("meta"), warnings.catch_warnings():
@@ -75,7 +77,7 @@ def make_plan(cfg: Config) -> Plan:
         trainable = frozen.pop("unet")
         frozen["frozen copy of the unet"] = trainable
     return Plan(
-        source="SDXL's configuration" if folder == find_family().config_folder else str(folder),
+        source=f"{family.short}'s configuration" if folder == family.config_folder else str(folder),
         trainable=trainable,
         frozen=frozen,
         images=cfg.trainer.global_batch_size,
@@ -102,9 +104,10 @@ def count_evaluations(cfg: Config) -> dict[str, float]:
 
 
 def configuration_folder(cfg: Config) -> Path:
-    """The folder with the configuration of the model's networks: its own, else SDXL's, which ships with draftp."""
-    folder = Path(model_path(cfg.model.pretrained))
-    return folder if all((folder / part / "config.json").is_file() for part in PARTS) else find_family().config_folder
+    """The folder with the configuration of the model's networks: its own, else that of its family in the package."""
+    folder, family = Path(model_path(cfg.model.pretrained)), family_of(cfg.model)
+    whole = all((folder / part / "config.json").is_file() for part in family.networks)
+    return folder if whole else family.config_folder
 
 
 def following_init_from(cfg: Config) -> Config:

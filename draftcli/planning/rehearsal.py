@@ -24,7 +24,7 @@ from torch import nn
 from draftcli.config import Config, RewardSource, check_config
 from draftcli.core.backward import Work, reward_slope
 from draftcli.core.batch import Batch
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.eight_bit import EightBitLinear
 from draftcli.core.engine.sharding import checkpoint_activations
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
@@ -72,16 +72,16 @@ def weights_of(cfg: Config, folder: Path) -> Weights:
 
     Args:
         cfg: the settings.
-        folder: with the configurations of the model's four networks.
+        folder: with the configurations of the model's networks.
     """
     parts = stand_ins(cfg, folder)
     unet, in_full = size_of(tensors(parts.unet)), cfg.peft.peft_scheme == "none"
     weights = [(p, times) for p, times in tensors(parts.unet, buffers=False) if p.requires_grad or in_full]
     trained = size_of(weights)
     found = {"unet": unet, "frozen copy of the unet": unet} if in_full else {"LoRA": trained, "unet": unet - trained}
-    found["vae decoder"] = size_of(tensors(parts.vae))
-    for name, encoder in zip(("text encoder", "text encoder 2"), parts.text_encoders, strict=True):
-        found[name] = size_of(tensors(encoder))
+    for name, network in parts.modules.items():
+        if name != "unet":
+            found[parts.family.networks[name]] = size_of(tensors(network))
     rewards = _rewards(_named(cfg.rewards))
     held_out = _rewards(_named(cfg.held_out_rewards if validates(cfg) else {}))
     found["rewards"] = size_of(tensors(rewards))
@@ -162,7 +162,7 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
     """
     sections = cfg.model_dump(mode="json", include={"model", "draftp", "sampling", "peft", "sharding"})
     sections["model"] |= {"pretrained": "toy", "offload_text_encoders": False, "config": None, "vae": None}
-    sections["model"] |= {"device": "cpu" if cfg.model.device == "cpu" else "auto", "variant": None}
+    sections["model"] |= {"device": "cpu" if cfg.model.device == "cpu" else "auto", "variant": None, "family": "auto"}
     sections["sharding"] |= {"prompt_cache": None, "prefix_batch_size": None, "fold_lora": False}
     sections["sharding"] |= {"decode_batch_size": None, "shard_size": None, "timeout_minutes": 1.0}
     sections["sharding"] |= {"offload": False, "compile": False}
@@ -261,14 +261,14 @@ def _rewards(rewards: NamedRewards) -> BlankRewards:
 
 
 @contextmanager
-def _model(cfg: Config, folder: Path) -> Iterator[SDXLDRaFTPModel]:
+def _model(cfg: Config, folder: Path) -> Iterator[DRaFTPModel]:
     """The model of stand-ins; what it does is to be done inside `_counted`."""
     parts = stand_ins(cfg, folder)
     # The networks have these already, or `_counted` sees to them.
     sharding = {"activation_checkpointing": False, "strategy": "none", "attention": "auto"}
     with _quiet():
         with WithoutData():
-            model = SDXLDRaFTPModel(_changed(cfg, model={"device": "cpu"}, sharding=sharding), parts)
+            model = DRaFTPModel(_changed(cfg, model={"device": "cpu"}, sharding=sharding), parts)
         yield model
 
 
@@ -280,9 +280,7 @@ def of_one_evaluation(cfg: Config) -> tuple[Config, NamedRewards]:
 
 
 @contextmanager
-def one_image(
-    cfg: Config, folder: Path, rewards: NamedRewards
-) -> Iterator[tuple[SDXLDRaFTPModel, Batch, BlankRewards]]:
+def one_image(cfg: Config, folder: Path, rewards: NamedRewards) -> Iterator[tuple[DRaFTPModel, Batch, BlankRewards]]:
     """The model, the batch and the rewards of one image, all without data, by what `of_one_evaluation` gives."""
     with _model(cfg, folder) as model:
         yield model, _batch(cfg), _rewards(rewards)
@@ -356,7 +354,7 @@ def _batch(cfg: Config) -> Batch:
 
 
 @contextmanager
-def _counted(model: SDXLDRaFTPModel, *more: nn.Module, fused: bool = True) -> Iterator[tuple[PeakMeter, Any]]:
+def _counted(model: DRaFTPModel, *more: nn.Module, fused: bool = True) -> Iterator[tuple[PeakMeter, Any]]:
     """Inside, what is alive is counted by the model's phases; the second thing given says what came beside weights."""
     networks = [*model.parts.modules.values(), *filter(None, [model.base_unet]), *more]
     known = [t for network in networks for t in (*network.parameters(), *network.buffers())]

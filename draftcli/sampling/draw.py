@@ -12,7 +12,7 @@ from torch import Tensor
 from draftcli.core.annealing import evaluations, step_weights
 from draftcli.core.batch import Batch
 from draftcli.core.denoise import SOLVERS
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.lora.adapters import adapters_scaled, lora_layers
 from draftcli.core.weighings import Weighing, named_weighing, weighing
 from draftcli.errors import InputError
@@ -71,7 +71,7 @@ class Column:
         """The tuned network with its LoRAs at `scale`: what people do without AIG."""
         return cls(f"scale_{scale:g}", weighing("tuned"), lora_scale=scale)
 
-    def on(self, model: SDXLDRaFTPModel) -> Column:
+    def on(self, model: DRaFTPModel) -> Column:
         """The same column with the weights of the model's steps worked out, so that a user's function is called once a
         step and not again for every batch.
 
@@ -80,11 +80,11 @@ class Column:
         """
         return replace(self, weigh=StepWeights(tuple(self.weights(model))))
 
-    def weights(self, model: SDXLDRaFTPModel) -> list[float]:
+    def weights(self, model: DRaFTPModel) -> list[float]:
         """The tuned network's weight at each of the model's steps."""
         return step_weights(self.weigh, model.schedule)
 
-    def evaluations(self, model: SDXLDRaFTPModel) -> int:
+    def evaluations(self, model: DRaFTPModel) -> int:
         """UNet evaluations that one picture takes, guidance's two counted."""
         sampling = model.cfg.sampling
         solver = SOLVERS[sampling.sampler]
@@ -108,7 +108,7 @@ def plan(prompts: Sequence[Prompt], images: int, seed: int, size: tuple[int, int
 
 
 def draw(
-    model: SDXLDRaFTPModel, pictures: Sequence[Picture], column: Column | str, batch_size: int
+    model: DRaFTPModel, pictures: Sequence[Picture], column: Column | str, batch_size: int
 ) -> Iterator[tuple[Tensor, list[str]]]:
     """Draw `pictures` in order, in batches of one size.
 
@@ -127,7 +127,7 @@ def draw(
 
 
 @torch.no_grad()
-def draw_batch(model: SDXLDRaFTPModel, group: Sequence[Picture], column: Column) -> Tensor:
+def draw_batch(model: DRaFTPModel, group: Sequence[Picture], column: Column) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] of pictures of one size."""
     batch = Batch(
         [p.prompt.text for p in group], [p.seed for p in group], group[0].size, [p.prompt.negative for p in group]

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from draftcli import __version__
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.errors import DraftpError
 from draftcli.lines import json_line, text_lines
@@ -90,7 +90,7 @@ class Written:
 
 
 def write_pictures(
-    model: SDXLDRaFTPModel,
+    model: DRaFTPModel,
     columns: Sequence[Column],
     pictures: Sequence[Picture],
     folder: Path,
@@ -161,7 +161,7 @@ def write_pictures(
     return written
 
 
-def _ensure_finite(images: Tensor, files: Sequence[File], model: SDXLDRaFTPModel) -> None:
+def _ensure_finite(images: Tensor, files: Sequence[File], model: DRaFTPModel) -> None:
     """Stop at a picture that would be saved black, as NaN is.
 
     Raises:

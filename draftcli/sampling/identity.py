@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.sharding import whole
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.family import tokenize
@@ -31,6 +31,7 @@ HARMLESS = {
 # Settings that can say one thing in several ways, and what is hashed instead: what they come to.
 RESOLVED = {
     "model.pretrained": "weights and configurations of the networks, tokens of the prompt",
+    "model.family": "configurations of the networks",
     "model.config": "configurations of the networks, tokens of the prompt",
     "model.vae": "the VAE's weights and configuration",
     "model.variant": "the weights",
@@ -64,7 +65,7 @@ class Provenance:
         base_hash: of the base's weights with its VAE and text encoders, 16 hexadecimal digits.
     """
 
-    def __init__(self, model: SDXLDRaFTPModel) -> None:
+    def __init__(self, model: DRaFTPModel) -> None:
         self.model = model
         self.base_hash = _base_hash(model)
         self._common = [*_settings(model), *_facts(model), self.base_hash]
@@ -102,11 +103,11 @@ class Provenance:
         return self._tokens[text]
 
 
-def _beside_unet(model: SDXLDRaFTPModel) -> list[nn.Module]:
+def _beside_unet(model: DRaFTPModel) -> list[nn.Module]:
     return [model.parts.vae, *model.parts.text_encoders]
 
 
-def _base_hash(model: SDXLDRaFTPModel) -> str:
+def _base_hash(model: DRaFTPModel) -> str:
     """Of the base with VAE and text encoders.
 
     Every bit of every weight counts, by an exact sum on the weights' own device: a model of 7 GB takes a second or two
@@ -117,7 +118,7 @@ def _base_hash(model: SDXLDRaFTPModel) -> str:
     return _hash(t for module in (unet, *_beside_unet(model)) for t in _own_weights(module))
 
 
-def _settings(model: SDXLDRaFTPModel) -> list[dict[str, Any]]:
+def _settings(model: DRaFTPModel) -> list[dict[str, Any]]:
     """The sections `model` and `sampling` without what is named in HARMLESS and RESOLVED."""
     left_out = {*HARMLESS, *RESOLVED}
     sections = model.cfg.model_dump(mode="json", include={"model", "sampling"})
@@ -127,7 +128,7 @@ def _settings(model: SDXLDRaFTPModel) -> list[dict[str, Any]]:
     ]
 
 
-def _facts(model: SDXLDRaFTPModel) -> list[Any]:
+def _facts(model: DRaFTPModel) -> list[Any]:
     parts = model.parts
     configurations = {name: _configuration(network) for name, network in parts.modules.items()}
     return [

@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import open_ranks
 from draftcli.core.models.places import unread_prompts
 from draftcli.errors import Interrupted, warn
@@ -166,7 +166,7 @@ def _seed(job: Job) -> int:
     return job.source.cfg.trainer.seed if job.seed is None else job.seed
 
 
-def picture_size(source: DrawingSource, model: SDXLDRaFTPModel) -> tuple[int, int]:
+def picture_size(source: DrawingSource, model: DRaFTPModel) -> tuple[int, int]:
     """(height, width) in pixels as the settings say: those that somebody gave, or the run's. Else what the model was
     made for.
     """
@@ -207,7 +207,7 @@ def progress_bar(
         yield advance
 
 
-def _overviews(job: Job, model: SDXLDRaFTPModel, written: Written, result: DrawingResult) -> None:
+def _overviews(job: Job, model: DRaFTPModel, written: Written, result: DrawingResult) -> None:
     source = job.source
     counts = written.evaluations
     title = f"{source.name}: " + ("from base to tuned" if len(counts) > 1 else next(iter(counts)))

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.lora.files import LORA_PARTS, weight_shapes
 from draftcli.core.lora.merging import load_base
 from draftcli.core.lora.reading import read_lora
@@ -18,7 +18,7 @@ from draftcli.runs import unet_files
 from draftcli.sampling.source import DrawingSource, with_precision
 
 
-def load_source(source: DrawingSource) -> SDXLDRaFTPModel:
+def load_source(source: DrawingSource) -> DRaFTPModel:
     """The model: its base, and as tuned the run's UNet and all LoRAs together.
 
     Raises:
@@ -28,7 +28,7 @@ def load_source(source: DrawingSource) -> SDXLDRaFTPModel:
     parts = load_base(cfg.model, trained_in_full=source.unet is not None)
     shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in LORA_PARTS}
     loras = [(read_lora(path, shapes), scale) for path, scale in source.loras]
-    model = SDXLDRaFTPModel(cfg, parts, loras)
+    model = DRaFTPModel(cfg, parts, loras)
     if source.unet is not None:
         _load_unet(model.unet, source.unet)
     return model

@@ -1,4 +1,4 @@
-"""Where pictures come from: a run, or any SDXL with any number of LoRAs."""
+"""Where pictures come from: a run, or any model with any number of LoRAs."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from draftcli.config import Config
 from draftcli.contents import base_loras_contents
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.lora.adapters import LORA_FILE
-from draftcli.core.models.family import find_family
 from draftcli.core.models.places import BUILT_IN, base_lora
+from draftcli.core.models.recognition import family_of
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 from draftcli.training.card_head import card_head
@@ -26,9 +26,9 @@ LOADING = {
 
 def _base(cfg: Config) -> str:
     if cfg.model.pretrained in BUILT_IN:
-        return f'pipe = {find_family().pipeline}.from_pretrained(model_path("{cfg.model.pretrained}"))'
+        return f'pipe = {family_of(cfg.model).pipeline}.from_pretrained(model_path("{cfg.model.pretrained}"))'
     loader = "from_single_file" if cfg.model.pretrained.endswith(".safetensors") else "from_pretrained"
-    return f"pipe = {find_family().pipeline}.{loader}({json.dumps(cfg.model.pretrained, ensure_ascii=False)})"
+    return f"pipe = {family_of(cfg.model).pipeline}.{loader}({json.dumps(cfg.model.pretrained, ensure_ascii=False)})"
 
 
 # What to draw with in diffusers, by sampling.sampler; for the others the model's own scheduler does.
@@ -154,7 +154,7 @@ def model_card(
         "```python",
         *(["import diffusers"] if _scheduler(cfg) else []),
         "import draftcli",
-        f"from diffusers import {find_family().pipeline}" + ("" if lora else ", UNet2DConditionModel"),
+        f"from diffusers import {family_of(cfg.model).pipeline}" + ("" if lora else ", UNet2DConditionModel"),
         *(["from draftcli.core.models.loading import model_path"] if cfg.model.pretrained in BUILT_IN else []),
         "",
         _base(cfg),

@@ -9,8 +9,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from draftcli.config import Config
-from draftcli.core.models.family import find_family
-from draftcli.core.models.places import BUILT_IN, is_hub_id
+from draftcli.core.models.family import Family
+from draftcli.core.models.places import BUILT_IN, card_base, is_hub_id
+from draftcli.core.models.recognition import family_of
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 from draftcli.training.result import diversity_kept
@@ -25,15 +26,13 @@ def card_head(cfg: Config, title: str, validation: ValidationLine | None, sheet:
         validation: its last validation; its figures are the `model-index`.
         sheet: name of that validation's sheet in the card's folder; None: there is none.
     """
-    lora = cfg.peft.peft_scheme == "lora"
-    head: dict[str, Any] = {}
-    if is_hub_id(cfg.model.pretrained):  # the Hub takes nothing else
-        head = {"base_model": cfg.model.pretrained, "base_model_relation": "adapter" if lora else "finetune"}
-    head |= {
+    lora, family = cfg.peft.peft_scheme == "lora", family_of(cfg.model)
+    head: dict[str, Any] = {
+        **card_base(cfg.model.pretrained, is_lora=lora),
         "library_name": "diffusers",
-        **_license(cfg.model.pretrained),
+        **_license(cfg.model.pretrained, family),
         "pipeline_tag": "text-to-image",
-        "tags": [find_family().tag, "text-to-image", "draft", "reward-fine-tuning", *(["lora"] if lora else [])],
+        "tags": [family.tag, "text-to-image", "draft", "reward-fine-tuning", *(["lora"] if lora else [])],
     }
     if sheet is not None and validation is not None:
         text = f"Held-out prompts after step {validation['step']}: the base, and beside it the fine-tuned model"
@@ -43,9 +42,8 @@ def card_head(cfg: Config, title: str, validation: ValidationLine | None, sheet:
     return ModelCardData(**head).to_yaml()
 
 
-def _license(pretrained: str) -> dict[str, str]:
+def _license(pretrained: str, family: Family) -> dict[str, str]:
     """Weights that were trained from a model stay under its license, of which the settings say nothing."""
-    family = find_family()
     if pretrained in BUILT_IN:
         return {"license": "apache-2.0"}
     if pretrained == family.hub_base:

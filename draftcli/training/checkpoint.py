@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks, is_lost_connection
 from draftcli.core.engine.sharding import split_like, whole
 from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict, save_lora
@@ -45,7 +45,7 @@ MANIFEST = "manifest.json"
 FILE = 2**30  # bytes that one process writes to one file of training/, about
 
 
-def save_weights(model: SDXLDRaFTPModel, folder: Path, write: bool = True) -> None:
+def save_weights(model: DRaFTPModel, folder: Path, write: bool = True) -> None:
     """Write what was trained as diffusers reads it: pytorch_lora_weights.safetensors, or unet/.
 
     Args:
@@ -69,7 +69,7 @@ def save_weights(model: SDXLDRaFTPModel, folder: Path, write: bool = True) -> No
         unet.save_pretrained(folder / "unet")
 
 
-def load_weights(model: SDXLDRaFTPModel, folder: Path) -> None:
+def load_weights(model: DRaFTPModel, folder: Path) -> None:
     """Read what `save_weights` wrote, in place and exactly."""
     if model.cfg.peft.peft_scheme == "lora":
         own, state = lora_state_dict(model.unet), load_file(folder / "pytorch_lora_weights.safetensors")

@@ -72,9 +72,11 @@ def _write_kohya_file(folder: Path, run: Run, step: int, trainer: Trainer) -> st
 
     What is wrong with this file is a warning: the run's own weights are written already.
     """
-    parts = trainer.model.parts
+    parts, unet = trainer.model.parts, weight_shapes(trainer.model.unet)
     lineage = Lineage(
         title=run.folder.resolve().name,
+        family=parts.family,
+        edition=parts.family.edition(unet, parts.prediction),
         base=short_name(trainer.cfg.model.pretrained),
         prediction=parts.prediction,
         zero_terminal_snr=parts.zero_terminal_snr,
@@ -85,7 +87,7 @@ def _write_kohya_file(folder: Path, run: Run, step: int, trainer: Trainer) -> st
     )
     file = folder / run.kohya_file.name
     try:
-        write_as_kohya(folder / LORA_FILE, file, {"unet": weight_shapes(trainer.model.unet)}, lineage)
+        write_as_kohya(folder / LORA_FILE, file, {"unet": unet}, lineage)
     except DraftpError as error:
         file.unlink(missing_ok=True)
         warn(f"{run.kohya_file} is not written: {error}")

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from draftcli.config import Config, check_batch_size
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine import sharding
 from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks
@@ -304,8 +304,8 @@ def _ask_once(cfg: Config, rewards: WeightedSum, held_out: WeightedSum, prompts:
         ask_once(judges.to(runtime.device).rewards, asked, size, runtime.device, runtime.latent_dtype, training)
 
 
-def _load_model(cfg: Config, ranks: Ranks, console: Console) -> SDXLDRaFTPModel:
-    model = SDXLDRaFTPModel(cfg)
+def _load_model(cfg: Config, ranks: Ranks, console: Console) -> DRaFTPModel:
+    model = DRaFTPModel(cfg)
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
     split = ", weights split over them" if sharding.splits_weights(cfg.sharding) else ""
     console.print(f"running on {model.runtime.reason}{processes}{split}")
@@ -363,7 +363,7 @@ def _warn_of_unread_prompts(cfg: Config, prompts: PromptSets) -> None:
             warn(f"{setting}: {text}")
 
 
-def _warn_of_long_prompts(prompts: PromptSets, model: SDXLDRaFTPModel) -> None:
+def _warn_of_long_prompts(prompts: PromptSets, model: DRaFTPModel) -> None:
     tokenizer = model.parts.tokenizers[0]
     count, example = past_the_limit(prompts.training, tokenizer)
     if example is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from draftcli.config import check_batch_size
 from draftcli.core.batch import Batch, derived_seed
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.core.engine.sharding import whole
 from draftcli.errors import DraftpError
@@ -58,7 +58,7 @@ class Trainer:
     """
 
     def __init__(
-        self, model: SDXLDRaFTPModel, rewards: WeightedSum, prompts: Sequence[Prompt], ranks: Ranks | None = None
+        self, model: DRaFTPModel, rewards: WeightedSum, prompts: Sequence[Prompt], ranks: Ranks | None = None
     ) -> None:
         cfg = self.cfg = model.cfg
         self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()

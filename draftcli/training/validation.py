@@ -18,7 +18,7 @@ from torch import Tensor
 
 from draftcli import __version__
 from draftcli.config import RewardSource
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.metrics.statistics import paired, ratio
 from draftcli.metrics.thumbnails import THUMBNAIL_EDGE, pairwise_distance, thumbnail
@@ -61,7 +61,7 @@ class Validation:
     """
 
     def __init__(
-        self, model: SDXLDRaFTPModel, rewards: dict[str, Reward], prompts: Sequence[Prompt], ranks: Ranks | None = None
+        self, model: DRaFTPModel, rewards: dict[str, Reward], prompts: Sequence[Prompt], ranks: Ranks | None = None
     ) -> None:
         cfg = model.cfg
         self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()
@@ -211,7 +211,7 @@ class Validation:
         return "\n".join([who, *lines])
 
 
-def _made_by(model: SDXLDRaFTPModel, pictures: Sequence[Picture], rewards: Sequence[str]) -> str:
+def _made_by(model: DRaFTPModel, pictures: Sequence[Picture], rewards: Sequence[str]) -> str:
     """A hash of everything that the base's pictures and their scores depend on. Collective where weights are split."""
     provenance, base, cfg = Provenance(model), Column.of("base").on(model), model.cfg
     sources = [cfg.rewards.get(name) or cfg.held_out_rewards.get(name) for name in rewards]

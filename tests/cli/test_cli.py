@@ -53,7 +53,7 @@ def test_help_of_a_command_teaches_by_example():
 
 
 # half a minute of processor time for each plan of SDXL's memory
-BY_SIZE = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("sdxl") else n for n in preset_names()]
+BY_SIZE = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("sd") else n for n in preset_names()]
 
 
 # what the header of a preset says to fetch first

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from draftcli.cli import main
 from draftcli.cli.console import literal_console
+from draftcli.core.models.family import find_family
 from draftcli.export.card import opening
 from draftcli.sampling.job import progress_bar
 from tests.command import draftp
@@ -208,7 +209,7 @@ def test_help_keeps_its_brackets():
 @pytest.mark.parametrize("where", ['a "b"', "c\\d", "[e] {f}", "it's"])
 @pytest.mark.parametrize("kind", ["diffusers", "single-file", "kohya"])
 def test_the_code_of_a_card_names_the_file(kind, where):
-    line = opening(kind, where, "base").splitlines()[-1]
+    line = opening(kind, where, "base", find_family()).splitlines()[-1]
     assert ast.literal_eval(line[line.rindex("(") + 1 : -1]) == where
 
 

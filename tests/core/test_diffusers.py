@@ -1,4 +1,4 @@
-"""Plain diffusers draws our pictures: its own SDXL pipeline, the folder's own scheduler, our step grid.
+"""Plain diffusers draws our pictures: its own pipeline of each family, the folder's own noise levels, our step grid.
 
 Tolerance: diffusers keeps its sigmas from a float32 cumulative product, off by up to 1.3e-5 of themselves, and
 networks run in float32; measured, a picture in [0, 1] moves by 1e-6. With zero terminal SNR the walk starts at sigma
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, EulerDiscreteScheduler
 
 import draftcli
 from draftcli.core.batch import Batch
 from draftcli.core.lora.adapters import LORA_FILE, save_lora
-from tests.tiny import batch, make_sdxl, tiny_model
+from tests.tiny import batch, make_sdxl, tiny_model, tiny_sd1
 
 TOLERANCE = 1e-5
 TOLERANCE_ZERO_SNR = 2e-4
@@ -26,21 +26,28 @@ STEPS = 6
 SCALE = 3.0
 
 
-@functools.cache
-def pipeline(folder):
-    pipe = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+def load(folder):
+    """SD 1.x comes with PNDM, which is a solver of its own, and takes no timesteps."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+pipeline = functools.cache(load)
+
+
 @pytest.fixture(scope="module")
-def folders(tiny_sdxl, tmp_path_factory):
-    """The tiny model as an eps network, a v network, and a v network with zero terminal SNR."""
+def folders(tiny_sdxl, tiny_sd, tmp_path_factory):
+    """Tiny models as an eps network, a v network, and a v network with zero terminal SNR."""
     root = tmp_path_factory.mktemp("predictions")
     return {
         "eps": tiny_sdxl,
         "v": make_sdxl(root / "v", "v_prediction"),
         "v-zero-snr": make_sdxl(root / "zero", "v_prediction", rescale_betas_zero_snr=True),
+        "sd1": tiny_sd,
+        "sd1-v-zero-snr": tiny_sd1(root / "sd1-zero", "v_prediction", rescale_betas_zero_snr=True),
+        "sd2": tiny_sd1(root / "sd2", "v_prediction", version=2),
     }
 
 
@@ -78,7 +85,7 @@ def differs(a, b):
     return (a - b).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["eps", "v", "v-zero-snr"])
+@pytest.mark.parametrize("kind", ["eps", "v", "v-zero-snr", "sd1", "sd1-v-zero-snr", "sd2"])
 @pytest.mark.parametrize("size", [(64, 64), (64, 128)], ids=["square", "wide"])
 @pytest.mark.parametrize("negative", [None, "a dull blur"], ids=["no-negative", "negative"])
 def test_diffusers_draws_our_picture(folders, kind, size, negative):
@@ -87,7 +94,7 @@ def test_diffusers_draws_our_picture(folders, kind, size, negative):
     noise = model.initial_noise(prompts)
     picture = ours(model, prompts, noise)
     assert picture.std() > 0.05
-    same(picture, theirs(pipe, prompts, noise), TOLERANCE_ZERO_SNR if kind == "v-zero-snr" else TOLERANCE)
+    same(picture, theirs(pipe, prompts, noise), TOLERANCE_ZERO_SNR if kind.endswith("zero-snr") else TOLERANCE)
 
 
 def test_the_comparison_would_see_a_mistake(folders):
@@ -101,13 +108,33 @@ def test_the_comparison_would_see_a_mistake(folders):
     assert differs(ours(model_for(folders["v"]), wide, noise), ours(model_for(folders["v-zero-snr"]), wide, noise))
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6, 7])
-def test_our_leading_schedule_is_the_pipelines_own_grid(folders, steps):
+@pytest.mark.parametrize(("kind", "steps"), [("eps", 1), ("eps", 4), ("eps", 6), ("eps", 7), ("sd1", 7)])
+def test_our_leading_schedule_is_the_pipelines_own_grid(folders, kind, steps):
     """7 does not divide 1000."""
-    model = model_for(folders["eps"], sampling={"schedule": "leading", "steps": steps}, draftp={"truncation_steps": 1})
+    model = model_for(folders[kind], sampling={"schedule": "leading", "steps": steps}, draftp={"truncation_steps": 1})
     noise = model.initial_noise(batch(2))
-    expected = theirs(pipeline(folders["eps"]), batch(2), noise, timesteps=None, num_inference_steps=steps)
+    expected = theirs(pipeline(folders[kind]), batch(2), noise, timesteps=None, num_inference_steps=steps)
     same(ours(model, batch(2), noise), expected)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_ddim_with_eta_0_is_our_sampler(folders, kind, spacing):
+    """8 divides 1000: there DDIM's trailing grid is ours. Where set_alpha_to_one is false, as SD's own files have it,
+    DDIM ends at the lowest noise level, sigma 0.029, instead of at the picture.
+    """
+    pipe = load(folders[kind])
+    pipe.scheduler = DDIMScheduler.from_config(
+        {**pipe.scheduler.config, "timestep_spacing": spacing, "set_alpha_to_one": True, "clip_sample": False}
+    )
+    sampling, steps = {"schedule": spacing, "steps": 8}, {"timesteps": None, "num_inference_steps": 8}
+    for sampler in ("euler", "ddim"):
+        model = model_for(folders[kind], sampling={**sampling, "sampler": sampler})
+        noise = model.initial_noise(batch(2))
+        same(ours(model, batch(2), noise), theirs(pipe, batch(2), noise, **steps))
+    pipe.scheduler = DDIMScheduler.from_config({**pipe.scheduler.config, "set_alpha_to_one": False})
+    apart = (ours(model, batch(2), noise) - theirs(pipe, batch(2), noise, **steps)).abs().max()
+    assert 1e-4 < apart < 0.1
 
 
 def test_our_leading_schedule_with_a_v_network(folders):
@@ -123,7 +150,7 @@ def test_guidance_scale_1_is_the_pipeline_without_guidance(folders):
     same(ours(model, batch(2), noise), theirs(pipeline(folders["eps"]), batch(2), noise, guidance_scale=1.0))
 
 
-@pytest.mark.parametrize("alpha", [None, 1.0, 6.0])
+@pytest.mark.parametrize(("kind", "alpha"), [("eps", None), ("eps", 1.0), ("eps", 6.0), ("sd1", 6.0)])
 @pytest.mark.parametrize(
     "targets",
     [
@@ -132,12 +159,11 @@ def test_guidance_scale_1_is_the_pipeline_without_guidance(folders):
     ],
     ids=["linear", "convolutions"],
 )
-def test_a_saved_lora_gives_our_picture_in_diffusers(folders, tmp_path, targets, alpha):
-    model = model_for(folders["eps"], 0.1, peft={"rank": 2, "alpha": alpha, "target_modules": targets})
+def test_a_saved_lora_gives_our_picture_in_diffusers(folders, tmp_path, targets, kind, alpha):
+    model = model_for(folders[kind], 0.1, peft={"rank": 2, "alpha": alpha, "target_modules": targets})
     noise = model.initial_noise(batch(2))
     assert save_lora(model.unet, tmp_path / "final") == tmp_path / "final" / "pytorch_lora_weights.safetensors"
-    pipe = StableDiffusionXLPipeline.from_pretrained(folders["eps"], add_watermarker=False)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(folders[kind])
     untuned = theirs(pipe, batch(2), noise)
     pipe.load_lora_weights(tmp_path / "final", weight_name=LORA_FILE)
     tuned = theirs(pipe, batch(2), noise)

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from draftcli.core.lora.adapters import adapters_off
 from draftcli.core.lora.files import Lora, attach_loras, weight_shapes
 from draftcli.core.lora.reading import read_lora
+from draftcli.core.models.family import find_family
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.core.models.weight_files import with_text_model
 from draftcli.errors import DraftpError
@@ -112,7 +113,7 @@ def test_settings_of_peft_mean_what_peft_makes_of_them(pipe, shapes, tiny_sdxl, 
         theirs = PeftModel.from_pretrained(theirs, tmp_path).base_model.model
     lora = read_lora(tmp_path, shapes)
     layers = len(lora.parts["unet"])
-    assert f"{layers} of {layers}" in compare_reading(tmp_path, lora, tiny_sdxl)
+    assert f"{layers} of {layers}" in compare_reading(tmp_path, lora, tiny_sdxl, find_family())
     assert_merged_alike(pipe.unet, lora, fused(copy.deepcopy(theirs)))
     ours = copy.deepcopy(pipe.unet)
     attach_loras(ours, [(lora, 1.0)])
@@ -221,7 +222,7 @@ def test_every_programs_names_mean_what_diffusers_makes_of_kohyas(
     for part in PARTS:
         assert_merged_alike(getattr(pipe, part), lora, merged[alphas][part], part)
     count = sum(1 for _ in lora.updates())
-    read = re.fullmatch(r"reading: (\d+) of (\d+) layers .*", compare_reading(path, lora, tiny_sdxl))
+    read = re.fullmatch(r"reading: (\d+) of (\d+) layers .*", compare_reading(path, lora, tiny_sdxl, find_family()))
     assert int(read[2]) == count
     # diffusers 0.42 finds add_embedding by its original name only, and has no names of OpenCLIP.
     assert int(read[1]) >= count - {"original": 3}.get(naming, not NAMINGS[naming][1])
@@ -233,7 +234,7 @@ def test_a_wrong_reading_does_not_agree_with_the_second(shapes, tiny_sdxl, tmp_p
     save_file(tensors_in(naming, ALPHAS["several"], shapes), path)
     lora = read_lora(path, shapes)
     with pytest.raises(DraftpError, match=r"scale .* here, .* there"):
-        compare_reading(path, lora.scaled(2), tiny_sdxl)
+        compare_reading(path, lora.scaled(2), tiny_sdxl, find_family())
     damaged = {part: {m: replace(u, down=-u.down) for m, u in modules.items()} for part, modules in lora.parts.items()}
     with pytest.raises(DraftpError, match="another down"):
-        compare_reading(path, Lora("damaged", damaged), tiny_sdxl)
+        compare_reading(path, Lora("damaged", damaged), tiny_sdxl, find_family())

@@ -224,12 +224,12 @@ def test_a_front_is_drawn_where_it_is_more_than_noise(half, names):
 
 
 def test_bibtex_names_what_was_used_and_nothing_else():
-    entries = bibtex(["pickscore", "hpsv2_1"], "dinov2, facebook/dinov2-base, CLS token", True, True, True)
+    entries = bibtex(["pickscore", "hpsv2_1"], "dinov2, facebook/dinov2-base, CLS token", True, True, ["sdxl"])
     assert re.findall(r"@misc\{(\w+),", entries) == [
         "clark2024draft", "jena2025aig", "podell2024sdxl", "kirstain2023pickapic", "wu2023hpsv2", "oquab2024dinov2",
         "friedman2023vendi",
     ]  # fmt: skip
-    assert re.findall(r"@misc\{(\w+),", bibtex(["toy"], "toy", False, False, False)) == ["friedman2023vendi"]
+    assert re.findall(r"@misc\{(\w+),", bibtex(["toy"], "toy", False, False)) == ["friedman2023vendi"]
     assert entries.count("{") == entries.count("}")
 
 

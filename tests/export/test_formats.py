@@ -6,16 +6,18 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
 from draftcli.core.lora.adapters import LORA_FILE
+from draftcli.core.models.family import find_family
 from draftcli.core.models.sdxl import SDXL_BASE
 from draftcli.export.arguments import FORMAT_NAMES
 from draftcli.export.base import open_base
 from draftcli.export.card import merge_card, opening
 from draftcli.export.formats import OUTPUT_FORMATS
-from draftcli.export.report import NO_BASE, MergeReport
+from draftcli.export.report import MergeReport
 from tests.command import draftp
 from tests.core.test_lora_files import ask
 
@@ -84,7 +86,7 @@ def opened(name, base, config):
     # Told to be offline, diffusers 0.36 doesn't look for the LoRA's file, even in a folder here.
     offline = mock.patch("diffusers.loaders.lora_base.HF_HUB_OFFLINE", new=False, create=True)
     with mock.patch("diffusers.StableDiffusionXLPipeline", Pipeline), offline:
-        exec(opening(name, str(output_of(name)), str(base)), found)
+        exec(opening(name, str(output_of(name)), str(base), find_family()), found)
     return found["pipe"]
 
 
@@ -109,9 +111,23 @@ def test_the_card_of_a_lora_opens_the_toy_and_without_a_base_sdxl(tiny_sdxl, nam
     result = merge("toy-lora.safetensors", name, "--base", "toy", "--verify", "keys")
     assert result.code == 0, result.err
     assert opened(name, "toy", tiny_sdxl).unet.peft_config
-    report = MergeReport("1", "title", name, NO_BASE, [])
+    report = MergeReport("1", "title", name, "sdxl", None, [])
     assert f'from_pretrained("{SDXL_BASE}")' in merge_card(report, "x")
-    assert NO_BASE not in merge_card(report, "x").partition("Made by")[0]
+    assert "from SDXL's configuration and:" in merge_card(report, "x")
+
+
+@pytest.mark.parametrize(
+    ("base", "on_the_hub"),
+    [("somebody/their-sdxl", True), ("models/mine.safetensors", False), ("/srv/models/mine", False), ("toy", False)],
+)
+@every_format
+def test_a_base_model_in_the_head_of_a_card_is_one_of_the_hub(name, base, on_the_hub):
+    card = merge_card(MergeReport("1", "title", name, "sdxl", base, []), "x")
+    head = yaml.safe_load(card.split("---")[1])
+    relation = "adapter" if OUTPUT_FORMATS[name].is_lora else "finetune"
+    told = {"base_model": base, "base_model_relation": relation} if on_the_hub else {}
+    assert {key: value for key, value in head.items() if key.startswith("base_model")} == told
+    assert f"from {base} and" in card, "the text says it in any case"
 
 
 @pytest.mark.parametrize("damage", [LEFT_OUT, SCALED])

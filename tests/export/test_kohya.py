@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from draftcli.core.lora.adapters import DEFAULT_TARGETS
 from draftcli.core.lora.files import Lora, Update
+from draftcli.core.models.family import find_family
 from draftcli.errors import InputError
 from draftcli.export.base import family_shapes
 from draftcli.export.kohya import kohya_tensors
@@ -23,9 +24,10 @@ from tests.tiny import make_sdxl, write_single_file
 TABLE = Path(__file__).with_name("sdxl_kohya_names.txt")
 
 
-def table() -> dict[str, dict[str, tuple[int, ...]]]:
+def names_in(table: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The shape of each name's weight, by section of a table."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for line in TABLE.read_text().splitlines():
+    for line in table.read_text().splitlines():
         if line.startswith("#"):
             section = found.setdefault(line.removeprefix("# "), {})
         else:
@@ -75,17 +77,17 @@ def described(tensors):
 
 
 def test_sdxls_700_modules_that_are_trained_by_default():
-    unet = family_shapes()["unet"]
+    unet = family_shapes(find_family())["unet"]
     chosen = {m: s for m, s in unet.items() if any(m.endswith(f".{target}") for target in DEFAULT_TARGETS)}
-    found = described(kohya_tensors(lora_of({"unet": chosen}), unet))
-    assert found == table()["trained by default: 700 modules"]
+    found = described(kohya_tensors(lora_of({"unet": chosen}), unet, find_family()))
+    assert found == names_in(TABLE)["trained by default: 700 modules"]
     assert len(found) == 700
 
 
 def test_sdxls_1059_modules_with_convolutions_embeddings_and_text_encoders():
-    shapes = clean(family_shapes())
-    found = described(kohya_tensors(lora_of(shapes), shapes["unet"]))
-    first, others = table().values()
+    shapes = clean(family_shapes(find_family()))
+    found = described(kohya_tensors(lora_of(shapes), shapes["unet"], find_family()))
+    first, others = names_in(TABLE).values()
     assert found == first | others
     assert len(found) == 1059
     starts = ("lora_unet_", "lora_te1_", "lora_te2_")
@@ -95,7 +97,7 @@ def test_sdxls_1059_modules_with_convolutions_embeddings_and_text_encoders():
 def test_a_module_without_a_name_is_refused_by_name():
     lora = lora_of({"unet": {"time_embedding.cond_proj": (1280, 256), "conv_in": (320, 4, 3, 3)}})
     with pytest.raises(InputError, match=r"^time_embedding\.cond_proj of the UNet: .* --format lora"):
-        kohya_tensors(lora, family_shapes()["unet"])
+        kohya_tensors(lora, family_shapes(find_family())["unet"], find_family())
 
 
 def sdxl_lora(file: Path, **layers: tuple[int, ...]) -> Path:

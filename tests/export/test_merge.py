@@ -231,7 +231,7 @@ def test_shards(run):
 
 
 @pytest.mark.parametrize("kind", ["lora", "kohya"])
-def test_a_push_to_the_hub_hands_its_client_the_files_and_a_card(run, kind):
+def test_a_push_to_the_hub_hands_its_client_the_files_and_a_card(run, tiny_sdxl, kind):
     """Against a stand-in for the hub's client; no real upload was ever tried."""
     output = "out" if kind == "lora" else "out.safetensors"
     with mock.patch("huggingface_hub.HfApi") as client:
@@ -244,7 +244,8 @@ def test_a_push_to_the_hub_hands_its_client_the_files_and_a_card(run, kind):
         api.create_repo.assert_called_once_with("me/mine", private=True, exist_ok=True)
         card = api.upload_file.call_args.kwargs["path_or_fileobj"].decode()
         assert 'pipe.load_lora_weights("me/mine")' in card
-        assert "base_model:" in card
+        assert "base_model" not in card, "the base is a folder here"
+        assert f"from {tiny_sdxl} and:" in card
         assert api.upload_folder.called == (kind == "lora")
         api.create_repo.side_effect = OSError("401 Unauthorized")
         refused(

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from draftcli.config import ModelConfig
+from draftcli.core.models.family import find_family
 from draftcli.core.models.loading import load_parts
 from draftcli.core.models.meta import modules_on_meta
-from draftcli.core.models.original_layout import original_layout
 from draftcli.core.models.sdxl import SDXL_CONFIG
 from draftcli.core.schedule import sigma_table
 from tests.core.test_lora_files import ask
@@ -27,7 +27,7 @@ def test_sdxls_own_table_of_names():
         for key, tensor in module.state_dict().items():
             clean = key if not part.startswith("text") or key.startswith("text_") else f"text_model.{key}"
             keys[clean] = tuple(tensor.shape)
-        for original in original_layout(part, keys):
+        for original in find_family().original_layout(part, keys):
             assert original.key not in found
             found[original.key] = original.sources
     unet, clip = "model.diffusion_model.", "conditioner.embedders."

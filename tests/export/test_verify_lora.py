@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from draftcli.core.lora.reading import read_lora
+from draftcli.core.models.family import find_family
 from draftcli.errors import DraftpError
 from draftcli.export.base import open_base
 from draftcli.export.kohya import kohya_tensors
@@ -34,7 +35,9 @@ def lora(shapes, tmp_path):
 @pytest.fixture(params=["lora", "kohya"])
 def written(request, lora, shapes, tmp_path):
     def write(dtype):
-        tensors = diffusers_tensors(lora) if request.param == "lora" else kohya_tensors(lora, shapes["unet"])
+        tensors = (
+            diffusers_tensors(lora) if request.param == "lora" else kohya_tensors(lora, shapes["unet"], find_family())
+        )
         write_lora(tensors, tmp_path / "out.safetensors", dtype, {"format": "pt"})
         return tmp_path / "out.safetensors"
 
@@ -69,7 +72,7 @@ def test_the_smallest_damage_is_noticed(written, lora, shapes, dtype, side):
 def test_another_alpha_is_noticed(lora, shapes, tmp_path):
     path = tmp_path / "out.safetensors"
     for factor in (1.01, 0.999, -1.0):
-        tensors = kohya_tensors(lora, shapes["unet"])
+        tensors = kohya_tensors(lora, shapes["unet"], find_family())
         key = min(k for k in tensors if k.endswith(".alpha"))
         write_lora(tensors | {key: tensors[key] * factor}, path, torch.float32, {"format": "pt"})
         with safe_open(path, "pt") as file:

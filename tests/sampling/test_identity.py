@@ -20,7 +20,7 @@ from draftcli.sampling.identity import HARMLESS, RESOLVED, Provenance
 from draftcli.sampling.load import load_source
 from draftcli.sampling.source import find_source
 from tests.command import WITH_VALIDATION, draftp, recipe
-from tests.tiny import make_sdxl, write_single_file
+from tests.tiny import make_sdxl, tiny_sd1, write_single_file
 
 SECTIONS = {"model": ModelConfig, "sampling": SamplingConfig}
 FIELDS = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
@@ -107,6 +107,7 @@ OTHER: dict[str, Any] = {
 OTHER_FILES: dict[str, Callable[[Path], Files]] = {
     "model.pretrained": lambda model: ({}, {"model.pretrained": str(make_sdxl(Path("other"), seed=1))}),
     "model.config": single_file,
+    "model.family": lambda model: ({}, {"model.pretrained": str(tiny_sd1(Path("other"))), "model.family": "sd1"}),
     "model.vae": lambda model: ({}, {"model.vae": str(make_sdxl(Path("other"), seed=1) / "vae")}),
     "model.variant": variant,
     "model.loras": with_lora,
@@ -144,6 +145,7 @@ def test_what_is_left_out_is_a_setting_with_a_reason():
     [
         {"model.prediction_type": "epsilon"},
         {"model.zero_terminal_snr": False},
+        {"model.family": "sdxl"},
         {"model.vae_precision": "fp32"},
         {"model.pretrained": "copy"},
         {"model.vae": "copy/vae"},

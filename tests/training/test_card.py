@@ -12,6 +12,7 @@ from draftcli.training.card_head import card_head
 from tests.command import WITH_VALIDATION, draftp, recipe
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SD1 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 VALIDATION = {
     "step": 20,
     "images": 8,
@@ -33,6 +34,7 @@ def head_of(text: str) -> dict:
     [
         (SDXL, "lora", {"base_model": SDXL, "base_model_relation": "adapter", "license": "openrail++"}),
         (SDXL, "none", {"base_model": SDXL, "base_model_relation": "finetune", "license": "openrail++"}),
+        (SD1, "lora", {"base_model": SD1, "base_model_relation": "adapter", "license": "creativeml-openrail-m"}),
         (
             "somebody/sdxl-of.theirs",
             "lora",

@@ -1,7 +1,7 @@
 """Activation checkpointing, compile and FSDP2, applied from outside to plain models, in this order.
 
 `speed_up` does what one process can do for itself, when the model is built; `shard` comes last, when the processes are
-there (SDXLDRaFTPModel.configure_sharded_model).
+there (DRaFTPModel.configure_sharded_model).
 
 The models know nothing of devices or processes (the separation of torchtitan's parallelize step).
 """

@@ -11,7 +11,8 @@ The namings that are recognised, each with the same module:
     diffusers' names
     ComfyUI          diffusion_model.input_blocks.4.1.proj_in.lora_down.weight    (text_encoders.clip_l.transformer.)
     OneTrainer       unet.input_blocks.4.1.proj_in.lora_down.weight               (clip_l., clip_g.)
-    original         model.diffusion_model.input_blocks.4.1.proj_in...            (conditioner.embedders.0.transformer.)
+    original         model.diffusion_model.input_blocks.4.1.proj_in...            (conditioner.embedders.0.transformer.,
+                                                                                   cond_stage_model.transformer.)
 
 Underscored names can't be parsed (is it `to_q` or `to.q`?), so every spelling is looked up in a table made from the
 networks.
@@ -40,6 +41,7 @@ _PREFIXES = {
     "lora_te_": "text_encoder",
     "lora_te2_": "text_encoder_2",
     "conditioner.embedders.0.transformer.": "text_encoder",
+    "cond_stage_model.transformer.": "text_encoder",
     _OPEN_CLIP: "text_encoder_2",
     **{
         f"{before}{clip}.{after}": part
@@ -186,7 +188,10 @@ def _spellings(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
     for name, shape in shapes.items():
         clean = name if part == "unet" else with_text_model(name)
         original = originals.get(name) if part == "unet" else _open_clip_name(clean)
-        for spelling in filter(None, (name, clean, original)):
+        bare = (
+            clean if part == "unet" else clean.removeprefix("text_model.")
+        )  # as transformers 5 has the first encoder's
+        for spelling in filter(None, (name, clean, bare, original)):
             found[spelling] = found[spelling.replace(".", "_")] = (clean, shape)
             if spelling.endswith("to_out.0"):
                 found[spelling.removesuffix(".0")] = (clean, shape)

@@ -305,7 +305,9 @@ def _refuse_other_families(file: Path, contents: Contents, shapes: Shapes) -> No
     matrices = contents.layers
     mark = next((m for m in matrices if any(t in m.removeprefix("base_model.model.") for t in _TRANSFORMERS)), None)
     if mark and not any(word in mark for word in ("down_blocks", "input_blocks", "text_model", "resblocks")):
-        raise InputError(f"{file} is a LoRA for a transformer such as Flux or SD3 (key {mark}), this model is an SDXL")
+        raise InputError(
+            f"{file} is a LoRA for a transformer such as Flux or SD3 (key {mark}); this model has a UNet as SDXL has"
+        )
     own = {shape[1] for name, shape in shapes.get("unet", {}).items() if name.endswith("attn2.to_k")}
     for module, pair in matrices.items():
         if re.search(r"attn2[._](processor\.)?to_k$", module) and "down" in pair and pair["down"][1].ndim > 1:

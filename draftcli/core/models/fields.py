@@ -1,6 +1,6 @@
 """What the configuration of a model may say: every field of its scheduler, UNet and VAE, and what we make of each.
 
-A field is used; or harmless, for a reason; or it changes the formulas, and all but the values under which SDXL's hold
+A field is used; or harmless, for a reason; or it changes the formulas, and all but the values under which ours hold
 are refused by name; or it changes the sampler's grid alone, which is warned about, as we draw on a grid of our own.
 A field that is not known here is refused unless it has its default value.
 """
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from draftcli.core.models.family import FAMILIES, Family, find_family
+from draftcli.core.models.kinds import Facts, check_kind
 from draftcli.errors import InputError, brief
 
 Fits = Callable[[Any, Mapping[str, Any]], bool]
@@ -60,7 +62,7 @@ def _is_per_channel(value: Any, fields: Mapping[str, Any]) -> bool:
 
 
 _OFF = (False, None)
-_NOISE = "SDXL's noise levels"
+_NOISE = "{family}'s noise levels"
 _BUILT = Rule("used: diffusers builds the network by it, for us as for its own pipeline")
 _SOLVER = Rule("harmless: of that class's own solver; ours is sampling.sampler")
 _OUR_GRID = Rule("harmless: the grid of steps is sampling.schedule or sampling.timesteps")
@@ -99,9 +101,9 @@ _SCHEDULER: dict[str, Rule] = {
 
 _INPUT = "it wants an input beside prompt, size keys and noise"
 _UNET: dict[str, Rule] = {
-    **_rules(Rule("4 and 4, or check_channels says which task it is for"), "in_channels", "out_channels"),
+    **_rules(Rule("4 and 4, or kinds.py says what model it is"), "in_channels", "out_channels"),
+    "addition_embed_type": Rule("what goes in beside text and noise: the family's, as check_fields asks it"),
     "time_cond_proj_dim": _only("the guidance scale is an input of the UNet, as in LCM", None),
-    "addition_embed_type": _only("size keys and pooled text go in, as in SDXL", "text_time"),
     **_rules(_only(_INPUT, None), "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"),
     "attention_type": _only(_INPUT, "default"),
     **_rules(Rule("harmless: a default for pictures; ours is sampling.height and width"), "sample_size"),
@@ -123,7 +125,7 @@ _VAE: dict[str, Rule] = {
     **_rules(Rule("latents are scaled and shifted by them", _is_per_channel,
                   "a number for each latent channel in both latents_mean and latents_std, or neither"),
              "latents_mean", "latents_std"),
-    "shift_factor": _only("SDXL's latents are not shifted by one number", None, 0),
+    "shift_factor": _only("{family}'s latents are not shifted by one number", None, 0),
     "out_channels": _only("pictures are red, green and blue", 3),
     **_rules(Rule("harmless: of the encoder, which is never used"), "in_channels", "down_block_types",
              "use_quant_conv"),
@@ -135,12 +137,13 @@ _VAE: dict[str, Rule] = {
 
 FIELDS: dict[str, dict[str, Rule]] = {"scheduler": _SCHEDULER, "unet": _UNET, "vae": _VAE}
 _ADVICE = {
-    "scheduler": "correct scheduler_config.json if the model was trained with SDXL's noise, else choose another model",
-    "unet": "choose a text-to-image SDXL",
-    "vae": "set model.vae to another VAE for SDXL",
+    "scheduler": "correct scheduler_config.json if the model was trained with {family}'s noise, "
+    "else choose another model",
+    "unet": "choose a text-to-image {family}",
+    "vae": "set model.vae to another VAE for {family}",
 }
 
-# Classes of schedulers that draw from the same noise process as SDXL, each with its own solver.
+# Classes of schedulers that draw from the same noise process as every family here, each with its own solver.
 SAME_PROCESS = frozenset(
     f"{name}Scheduler"
     for name in (
@@ -157,25 +160,27 @@ _CLASSES = {
     "vae": frozenset({"AutoencoderKL"}),
 }
 _OTHER_PROCESSES = {"EDM": "EDM", "Flow": "flow matching"}  # by how the class's name begins
-_KINDS_BY_INPUT = {5: "a depth model", 8: "an editing model", 9: "an inpainting model"}
 
 
-def check_fields(part: str, module: Any, where: str) -> None:
-    """Refuse a part of a model whose configuration asks for other formulas than SDXL's, and warn where it asks for
-    another grid than ours.
+def check_fields(part: str, module: Any, where: str, family: Family | None = None) -> None:
+    """Refuse a part of a model whose configuration asks for other formulas than its family's, and warn where it asks
+    for another grid than ours.
 
     Args:
         part: scheduler, unet or vae.
         module: diffusers' object, with its `config`.
         where: what the user calls the place that it came from.
+        family: of the model; None: SDXL.
 
     Raises:
         InputError: its class, or a field of its configuration, is not one that we know how to go by.
     """
-    kind, fields, rules = type(module), dict(module.config), FIELDS[part]
-    check_class(part, kind.__name__, where)
+    family = family or find_family()
+    kind, fields, rules = type(module), dict(module.config), {**FIELDS[part]}
+    check_class(part, kind.__name__, where, family)
     if part == "unet":
-        check_channels(fields["in_channels"], fields["out_channels"], where)
+        check_kind(Facts(taken=fields["in_channels"], given=fields["out_channels"]), where)
+        rules["addition_embed_type"] = _added_input(family)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
     fresh = f"{kind.__name__} (fresh noise at each step, as sampling.sampler lcm)"
     asked = [fresh] if kind.__name__ in FEW_STEPS else []
@@ -194,8 +199,8 @@ def check_fields(part: str, module: Any, where: str) -> None:
             if not rule.is_grid:
                 origin = f", the default of {kind.__name__}" if name in fields.get("_use_default_values", ()) else ""
                 raise InputError(
-                    f"{where}: the {part}'s {name} is {brief(value)}{origin} ({rule.why}); draftp knows "
-                    f"{rule.allowed}; {_ADVICE[part]}"
+                    f"{where}: the {part}'s {name} is {brief(value)}{origin} ({rule.why.format(family=family.short)}); "
+                    f"draftp knows {rule.allowed}; {_ADVICE[part].format(family=family.short)}"
                 )
             asked.append(f"{name} {value}")
     if asked:
@@ -206,39 +211,28 @@ def check_fields(part: str, module: Any, where: str) -> None:
         )
 
 
-def check_class(part: str, name: str, where: str) -> None:
-    """Refuse a part of a model that is of a class whose formulas are not SDXL's.
+def _added_input(family: Family) -> Rule:
+    """What a family's UNet takes beside text and noise; what the others' take tells whose another one is."""
+    each = [f"{some.pipeline} has {some.added_input!r}" for some in map(find_family, FAMILIES)]
+    return _only("size keys and pooled text, or nothing: " + ", ".join(each), family.added_input)
+
+
+def check_class(part: str, name: str, where: str, family: Family | None = None) -> None:
+    """Refuse a part of a model that is of a class whose formulas are not its family's.
 
     Args:
         part: scheduler, unet or vae.
         name: of diffusers' class.
         where: what the user calls the place that it came from.
+        family: of the model; None: SDXL.
 
     Raises:
         InputError: the class is not one that we know how to go by.
     """
     if name not in _CLASSES[part]:
+        short = (family or find_family()).short
         process = next((f" ({words})" for start, words in _OTHER_PROCESSES.items() if name.startswith(start)), "")
         raise InputError(
-            f"{where}: its {part} is of the class {name}{process}, whose formulas are not those of SDXL; "
-            f"{_ADVICE[part]}"
+            f"{where}: its {part} is of the class {name}{process}, whose formulas are not those of {short}; "
+            f"{_ADVICE[part].format(family=short)}"
         )
-
-
-def check_channels(taken: int, given: int, where: str) -> None:
-    """Refuse a UNet for another task than text to image.
-
-    Args:
-        taken: channels of its input.
-        given: channels of its output.
-        where: what the user calls the place that it came from.
-
-    Raises:
-        InputError: they are not 4 and 4.
-    """
-    wanted = "draftp tunes text-to-image models, whose UNet takes 4 and gives 4; choose one"
-    if taken != 4:
-        kind = _KINDS_BY_INPUT.get(taken, "a model for something else")
-        raise InputError(f"{where}: the UNet takes {taken} channels, so it is {kind}; {wanted}")
-    if given != 4:
-        raise InputError(f"{where}: the UNet gives {given} channels, so it predicts more than the noise; {wanted}")

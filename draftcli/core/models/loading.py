@@ -15,11 +15,13 @@ from torch import nn
 
 from draftcli.config import ModelConfig
 from draftcli.core.guidance import Prediction
-from draftcli.core.models.family import Family, Parts, find_family
+from draftcli.core.models.family import FAMILIES, Family, Parts, find_family
 from draftcli.core.models.fields import FIELDS, check_class, check_fields
+from draftcli.core.models.kinds import check_kind, facts_of_folder
 from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.models.meta import read_json
 from draftcli.core.models.places import BUILT_IN, checked_file, is_single_file, model_path
+from draftcli.core.models.recognition import family_of, family_of_folder, family_of_pipeline
 from draftcli.core.models.single_file import check_networks, ensure_taken
 from draftcli.core.models.vae import check_vae_channels, check_vae_class, load_vae
 from draftcli.core.models.weight_files import ensure_loaded, weight_files
@@ -37,9 +39,9 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
         hollow_unet: leave the UNet on the meta device, without weights: they will come from another process.
 
     Raises:
-        InputError: nothing is there, it is not an SDXL, or its files are damaged.
+        InputError: nothing is there, it is of no family that we know, or its files are damaged.
     """
-    family, source, dtype = find_family(), model_path(cfg.pretrained), DTYPES[cfg.precision]
+    family, source, dtype = family_of(cfg, fetch=True), model_path(cfg.pretrained), DTYPES[cfg.precision]
     wide, single_file = torch.promote_types(dtype, torch.float32), is_single_file(source)
     # SDXL's own VAE gives NaN in float16, so it stays in float32 unless told otherwise.
     dtypes = {
@@ -49,9 +51,9 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
     }
     pipe = _load_pipeline(cfg, family, source, dtypes, hollow_unet)
     encoders = [getattr(pipe, part) for part in family.networks if part.startswith("text_encoder")]
-    where = _configured_by(cfg)
+    where = _configured_by(cfg, family)
     for part in FIELDS:
-        check_fields(part, getattr(pipe, part), f"model.vae {cfg.vae}" if part == "vae" and cfg.vae else where)
+        check_fields(part, getattr(pipe, part), f"model.vae {cfg.vae}" if part == "vae" and cfg.vae else where, family)
     check_vae_channels(pipe.vae, pipe.unet, f"model.vae {cfg.vae}" if cfg.vae else f"the VAE of {cfg.pretrained}")
     prediction, zero_terminal_snr = _prediction(cfg, source, pipe.scheduler.config)
     parts = Parts(
@@ -61,7 +63,7 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
         tokenizers=tuple(pipe.components[name] for name in sorted(pipe.components) if name.startswith("tokenizer")),
         prediction=prediction,
         zero_terminal_snr=zero_terminal_snr,
-        zeros_for_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", True)),
+        zeros_for_empty=bool(pipe.config.get("force_zeros_for_empty_prompt", family.zeros_for_empty)),
         name=cfg.pretrained,
         family=family,
     )
@@ -81,43 +83,48 @@ def check_unloaded(cfg: ModelConfig) -> None:
     source, elsewhere = model_path(cfg.pretrained), ["vae"] * bool(cfg.vae)
     if not Path(source).is_dir() and not is_single_file(source):
         return
-    source, config = _found(cfg, source, [part for part in find_family().networks if part not in elsewhere])
+    family = family_of(cfg)
+    source, config = _found(cfg, family, source, [part for part in family.networks if part not in elsewhere])
     if not Path(config).is_dir():
         return
-    where = _configured_by(cfg)
+    where = _configured_by(cfg, family)
     for part in (part for part in FIELDS if part not in elsewhere):
         try:
-            blank = _blank_part(Path(config), part, where)
+            blank = _blank_part(Path(config), part, where, family)
         except InputError:
             raise
         except Exception as error:  # what a wrong configuration breaks in diffusers is as varied as it is
-            raise InputError(_loading_failed(cfg, find_family(), source, error)) from error
-        check_fields(part, blank, where)
+            raise InputError(_loading_failed(cfg, family, source, error)) from error
+        check_fields(part, blank, where, family)
         if part == "scheduler":
             _prediction(cfg, source, blank.config)
 
 
-def _configured_by(cfg: ModelConfig) -> str:
+def _configured_by(cfg: ModelConfig, family: Family) -> str:
     """What the user calls the place of the configuration."""
     if is_single_file(model_path(cfg.pretrained)):
-        return f"model.config {cfg.config or find_family().hub_base}"
+        return f"model.config {cfg.config or family.hub_base}"
     return f"model.pretrained {cfg.pretrained}"
 
 
-def _blank_part(folder: Path, part: str, where: str) -> Any:
+def _blank_part(folder: Path, part: str, where: str, family: Family) -> Any:
     """The scheduler or a network as its configuration has it, without weights."""
     import diffusers
     from accelerate import init_empty_weights
 
     name = str(read_json(folder / "model_index.json")[part][1])
-    check_class(part, name, where)
+    check_class(part, name, where, family)
     kind: Any = getattr(diffusers, name)
     with init_empty_weights():
         return kind.from_config(kind.load_config(folder, subfolder=part))
 
 
 def local_folder(
-    source: str, variant: str | None = None, setting: str = "model.pretrained", elsewhere: Sequence[str] = ()
+    source: str,
+    variant: str | None = None,
+    setting: str = "model.pretrained",
+    elsewhere: Sequence[str] = (),
+    family: Family | None = None,
 ) -> Path:
     """The diffusers folder that a path or a hub id names, with every network's weights where they should be.
 
@@ -126,13 +133,14 @@ def local_folder(
         variant: which files of it, such as fp16.
         setting: what the user calls it.
         elsewhere: networks that are not read from it.
+        family: that it must be of; None: that which its files tell.
 
     Raises:
-        InputError: there is none, it is no SDXL's, or its weights are not there or under another name.
+        InputError: there is none, it is not of the family, or its weights are not there or under another name.
     """
-    family = find_family()
-    folder = Path(source) if Path(source).is_dir() else _fetched(source, variant, setting, elsewhere)
-    check_folder(folder, setting)
+    family = family or family_of(ModelConfig(pretrained=source), fetch=True)
+    folder = Path(source) if Path(source).is_dir() else _fetched(source, variant, setting, elsewhere, family)
+    check_folder(folder, setting, family)
     for part in (part for part in family.networks if part not in elsewhere):
         weight_files(folder / part, part, variant, setting)
     if "vae" not in elsewhere:
@@ -140,7 +148,7 @@ def local_folder(
     return folder
 
 
-def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence[str]) -> Path:
+def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence[str], family: Family) -> Path:
     """The folder in the hub's cache of a model's id."""
     import diffusers
 
@@ -148,8 +156,8 @@ def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence
         told = what_it_is(Path(source)) or "it is no .safetensors"
         raise InputError(f"{setting} {source}: {told}; a model is a diffusers folder, a hub id or a .safetensors file")
     try:
-        pipeline = getattr(diffusers, find_family().pipeline)
-        return Path(pipeline.download(source, variant=variant, use_safetensors=True, **dict.fromkeys(elsewhere)))
+        pipeline, others = getattr(diffusers, family.pipeline), {**family.options, **dict.fromkeys(elsewhere)}
+        return Path(pipeline.download(source, variant=variant, use_safetensors=True, **others))
     except Exception as error:  # as varied as networks are; people need the first line
         reason = f"({type(error).__name__}: {first_line(error)})"
         if "`safetensors`" in str(error):  # diffusers' words
@@ -164,13 +172,13 @@ def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence
         ) from error
 
 
-def _networks_from_elsewhere(cfg: ModelConfig, config: str, elsewhere: Sequence[str]) -> dict[str, Any]:
+def _networks_from_elsewhere(cfg: ModelConfig, family: Family, config: str, elsewhere: Sequence[str]) -> dict[str, Any]:
     """Those that are not read from the model's own files; `config` is where its configuration is."""
     given: dict[str, Any] = {}
     if cfg.vae:
         source = checked_file(cfg.vae, "model.vae") if is_single_file(cfg.vae) else model_path(cfg.vae)
         has_one = not Path(config).is_dir() or (Path(config) / "vae" / "config.json").is_file()
-        given["vae"] = load_vae(source, config if has_one else str(find_family().config_folder), cfg.variant)
+        given["vae"] = load_vae(source, config if has_one else str(family.config_folder), cfg.variant)
     if "unet" in elsewhere:
         given["unet"] = _hollow_unet(config)
     return given
@@ -182,9 +190,9 @@ def _load_pipeline(
     """diffusers' pipeline of a model, `model.vae` and a hollow UNet in their places; every network is complete."""
     elsewhere = ["unet"] * hollow_unet + ["vae"] * bool(cfg.vae)
     read = [part for part in family.networks if part not in elsewhere]
-    source, config = _found(cfg, source, read)
+    source, config = _found(cfg, family, source, read)
     try:
-        given = _networks_from_elsewhere(cfg, config, elsewhere)
+        given = _networks_from_elsewhere(cfg, family, config, elsewhere)
         pipe = _diffusers_pipeline(cfg, family, source, dtypes, elsewhere)
     except InputError:
         raise
@@ -195,30 +203,30 @@ def _load_pipeline(
         setattr(pipe, part, network)
     for part in read:
         if is_single_file(source):
-            ensure_taken(getattr(pipe, part), part, Path(source))
+            ensure_taken(getattr(pipe, part), part, Path(source), family=family)
         else:
             files = weight_files(Path(source) / part, part, cfg.variant)
             ensure_loaded(getattr(pipe, part), part, files, f"model.pretrained {cfg.pretrained}")
     return pipe
 
 
-def _found(cfg: ModelConfig, source: str, read: Sequence[str]) -> tuple[str, str]:
+def _found(cfg: ModelConfig, family: Family, source: str, read: Sequence[str]) -> tuple[str, str]:
     """Where the weights are, and the configuration; refuses what their files say of themselves.
 
     Args:
         cfg: the settings.
+        family: of the model.
         source: path or hub id.
         read: networks that are read from it.
     """
-    family = find_family()
     if not is_single_file(source):
         elsewhere = [part for part in family.networks if part not in read]
-        folder = str(local_folder(source, cfg.variant, elsewhere=elsewhere))
+        folder = str(local_folder(source, cfg.variant, elsewhere=elsewhere, family=family))
         return folder, folder
     file = Path(checked_file(source, "model.pretrained"))
     with suppress(SafetensorError):  # of a file that cannot be read its loader will tell
         check_marks(file, cfg.prediction_type)
-    check_networks(file, read)
+    check_networks(file, read, family=family)
     return source, cfg.config or family.hub_base
 
 
@@ -228,13 +236,13 @@ def _diffusers_pipeline(
     """diffusers' pipeline without the networks that are elsewhere; raises what diffusers raises."""
     import diffusers
 
-    pipeline, others = getattr(diffusers, family.pipeline), dict.fromkeys(elsewhere)
+    pipeline, others = getattr(diffusers, family.pipeline), {**family.options, **dict.fromkeys(elsewhere)}
     with warnings.catch_warnings():
         # diffusers 0.42 warns that torch_dtype becomes dtype, a name that older ones don't know.
         warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
         if not is_single_file(source):
             return pipeline.from_pretrained(
-                source, use_safetensors=True, variant=cfg.variant, add_watermarker=False, torch_dtype=dtypes, **others
+                source, use_safetensors=True, variant=cfg.variant, torch_dtype=dtypes, **others
             )
         config = cfg.config or family.hub_base
         pipe = pipeline.from_single_file(source, config=config, local_files_only=_is_local(cfg.config), **others)
@@ -315,18 +323,24 @@ def _hollow_unet(source: str) -> Any:
         return UNet2DConditionModel.from_config(config)
 
 
-def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
-    """Say what is wrong with a folder before diffusers tries it; `setting` is what the user calls it.
+def check_folder(folder: Path, setting: str = "model.pretrained", family: Family | None = None) -> None:
+    """Say what is wrong with a folder before diffusers tries it.
+
+    Args:
+        folder: of a whole model.
+        setting: what the user calls it.
+        family: that it must be of; None: that which its files tell.
 
     Raises:
-        InputError: it is not a diffusers folder of an SDXL.
+        InputError: it is not a diffusers folder of the family.
     """
-    index = folder / "model_index.json"
+    family = family or family_of_folder(folder)
+    index, to_merge = folder / "model_index.json", setting == "--base"
     if not index.is_file() and (folder / "config.json").is_file():
+        check_kind(facts_of_folder(folder), f"{setting} {folder}", to_merge=to_merge)
         network = str(read_json(folder / "config.json").get("_class_name") or "one network")[:80]
         raise InputError(
             f"{setting} {folder} is {network} alone, not a whole model; give a folder with a model_index.json"
-            + ", and this one as model.vae" * network.startswith("Autoencoder")
         )
     if not index.is_file():
         raise InputError(f"{setting} {folder}: no model_index.json in it, so it is not a diffusers folder")
@@ -334,13 +348,18 @@ def check_folder(folder: Path, setting: str = "model.pretrained") -> None:
         kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
     except (ValueError, AttributeError, RecursionError):
         raise InputError(f"{index} is not valid JSON: download the model again") from None
-    family = find_family()
-    if kind != family.pipeline:
-        sibling = str(kind).startswith(family.pipeline.removesuffix("Pipeline"))  # for inpainting, editing, the refiner
-        raise InputError(
-            f"{setting} {folder} is a {str(kind)[:80]}, not {family.title} ({family.pipeline})"
-            + sibling * "; write that into its model_index.json if its UNet takes 4 channels and it has 2 text encoders"
-        )
+    check_kind(facts_of_folder(folder), f"{setting} {folder}", to_merge=to_merge)
+    if kind == family.pipeline:
+        return
+    told = family_of_pipeline({"_class_name": kind})
+    known = [family] if told else [find_family(name) for name in FAMILIES]
+    remedy = ""
+    if told is family:  # a sibling: for inpainting, editing or refining
+        encoders = sum(part.startswith("text_encoder") for part in family.networks)
+        has = f"it has {encoders} text encoder{'s' if encoders > 1 else ''}"
+        remedy = f"; write that into its model_index.json if its UNet takes 4 channels and {has}"
+    wanted = " or ".join(f"{some.title} ({some.pipeline})" for some in known)
+    raise InputError(f"{setting} {folder} is a {str(kind)[:80]}, not {wanted}{remedy}")
 
 
 def _loading_failed(cfg: ModelConfig, family: Family, source: str, error: Exception) -> str:
@@ -349,7 +368,7 @@ def _loading_failed(cfg: ModelConfig, family: Family, source: str, error: Except
         return (
             f"model.pretrained {source}: a single file holds no configuration and no tokenizers, and "
             f"{cfg.config or family.hub_base} cannot be reached or read for them; "
-            f"set model.config to a local diffusers folder of an SDXL ({reason})"
+            f"set model.config to a local diffusers folder of an {family.short} ({reason})"
         )
     if (folder := Path(source)).is_dir():
         for file in sorted(folder.glob("*/*.json")):

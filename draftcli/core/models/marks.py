@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from draftcli.core.guidance import Prediction
-from draftcli.core.models.fields import check_channels
+from draftcli.core.models.original_layout import ORIGINAL_UNET
 from draftcli.core.schedule import TRAIN_STEPS, sigma_table
 from draftcli.errors import InputError, brief
 
 # modelspec.prediction_type
 PREDICTION_NAMES: dict[str, Prediction] = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon"}
-_UNET = "model.diffusion_model."
 # Tables of noise levels that training code leaves in checkpoints, each as the share of the image in the variance.
 _TABLES = {
     "alphas_cumprod": lambda alphas: alphas,
@@ -34,24 +32,19 @@ def check_marks(file: Path, prediction_type: Prediction | None) -> None:
         prediction_type: model.prediction_type, which counts more than what the file says of it.
 
     Raises:
-        InputError: it was trained by EDM, it is a refiner, its UNet is for another task or wants the guidance scale
-            (LCM), its noise levels are not SDXL's, or it predicts something that we don't know.
+        InputError: it was trained by EDM, its UNet wants the guidance scale (LCM), its noise levels are not SDXL's, or
+            it predicts something that we don't know.
     """
     where = f"model.pretrained {file}"
     with safe_open(file, framework="pt") as tensors:
         keys, metadata = set(tensors.keys()), tensors.metadata() or {}
-        taken = _size(tensors, keys, f"{_UNET}input_blocks.0.0.weight", 1)
-        given = _size(tensors, keys, f"{_UNET}out.2.weight", 0)
         tables = {key: tensors.get_tensor(key) for key in _TABLES if key in keys}
     if edm := sorted(key for key in keys if key.startswith("edm_")):
         raise InputError(
             f"{where}: its mark {edm[0]} says that it was trained by EDM, whose formulas are not those of SDXL; "
             "choose a model without it"
         )
-    if metadata.get("modelspec.architecture", "").endswith("refiner"):
-        raise InputError(f"{where}: its metadata says that it is the refiner; choose a base model")
-    check_channels(taken or 4, given or 4, where)
-    if any(key.startswith(_UNET) and key.endswith("cond_proj.weight") for key in keys):
+    if any(key.startswith(ORIGINAL_UNET) and key.endswith("cond_proj.weight") for key in keys):
         raise InputError(
             f"{where}: the guidance scale is an input of its UNet (time_cond_proj_dim), as in LCM; choose a "
             "text-to-image SDXL"
@@ -65,11 +58,6 @@ def check_marks(file: Path, prediction_type: Prediction | None) -> None:
             f"{where}: its modelspec.prediction_type is {brief(said)}; draftp knows {', '.join(PREDICTION_NAMES)}. Set "
             "model.prediction_type if it predicts one of these"
         )
-
-
-def _size(tensors: Any, keys: set[str], key: str, dimension: int) -> int | None:
-    """One dimension of a tensor, read from the header; None where the file has none of this name."""
-    return tensors.get_slice(key).get_shape()[dimension] if key in keys else None
 
 
 def _is_sdxls(shares: Tensor) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcli.core.models.family import Family, find_family
+from draftcli.core.models.recognition import family_of_folder
 from draftcli.errors import InputError, brief, first_line
 
 PARTS = tuple(find_family().networks)
@@ -16,14 +17,18 @@ DEEPEST = 100  # SDXL has 32 layers at most; a wrong number here would build net
 
 
 def modules_on_meta(config: Path, family: Family | None = None) -> dict[str, Any]:
-    """The networks of a family (SDXL's by default), by their names in `Family.networks`, from a folder's configuration.
+    """The networks of a model, by their names in `Family.networks`, from a folder's configuration.
+
+    Args:
+        config: the folder, with a folder for each network.
+        family: of the model; None: that which the folder tells.
 
     Raises:
         InputError: a configuration is missing or not readable.
     """
     from accelerate import init_empty_weights
 
-    family = family or find_family()
+    family = family or family_of_folder(config)
     read: dict[str, dict[str, Any]] = {part: read_json(config / part / "config.json") for part in family.networks}
     for part, settings in read.items():
         for key in DEPTHS:

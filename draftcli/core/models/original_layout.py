@@ -1,4 +1,4 @@
-"""The original single-file layout of SDXL, tensor by tensor, from diffusers' and transformers' names.
+"""The layout of single files of the original code, tensor by tensor, from diffusers' and transformers' names.
 
 Both directions come from one table: an original tensor is made of one or more of ours (OpenCLIP keeps query, key and
 value in one matrix), stacked along the first dimension, each as it is, transposed or as a 1 x 1 convolution.
@@ -18,12 +18,10 @@ from torch import Tensor
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.errors import InputError
 
-PREFIX = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.transformer.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
-}
+# What the tensors of these networks begin with, in every family; their text encoders differ.
+ORIGINAL_UNET, ORIGINAL_VAE = "model.diffusion_model.", "first_stage_model."
+# Where single files come from, as modelspec has it.
+ORIGINAL_CODE = "https://github.com/Stability-AI/generative-models"
 # Empty tensors by which ComfyUI, Forge and others know a v-prediction checkpoint, and one with zero terminal SNR.
 V_MARKER, ZERO_SNR_MARKER = "v_pred", "ztsnr"
 Form = Literal["plain", "transposed", "convolution"]
@@ -70,10 +68,13 @@ class Original:
     form: Form = "plain"
 
 
-def original_layout(part: str, keys: Mapping[str, tuple[int, ...]]) -> list[Original]:
-    """Every tensor of the original layout of one network, whose own keys and shapes are given.
+def original_layout(part: str, keys: Mapping[str, tuple[int, ...]], prefix: str) -> list[Original]:
+    """Every tensor of the original layout of one network.
 
-    Text encoders' keys have `text_model.` in front.
+    Args:
+        part: the network.
+        keys: its own keys, those of text encoders with `text_model.` in front, and shapes.
+        prefix: what the tensors begin with.
 
     Raises:
         InputError: the original layout has no place for a key: the network is that of another kind of model.
@@ -83,10 +84,10 @@ def original_layout(part: str, keys: Mapping[str, tuple[int, ...]]) -> list[Orig
     for key in keys:
         if key not in names:
             raise InputError(
-                f"{part}.{key} has no place in a single file of an SDXL: the configuration is another model's; "
-                "give an SDXL's with --config, or where the base is a folder take --format diffusers"
+                f"{part}.{key} has no place in a single file: the configuration is another model's; give the "
+                "model's own with --config, or where the base is a folder take --format diffusers"
             )
-        grouped.setdefault(PREFIX[part] + names[key], []).append(key)
+        grouped.setdefault(prefix + names[key], []).append(key)
     found = []
     for name, sources in grouped.items():
         form: Form = "plain"

@@ -1,4 +1,4 @@
-"""Names of the original SDXL code (input_blocks.4.1...) for diffusers' module names (down_blocks.1.attentions.0...).
+"""Names of the original code (input_blocks.4.1...) for diffusers' names of modules (down_blocks.1.attentions.0...).
 
 Single-file checkpoints and kohya's LoRAs use them. The table is worked out from the modules that are there, so it holds
 for any depth of the UNet; the same facts are tabulated in docs/formats.md.

@@ -70,6 +70,21 @@ def is_hub_id(source: str) -> bool:
     return is_id and not is_single_file(source) and not Path(source).exists()
 
 
+def card_base(source: str, *, is_lora: bool) -> dict[str, str]:
+    """The base model in the head of a model card, of which the Hub takes nothing but an id of its own.
+
+    Args:
+        source: the model, as its owner gave it.
+        is_lora: whether the card is that of a LoRA for it rather than of a whole model made from it.
+
+    Returns:
+        Fields of the head (https://huggingface.co/docs/hub/model-cards); none where `source` is no id of the Hub.
+    """
+    if not is_hub_id(source):
+        return {}
+    return {"base_model": source, "base_model_relation": "adapter" if is_lora else "finetune"}
+
+
 def checked_file(path: str, setting: str) -> str:
     """`path`, where a .safetensors is there; `setting` is what the user calls it.
 

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL as a family: text, size keys, UNet, decoder, schedule.
+"""Stable Diffusion XL as a family: two text encoders, size keys, UNet.
 
 Shape legend: B images, L text tokens (77), D text width (2048 in SDXL: 768 of CLIP-L beside 1280 of OpenCLIP bigG),
 D2 pooled width (1280), C latent channels (4), H W latent size.
@@ -6,32 +6,40 @@ D2 pooled width (1280), C latent channels (4), H W latent size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from draftcli.core.batch import Batch
-from draftcli.core.models.family import Conditioning, Embedding, Parts, latent_factor, tokenize
-from draftcli.core.models.original_layout import Original, original_layout
+from draftcli.core.models.family import Conditioning, Edition, Embedding, Parts, tokenize
+from draftcli.core.models.latent import LatentDiffusion
+from draftcli.core.models.original_layout import (
+    ORIGINAL_CODE,
+    ORIGINAL_UNET,
+    ORIGINAL_VAE,
+    Original,
+    original_layout,
+)
+from draftcli.core.models.original_names import original_unet_names
 from draftcli.core.models.size_keys import size_keys, time_ids
-from draftcli.core.models.tiles import decode_in_tiles
 from draftcli.core.precision import wide_default
-from draftcli.core.schedule import Schedule, make_schedule
 
 SDXL_CONFIG = Path(__file__).with_name("sdxl_config")
 SDXL_BASE = "stabilityai/stable-diffusion-xl-base-1.0"
 
 
-class SDXL:
-    """Two text encoders, size keys, a schedule with SDXL's betas."""
+class SDXL(LatentDiffusion):
+    """Two text encoders, size keys, and zeros where there is no negative prompt."""
 
     name = "sdxl"
     title = "Stable Diffusion XL"
+    short = "SDXL"
     pipeline = "StableDiffusionXLPipeline"
+    options = MappingProxyType({"add_watermarker": False})
     hub_base = SDXL_BASE
     hub_license = "openrail++"
     config_folder = SDXL_CONFIG
@@ -43,20 +51,20 @@ class SDXL:
             "text_encoder_2": "text encoder 2",
         }
     )
+    original_prefixes = MappingProxyType(
+        {
+            "unet": ORIGINAL_UNET,
+            "vae": ORIGINAL_VAE,
+            "text_encoder": "conditioner.embedders.0.transformer.",
+            "text_encoder_2": "conditioner.embedders.1.model.",
+        }
+    )
+    kohya_prefixes = MappingProxyType(
+        {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+    )
     tag = "stable-diffusion-xl"
-    architecture = "stable-diffusion-xl-v1-base"
-    kohya_version = "sdxl_base_v1-0"
-
-    def build(self, part: str, settings: Mapping[str, Any]) -> nn.Module:
-        """See `Family`."""
-        from diffusers import AutoencoderKL, UNet2DConditionModel
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-        diffusion: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
-        if part in diffusion:
-            return diffusion[part].from_config(settings)
-        encoder = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-        return encoder(CLIPTextConfig(**settings))
+    added_input = "text_time"
+    zeros_for_empty = True
 
     def encode_prompts(self, parts: Parts, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """See `Family`: the layer before the last of both encoders, side by side, 77 tokens; pooled is the second
@@ -80,7 +88,8 @@ class SDXL:
         """
         sequence, pooled = embed(batch.prompts)
         negatives = [negative if own is None else own for own in batch.negatives]
-        absent = torch.tensor([own is None and parts.zeros_for_empty for own in negatives], device=sequence.device)
+        zeros = bool(parts.zeros_for_empty)
+        absent = torch.tensor([own is None and zeros for own in negatives], device=sequence.device)
         if absent.all():
             uncond, uncond_pooled = torch.zeros_like(sequence), torch.zeros_like(pooled)
         else:
@@ -101,34 +110,14 @@ class SDXL:
         )[0]
         return output.to(x.dtype)
 
-    def decode(self, vae: Any, latents: Tensor, tile: int | None = None) -> Tensor:
-        """See `Family`. Saturated pixels get no gradient, as in the reference."""
-        scaled = _as_encoded(vae.config, latents).to(next(vae.parameters()).dtype)
-
-        def decode_all(z: Tensor) -> Tensor:
-            return vae.decode(z, return_dict=False)[0]
-
-        factor = latent_factor(vae)
-        pixels = decode_all(scaled) if tile is None else decode_in_tiles(decode_all, scaled, tile // factor, factor)
-        return (pixels.to(latents.dtype) / 2 + 0.5).clamp(0, 1)
-
     def original_layout(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Original]:
         """See `Family`."""
-        return original_layout(part, shapes)
+        return original_layout(part, shapes, self.original_prefixes[part])
 
-    def schedule(
-        self, parts: Parts, steps: int, spacing: Literal["trailing", "leading"], timesteps: Sequence[int] = ()
-    ) -> Schedule:
+    def kohya_unet_names(self, modules: Iterable[str]) -> dict[str, str]:
+        """See `Family`: those of the original code, with which sd-scripts trains an SDXL."""
+        return original_unet_names(modules)
+
+    def edition(self, unet: Mapping[str, tuple[int, ...]], prediction: str | None) -> Edition:
         """See `Family`."""
-        return make_schedule(steps, spacing, parts.zero_terminal_snr, timesteps)
-
-
-def _as_encoded(config: Any, latents: Tensor) -> Tensor:
-    """Latents (B, C, H, W) as the VAE's encoder had them: scaled back, and moved back where its configuration says so,
-    as diffusers' pipeline does it.
-    """
-    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
-    if mean is None or std is None:
-        return latents / config.scaling_factor
-    mean, std = (latents.new_tensor(values)[:, None, None] for values in (mean, std))
-    return latents * std / config.scaling_factor + mean
+        return Edition("stable-diffusion-xl-v1-base", ORIGINAL_CODE, "sdxl_base_v1-0")

@@ -10,8 +10,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from draftcli.core.models.family import find_family
-from draftcli.core.models.original_layout import PREFIX, from_original
+from draftcli.core.models.family import Family, find_family
+from draftcli.core.models.kinds import check_kind, facts_of_file
+from draftcli.core.models.original_layout import from_original
 from draftcli.core.models.weight_files import check_plain, clean_key
 from draftcli.errors import InputError
 from draftcli.file_kinds import unreadable
@@ -24,35 +25,44 @@ _TITLES = {
 }
 
 
-def check_networks(file: Path, needed: Sequence[str], setting: str = "model.pretrained") -> None:
-    """Refuse a file that cannot be read, or in which one of the networks has no tensor at all, or quantised ones.
+def check_networks(
+    file: Path, needed: Sequence[str], setting: str = "model.pretrained", family: Family | None = None
+) -> None:
+    """Refuse a file that cannot be read, is another kind of model, or lacks one of the networks or has it quantised.
 
     Args:
         file: a .safetensors.
         needed: names in `Family.networks`.
         setting: what the user calls the file.
+        family: of the model; None: SDXL.
 
     Raises:
-        InputError: it cannot be read, holds none of a network's tensors, or holds codes for them.
+        InputError: it cannot be read, is one of the models of kinds.py, holds none of a network's tensors, or holds
+            codes for them.
     """
     with opened(file, setting) as tensors:
-        keys = list(tensors.keys())
+        keys, facts = list(tensors.keys()), facts_of_file(tensors)
     check_plain(keys, f"{setting} {file}")
-    absent = [part for part in needed if not any(key.startswith(PREFIX[part]) for key in keys)]
+    check_kind(facts, f"{setting} {file}", to_merge=setting == "--base")
+    family = family or find_family()
+    absent = [part for part in needed if not any(key.startswith(family.original_prefixes[part]) for key in keys)]
     if len(absent) == len(needed):
         first = f", the first of its tensors is {keys[0]}" if keys else ""
         raise InputError(
-            f"{setting} {file}: it is no checkpoint of {find_family().title} in the original layout{first}; give such "
+            f"{setting} {file}: it is no checkpoint of {family.title} in the original layout{first}; give such "
             "a file or a diffusers folder"
         )
     if absent:
         remedy = "give a whole checkpoint or a diffusers folder"
         if absent == ["vae"] and setting == "model.pretrained":
             remedy = "set model.vae to one, a diffusers folder, a hub id or a .safetensors"
-        raise InputError(f"{setting} {file}: it holds no {_TITLES[absent[0]]}; {remedy}")
+        title = _TITLES[absent[0]] if "text_encoder_2" in family.networks else family.networks[absent[0]]
+        raise InputError(f"{setting} {file}: it holds no {title}; {remedy}")
 
 
-def ensure_taken(module: nn.Module, part: str, file: Path, setting: str = "model.pretrained") -> None:
+def ensure_taken(
+    module: nn.Module, part: str, file: Path, setting: str = "model.pretrained", family: Family | None = None
+) -> None:
     """Refuse a network that is not what the file holds, tensor by tensor: its name, its shape and its first row.
 
     Args:
@@ -60,12 +70,13 @@ def ensure_taken(module: nn.Module, part: str, file: Path, setting: str = "model
         part: a name in `Family.networks`.
         file: a whole checkpoint.
         setting: what the user calls the file.
+        family: of the model; None: SDXL.
 
     Raises:
         InputError: a tensor is missing in the file, or the libraries did not take it.
     """
     own: dict[str, Tensor] = {clean_key(part, key): tensor for key, tensor in module.state_dict().items()}
-    layout = find_family().original_layout(part, shapes(own))
+    layout = (family or find_family()).original_layout(part, shapes(own))
     with opened(file, setting) as tensors:
         keys = set(tensors.keys())
         if missing := [original.key for original in layout if original.key not in keys]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcli.core.models.family import find_family
-from draftcli.core.models.original_layout import PREFIX, original_shape
+from draftcli.core.models.original_layout import ORIGINAL_VAE, original_shape
 from draftcli.core.models.single_file import opened, shapes
 from draftcli.core.models.weight_files import check_plain, ensure_loaded, weight_files
 from draftcli.errors import InputError, first_line
@@ -96,13 +96,11 @@ def _check_file(file: Path, config: Any, what: str) -> None:
     family = find_family()
     with init_empty_weights():
         ours = shapes(family.build("vae", config).state_dict())
-    originals = {
-        o.key.removeprefix(PREFIX["vae"]): original_shape(o, ours) for o in family.original_layout("vae", ours)
-    }
+    originals = {o.key.removeprefix(ORIGINAL_VAE): original_shape(o, ours) for o in family.original_layout("vae", ours)}
     with opened(file, "model.vae") as tensors:
         keys = list(tensors.keys())
         check_plain(keys, what)
-        held = {key.removeprefix(PREFIX["vae"]): tuple(tensors.get_slice(key).get_shape()) for key in keys}
+        held = {key.removeprefix(ORIGINAL_VAE): tuple(tensors.get_slice(key).get_shape()) for key in keys}
     wanted = max((originals, ours), key=lambda names: len(names.keys() & held.keys()))
     missing = sorted(wanted.keys() - held.keys())
     if 2 * len(missing) > len(wanted):
