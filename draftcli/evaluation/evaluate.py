@@ -272,7 +272,7 @@ def _settings(
             "model": cfg.model.pretrained,
             "size": f"{cfg.sampling.height} x {cfg.sampling.width} (height x width)",
             "sampler": f"{cfg.sampling.steps} steps of {cfg.sampling.sampler}, {cfg.sampling.grid}",
-            "guidance": cfg.sampling.scale,
+            "guidance": cfg.sampling.guidance,
             "precision": cfg.model.precision,
         }
     return settings | {"command": command_line(request), "versions": _versions()}

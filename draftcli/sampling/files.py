@@ -194,7 +194,7 @@ def _settings(file: File, provenance: Provenance, loras: Sequence[NamedLora]) ->
         "Steps": sampling.steps,
         "Sampler": SAMPLER_NAMES[sampling.sampler],
         "Schedule type": sampling.grid.removesuffix(" grid").capitalize(),
-        "CFG scale": f"{sampling.scale:g}",
+        "CFG scale": f"{sampling.guidance:g}",
         "Seed": file.picture.seed,
         "Size": f"{width}x{height}",
         "Model": Path(model.parts.name).stem,

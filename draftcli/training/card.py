@@ -161,7 +161,7 @@ def model_card(
         *_scheduler(cfg),
         *_base_loras(cfg),
         LOADING[cfg.peft.peft_scheme],
-        f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.scale:g})",
+        f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.guidance:g})",
         "```",
         "",
     ]

@@ -100,7 +100,7 @@ _SCHEDULER: dict[str, Rule] = {
 _INPUT = "it wants an input beside prompt, size keys and noise"
 _UNET: dict[str, Rule] = {
     **_rules(Rule("4 and 4, or check_channels says which task it is for"), "in_channels", "out_channels"),
-    "time_cond_proj_dim": _only("the guidance scale is an input of the UNet, as in LCM", None),
+    "time_cond_proj_dim": Rule("used: sampling.guidance_embedding is what such a UNet is told"),
     "addition_embed_type": _only("size keys and pooled text go in, as in SDXL", "text_time"),
     **_rules(_only(_INPUT, None), "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"),
     "attention_type": _only(_INPUT, "default"),
@@ -160,7 +160,7 @@ _OTHER_PROCESSES = {"EDM": "EDM", "Flow": "flow matching"}  # by how the class's
 _KINDS_BY_INPUT = {5: "a depth model", 8: "an editing model", 9: "an inpainting model"}
 
 
-def check_fields(part: str, module: Any, where: str) -> None:
+def check_fields(part: str, module: Any, where: str, sampler: str = "euler") -> None:
     """Refuse a part of a model whose configuration asks for other formulas than SDXL's, and warn where it asks for
     another grid than ours.
 
@@ -168,6 +168,7 @@ def check_fields(part: str, module: Any, where: str) -> None:
         part: scheduler, unet or vae.
         module: diffusers' object, with its `config`.
         where: what the user calls the place that it came from.
+        sampler: sampling.sampler, which may be what the scheduler asks for.
 
     Raises:
         InputError: its class, or a field of its configuration, is not one that we know how to go by.
@@ -178,7 +179,8 @@ def check_fields(part: str, module: Any, where: str) -> None:
         check_channels(fields["in_channels"], fields["out_channels"], where)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
     fresh = f"{kind.__name__} (fresh noise at each step, as sampling.sampler lcm)"
-    asked = [fresh] if kind.__name__ in FEW_STEPS else []
+    is_ours = (kind.__name__, sampler) == ("LCMScheduler", "lcm")
+    asked = [fresh] if kind.__name__ in FEW_STEPS and not is_ours else []
     for name, value in sorted(fields.items()):
         rule = rules.get(name)
         if name.startswith("_") or (rule is not None and name not in defaults):

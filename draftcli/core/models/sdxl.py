@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from draftcli.core.batch import Batch
 from draftcli.core.models.family import Conditioning, Embedding, Parts, latent_factor, tokenize
+from draftcli.core.models.guidance_embedding import guidance_embedding
 from draftcli.core.models.original_layout import Original, original_layout
 from draftcli.core.models.size_keys import size_keys, time_ids
 from draftcli.core.models.tiles import decode_in_tiles
@@ -90,11 +91,14 @@ class SDXL:
         ids = time_ids(size_keys(len(batch), *batch.size))
         return Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
 
-    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning) -> Tensor:
+    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning, guidance: float | None = None) -> Tensor:
         """See `Family`; x (2 B, C, H, W) for a doubled batch."""
+        seen, width = x.to(cond.prompt_embeds.dtype), getattr(unet.config, "time_cond_proj_dim", None)
+        told = None if width is None or guidance is None else guidance_embedding(guidance, width).to(seen)
         output = unet(
-            x.to(cond.prompt_embeds.dtype),
+            seen,
             torch.tensor(timestep, device=x.device),
+            timestep_cond=None if told is None else told.expand(len(x), -1),
             encoder_hidden_states=cond.prompt_embeds,
             added_cond_kwargs={"text_embeds": cond.text_embeds, "time_ids": cond.time_ids},
             return_dict=False,
