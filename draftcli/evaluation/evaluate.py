@@ -184,7 +184,7 @@ def _draw(
     kinds = [*(["base"] if is_first else []), "tuned", *request.weights]
     columns = [*map(Column.of, kinds), *map(Column.scaled, request.scales)]
     columns = list({column.name: column for column in columns}.values())
-    loras = named_loras(source.loras)
+    loras = named_loras(source.loras, source.base_loras)
     target = folder / label.replace("/", "-")
     galleries = []
     share = -(-len(columns) * len(pictures) // ranks.size)
