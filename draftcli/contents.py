@@ -12,6 +12,7 @@ WHOLE = 2**26  # bytes: larger files are known by their size and by PIECES piece
 PIECES, PIECE = 256, 2**16
 BASE_LORAS = "model.loras"
 BUILT_IN_NAMES = ("toy",)  # which a folder of that name does not replace
+_BUILT_IN_LORAS = {name: Path(__file__).parent / "toy" / "weights" / name for name in ("toy-4step",)}
 _SINGLE = ("model.pretrained", "model.config", "model.vae", "data.prompts", "data.validation_prompts")
 _SECTIONS, _OF_A_REWARD = ("rewards", "held_out_rewards"), ("pretrained", "backbone")
 
@@ -34,8 +35,9 @@ def base_loras_contents(loras: Any) -> dict[str, str]:
     texts = [text for text in loras if isinstance(text, str)] if isinstance(loras, list | tuple) else []
     found: dict[str, str] = {}
     for i, text in enumerate(texts, 1):
-        name, _, scale = (text, "", "1") if Path(text).expanduser().exists() else text.rpartition("=")
-        for file, digest in _of_lora(Path(name).expanduser()).items():
+        is_name = text in _BUILT_IN_LORAS or Path(text).expanduser().exists()
+        name, _, scale = (text, "", "1") if is_name else text.rpartition("=")
+        for file, digest in _of_lora(_BUILT_IN_LORAS.get(name, Path(name).expanduser())).items():
             found[f"LoRA {i} of {len(texts)} x {_as_number(scale)} {file}".rstrip()] = digest
     return found
 

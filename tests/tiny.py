@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,7 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -33,8 +35,8 @@ from draftcli.config import Config, ModelConfig, check_config
 from draftcli.core.backward import Forward, KeptGraph, Piece
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import DRaFTPModel, SDDRaFTPModel, SDXLDRaFTPModel
+from draftcli.core.lora.merging import load_base
 from draftcli.core.models.family import Parts
-from draftcli.core.models.loading import load_parts
 
 WIDTHS = (32, 48)
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
@@ -99,6 +101,34 @@ def tiny_sd1(
     return folder
 
 
+def told_guidance(model: Path, folder: Path) -> Path:
+    """A copy of the model in `folder` whose UNet takes a guidance scale, and whose scheduler is LCM's."""
+    shutil.copytree(model, folder)
+    plain = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        unet: Any = UNet2DConditionModel.from_config({**plain.config, "time_cond_proj_dim": 10})
+    unet.load_state_dict(plain.state_dict(), strict=False)
+    with torch.no_grad():
+        unet.time_embedding.cond_proj.weight.mul_(3)
+    unet.save_pretrained(folder / "unet")
+    LCMScheduler(**SDXL_SCHEDULER).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "LCMScheduler"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def one_layer_lora(file: Path) -> Path:
+    """A LoRA for one layer of the tiny UNet, by diffusers' names, with an effect that counts."""
+    generator = torch.Generator().manual_seed(0)
+    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    matrices = {"lora_A": (1, 32), "lora_B": (32, 1)}
+    tensors = {f"{layer}.{name}.weight": torch.randn(s, generator=generator) for name, s in matrices.items()}
+    save_file(tensors, file)
+    return file
+
+
 def tiny_config(folder: Path, **sections: dict[str, Any]) -> Config:
     """Settings for the tiny model; `sections` are laid over these: tiny_config(path, draftp={"kl_coeff": 0})."""
     data: dict[str, dict[str, Any]] = {
@@ -127,7 +157,7 @@ def tiny_model(folder: Path, moved: float = 0.0, **sections: dict[str, Any]) -> 
 @cache
 def _loaded(cfg: ModelConfig, in_full: bool) -> Parts:
     """Copying is quicker than loading, of which tests/core/test_loading.py has its share."""
-    return load_parts(cfg, trained_in_full=in_full)
+    return load_base(cfg, trained_in_full=in_full)
 
 
 def move(model: DRaFTPModel, by: float) -> None:

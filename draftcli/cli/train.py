@@ -128,7 +128,7 @@ def train(
     if dry_run:
         from draftcli.core.models.loading import check_unloaded
 
-        check_unloaded(cfg.model)
+        check_unloaded(cfg.model, cfg.sampling)
     if cfg.peft.init_from is not None:
         from draftcli.planning.plan import following_init_from
 

@@ -22,6 +22,11 @@ def contradictions(cfg: Config) -> Iterator[str]:
             f"sampling.steps is {sampling.steps}, and sampling.timesteps names {len(sampling.timesteps)} of them: make "
             "them agree, or set timesteps to [] for the grid of sampling.schedule"
         )
+    if sampling.guidance_embedding is not None and sampling.scale != 1:
+        yield (
+            f"sampling.scale is {sampling.scale:g}, and sampling.guidance_embedding has the UNet guide itself: set "
+            "scale to 1, or leave it out"
+        )
     if sampling.s_churn > 0 and sampling.sampler in NOISY:
         yield f"sampling.s_churn is {sampling.s_churn:g}; {sampling.sampler} adds noise of its own: set it to 0"
 

@@ -34,6 +34,9 @@ class SamplingConfig(Section):
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
     """First and last part of the steps with guidance, [from, to) in shares of N; outside, scale 1 at half the price
     (Kynkäänniemi et al. 2024). It changes the pictures, and other programs that draw with the LoRA must do the same."""
+    guidance_embedding: Annotated[float, Field(ge=1, le=100)] | None = None
+    """The guidance scale that the UNet itself is told, where it takes one (time_cond_proj_dim, as LCM's own UNets);
+    scale is then 1. null for all other UNets."""
     negative_prompt: str | None = None
     """What the images should not show; null: nothing in particular, as diffusers does without one."""
     sizes: list[tuple[Edge, Edge]] = []
@@ -71,6 +74,19 @@ class SamplingConfig(Section):
             return {"steps": len(data["timesteps"]), **data}
         return data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _scale_follows(cls, data: Any) -> Any:
+        """Where guidance_embedding is given alone, the UNet is not guided a second time."""
+        if isinstance(data, dict) and data.get("guidance_embedding") is not None:
+            return {"scale": 1.0, **data}
+        return data
+
+    @property
+    def guidance(self) -> float:
+        """What diffusers' pipelines call guidance_scale, whether two evaluations do it or the UNet itself."""
+        return self.scale if self.guidance_embedding is None else self.guidance_embedding
+
     @property
     def grid(self) -> str:
         """Which steps are taken, in words."""
@@ -79,7 +95,7 @@ class SamplingConfig(Section):
     @property
     def summary(self) -> str:
         """Steps, sampler and guidance in words, for footers."""
-        return f"{self.steps} steps of {self.sampler}, guidance {self.scale:g}"
+        return f"{self.steps} steps of {self.sampler}, guidance {self.guidance:g}"
 
     def is_guided(self, step: int) -> bool:
         """Whether a sampler step, 0 .. steps - 1, takes two evaluations: with the prompt and without."""

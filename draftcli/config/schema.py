@@ -30,7 +30,7 @@ class ModelConfig(Section):
     """Which files of a folder or hub id, such as `fp16`."""
     loras: tuple[LocalPath, ...] = ()
     """PATH or PATH=SCALE of LoRAs that are part of the base: merged into its weights when it is loaded, text encoders
-    included, and frozen. What the run trains and writes comes on top."""
+    included, and frozen. What the run trains and writes comes on top. `toy-4step` ships with draftp."""
     precision: Precision = "fp32"
     """Of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
     quantize: Literal["8bit"] | None = None

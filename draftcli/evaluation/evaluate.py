@@ -177,7 +177,7 @@ def _draw(
     kinds = [*(["base"] if is_first else []), "tuned", *request.weights]
     columns = [*map(Column.of, kinds), *map(Column.scaled, request.scales)]
     columns = list({column.name: column for column in columns}.values())
-    loras = named_loras(source.loras)
+    loras = named_loras(source.loras, source.base_loras)
     target = folder / label.replace("/", "-")
     galleries = []
     share = -(-len(columns) * len(pictures) // ranks.size)
@@ -265,7 +265,7 @@ def _settings(
             "model": cfg.model.pretrained,
             "size": f"{cfg.sampling.height} x {cfg.sampling.width} (height x width)",
             "sampler": f"{cfg.sampling.steps} steps of {cfg.sampling.sampler}, {cfg.sampling.grid}",
-            "guidance": cfg.sampling.scale,
+            "guidance": cfg.sampling.guidance,
             "precision": cfg.model.precision,
         }
     return settings | {"command": command_line(request), "versions": _versions()}

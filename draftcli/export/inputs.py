@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from draftcli.config import Config, load_config
+from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.core.lora.files import Lora, Shapes, refuse_stacked_dora
 from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.family import Family
@@ -126,7 +127,8 @@ def base_of(inputs: Sequence[MergeInput]) -> tuple[str, str | None, str | None] 
 
 
 def base_loras_of(inputs: Sequence[MergeInput]) -> list[str]:
-    """model.loras of the runs among `inputs`: what their base has beside the model's own weights.
+    """model.loras of the runs among `inputs`: what their base has beside the model's own weights, and what their
+    networks need on any other model too.
 
     Raises:
         InputError: the runs have different ones, or one is another file than when its run was trained.
@@ -135,7 +137,10 @@ def base_loras_of(inputs: Sequence[MergeInput]) -> list[str]:
     for run, cfg in runs:
         run.check_base_loras(cfg)
     if any(cfg.model.loras != runs[0][1].model.loras for _, cfg in runs):
-        raise InputError("the runs were trained with different model.loras; say which model to merge into with --base")
+        raise InputError(
+            "the runs were trained with different model.loras, so they have no base in common; give the LoRAs' files "
+            f"that are to be merged, such as {runs[0][0].final / LORA_FILE}, with --base MODEL"
+        )
     return list(runs[0][1].model.loras) if runs else []
 
 

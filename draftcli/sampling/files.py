@@ -112,7 +112,7 @@ def write_pictures(
         batch_size: pictures drawn together; None: as many as a card that holds the model surely has room for.
         suffix: png, jpg or webp.
         ranks: processes that share the work; each draws a part, and afterwards all files are there.
-        loras: those of the tuned network, to be named in the files and in the index.
+        loras: those of the base and of the tuned network, to be named in the files and in the index.
         progress: called with the number of files that this process has newly dealt with.
         told: called before it with the lines that index.jsonl will have of these files, which are there by then. What
             it raises ends the drawing.
@@ -184,10 +184,10 @@ def _ensure_finite(images: Tensor, files: Sequence[File], model: DRaFTPModel) ->
 
 
 def _used(file: File, loras: Sequence[NamedLora], provenance: Provenance) -> list[NamedLora]:
-    """The LoRAs that a picture was drawn with, at its scales: none for the base."""
-    if not any(file.column.weights(provenance.model)):
-        return []
-    return [lora.scaled(file.column.lora_scale) for lora in loras]
+    """The LoRAs that a picture was drawn with, at its scales: for the base, its own alone."""
+    tuned = any(file.column.weights(provenance.model))
+    own = [lora.scaled(file.column.lora_scale) for lora in loras if tuned and not lora.in_base]
+    return [*(lora for lora in loras if lora.in_base), *own]
 
 
 def _settings(file: File, provenance: Provenance, loras: Sequence[NamedLora]) -> dict[str, object]:
@@ -198,7 +198,7 @@ def _settings(file: File, provenance: Provenance, loras: Sequence[NamedLora]) ->
         "Steps": sampling.steps,
         "Sampler": SAMPLER_NAMES[sampling.sampler],
         "Schedule type": sampling.grid.removesuffix(" grid").capitalize(),
-        "CFG scale": f"{sampling.scale:g}",
+        "CFG scale": f"{sampling.guidance:g}",
         "Seed": file.picture.seed,
         "Size": f"{width}x{height}",
         "Model": Path(model.parts.name).stem,

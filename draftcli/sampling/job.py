@@ -123,7 +123,7 @@ def run(job: Job, console: Console, progress: Callable[[str, int, int], None] | 
         console.quiet = console.quiet or not ranks.is_main
         for line in warnings if ranks.is_main else ():
             warn(line)
-        model, loras = load_source(job.source), named_loras(job.source.loras)
+        model, loras = load_source(job.source), named_loras(job.source.loras, job.source.base_loras)
         console.print(f"{job.source.name} on {model.runtime.reason}")
         pictures = plan(prompts, job.images, _seed(job), picture_size(job.source, model))
         share = -(-len(pictures) * len(columns) // ranks.size)

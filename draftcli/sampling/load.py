@@ -25,7 +25,7 @@ def load_source(source: DrawingSource) -> DRaFTPModel:
         InputError: model or LoRA cannot be loaded, or don't fit each other.
     """
     cfg = with_precision(source)
-    parts = load_base(cfg.model, trained_in_full=source.unet is not None)
+    parts = load_base(cfg.model, cfg.sampling, trained_in_full=source.unet is not None)
     shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in LORA_PARTS}
     loras = [(read_lora(path, shapes), scale) for path, scale in source.loras]
     model = DRaFTPModel(cfg, parts, loras)

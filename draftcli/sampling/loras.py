@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import safe_open
@@ -23,11 +23,13 @@ class NamedLora:
         name: the file's, or where every file of its kind is called the same, the run's or the folder's.
         scale: what its effect was multiplied with.
         hash: 12 hexadecimal digits, from the file's own metadata or of its tensors, as the web UI finds them.
+        in_base: whether the base has it too (model.loras), at this scale whatever the tuned network's LoRAs have.
     """
 
     name: str
     scale: float
     hash: str
+    in_base: bool = False
 
     def scaled(self, factor: float) -> NamedLora:
         """The same at `factor` times its scale."""
@@ -35,17 +37,25 @@ class NamedLora:
 
     def to_json(self) -> dict[str, object]:
         """For a line of index.jsonl."""
-        return asdict(self)
+        return {"name": self.name, "scale": self.scale, "hash": self.hash}
 
 
-def named_loras(loras: Sequence[tuple[Path, float]]) -> list[NamedLora]:
+def named_loras(loras: Sequence[tuple[Path, float]], base: Sequence[tuple[Path, float]] = ()) -> list[NamedLora]:
     """The names and hashes of LoRA files or folders, each with its scale.
+
+    Args:
+        loras: those of the tuned network.
+        base: those of model.loras, which come first.
 
     Raises:
         InputError: a path holds no LoRA.
     """
-    files = [(find_lora(path), scale) for path, scale in loras]
-    return [NamedLora(_name(file), scale, _web_ui_hash(_by_kohyas_names(file))[:_SHORT]) for file, scale in files]
+    return [*(_named(path, scale, in_base=True) for path, scale in base), *(_named(*lora) for lora in loras)]
+
+
+def _named(path: Path, scale: float, in_base: bool = False) -> NamedLora:
+    file = find_lora(path)
+    return NamedLora(_name(file), scale, _web_ui_hash(_by_kohyas_names(file))[:_SHORT], in_base)
 
 
 def with_tags(prompt: str, loras: Sequence[NamedLora]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from draftcli.config import Config, load_config, without_effect
-from draftcli.core.models.places import check_model_files
+from draftcli.core.models.places import base_lora, check_model_files
 from draftcli.core.weighings import between_base_and_tuned, named_weighing
 from draftcli.errors import InputError
 from draftcli.prompts import find_prompts
@@ -41,6 +41,11 @@ class DrawingSource:
     loras: list[tuple[Path, float]]
     from_run: bool
     warnings: tuple[str, ...] = ()
+
+    @property
+    def base_loras(self) -> list[tuple[Path, float]]:
+        """LoRA files or folders of model.loras, each with its scale."""
+        return [base_lora(text) for text in self.cfg.model.loras]
 
     @property
     def is_tuned(self) -> bool:

@@ -1,7 +1,8 @@
 """Make the toy world's weights: `python -m draftcli.toy.make_weights --output DIR`.
 
-Three stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
-encoders), the learned reward. What was run and measured is written to DIR/provenance.json after every stage.
+Four stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
+encoders), the learned reward, the LoRA that draws in 4 steps. What was run and measured is written to
+DIR/provenance.json after every stage.
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from diffusers import StableDiffusionXLPipeline
 
 from draftcli.toy import oracle
+from draftcli.toy.train_four_steps import train_four_steps
 from draftcli.toy.train_reward import train_reward
 from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw_pictures, open_pipeline, train_sdxl
 from draftcli.toy.train_vae import train_vae
 from draftcli.toy.world import caption, held_out_scenes
 from draftcli.umask import follow_umask
 
-VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 690, 1000
+VAE_STEPS, SDXL_STEPS, REWARD_STEPS, FOUR_STEPS_STEPS = 3600, 690, 1000, 1200
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages that are not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for model/, reward/ and provenance.json")
+    parser.add_argument("--output", type=Path, required=True, help="folder for all of it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
@@ -42,8 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
-    """Train what is missing in `output`: `model/` (a diffusers folder), `reward/` (a CLIP), `provenance.json`."""
-    model, reward = output / "model", output / "reward"
+    """Train what is missing in `output`: `model/` (a diffusers folder), `reward/` (a CLIP), `toy-4step/` (a LoRA),
+    `provenance.json`.
+    """
+    model, reward, lora = output / "model", output / "reward", output / "toy-4step"
     vae_steps, sdxl_steps, reward_steps = (3, 3, 3) if quick else (VAE_STEPS, SDXL_STEPS, REWARD_STEPS)
     small = {"pool": 32} if quick else {}
     _stage(output, "vae", model / "vae", seed, lambda: train_vae(model / "vae", seed, vae_steps, **small))
@@ -52,17 +57,34 @@ def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
     few = {"families": 2, "batch": 2, "check": 8} if quick else {}
     _stage(output, "reward", reward / "model.safetensors", seed,
            lambda: train_reward(model, reward, seed, reward_steps, **few))  # fmt: skip
+    small = {"batch": 2, "walks": 4} if quick else {}
+    _stage(output, "four_steps", lora, seed,
+           lambda: train_four_steps(model, lora, seed, 3 if quick else FOUR_STEPS_STEPS, **small))  # fmt: skip
+    _stage(output, "in_four_steps", None, seed, lambda: measure_four_steps(model, lora, seed, 4 if quick else 480))
 
 
 def measure_base(model: Path, seed: int, count: int) -> dict[str, Any]:
-    """How well the base follows held-out captions, by the oracle: all attributes right, each one, the mean score."""
+    """How well the base follows held-out captions."""
+    return _measure(open_pipeline(model), seed, count, SAMPLER_STEPS, GUIDANCE)
+
+
+def measure_four_steps(model: Path, lora: Path, seed: int, count: int) -> dict[str, Any]:
+    """The same in 4 steps: of the base without guidance and with it, and of the LoRA without it."""
+    pipe = open_pipeline(model)
+    found = {f"base, guidance {scale:g}": _measure(pipe, seed, count, 4, scale) for scale in (1.0, GUIDANCE)}
+    pipe.load_lora_weights(str(lora))
+    return found | {"lora": _measure(pipe, seed, count, 4, 1.0)}
+
+
+def _measure(pipe: StableDiffusionXLPipeline, seed: int, count: int, steps: int, scale: float) -> dict[str, Any]:
+    """How well pictures follow held-out captions, by the oracle: all attributes right, each one, the mean score."""
     prompts = ([caption(scene) for scene in held_out_scenes()] * 2)[:count]
-    pictures = draw_pictures(open_pipeline(model), prompts, seed)
+    pictures = draw_pictures(pipe, prompts, seed, steps, scale)
     means = oracle.attributes(pictures, prompts).mean(0).tolist()
     return {
         "captions": count,
-        "sampler_steps": SAMPLER_STEPS,
-        "guidance": GUIDANCE,
+        "sampler_steps": steps,
+        "guidance": scale,
         "all_right": float(oracle.correct(pictures, prompts).float().mean()),
         "oracle_score": float(oracle.oracle_score(pictures, prompts).mean()),
         "attributes": dict(zip(oracle.CRITERIA, means, strict=True)),
@@ -81,7 +103,10 @@ def _stage(output: Path, name: str, result: Path | None, seed: int, run: Callabl
     measured = run()
     follow_umask(output)
     measured["total_seconds"] = (datetime.now(UTC) - started).total_seconds()
-    record |= _circumstances(seed) | {name: _rounded(measured), "megabytes": _rounded(_sizes(output))}
+    circumstances = _circumstances(seed)
+    if record:  # a stage made later says what was otherwise then
+        measured |= {key: value for key, value in circumstances.items() if record.get(key) != value}
+    record |= ({} if record else circumstances) | {name: _rounded(measured), "megabytes": _rounded(_sizes(output))}
     path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{name}: {json.dumps(record[name])}", flush=True)
 

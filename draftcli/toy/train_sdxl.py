@@ -7,6 +7,7 @@ captions imperfectly and paints in worn colours, as its training pictures are wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,14 @@ def draw_pictures(
 
 
 def _tokens(tokenizer: CLIPTokenizer, scenes: list[Scene], seed: int) -> torch.Tensor:
-    rng = np.random.default_rng(seed)  # both tokenizers must see the same captions
-    captions = [caption(_terse(scene, rng) if rng.uniform() < TERSE else scene) for scene in scenes]
+    captions = some_terse(scenes, np.random.default_rng(seed))  # both tokenizers must see the same
     encoded = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     return encoded.input_ids
+
+
+def some_terse(scenes: Sequence[Scene], rng: np.random.Generator) -> list[str]:
+    """Captions of the scenes, of which a share of TERSE leaves something out."""
+    return [caption(_terse(scene, rng) if rng.uniform() < TERSE else scene) for scene in scenes]
 
 
 def _terse(scene: Scene, rng: np.random.Generator) -> Scene:

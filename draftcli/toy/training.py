@@ -29,7 +29,7 @@ def to_float(pictures: torch.Tensor) -> torch.Tensor:
 
 
 def minimise(
-    parameters: Iterable[torch.nn.Parameter],
+    parameters: Iterable[torch.Tensor],
     loss_of_step: Callable[[int], torch.Tensor],
     steps: int,
     lr: float,

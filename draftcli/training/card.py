@@ -11,7 +11,7 @@ from draftcli.config import Config
 from draftcli.contents import base_loras_contents
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.lora.adapters import LORA_FILE
-from draftcli.core.models.places import BUILT_IN, base_lora
+from draftcli.core.models.places import BUILT_IN, BUILT_IN_LORAS, base_lora
 from draftcli.core.models.recognition import family_of
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
@@ -73,9 +73,14 @@ def _base_loras(cfg: Config) -> list[str]:
     """The lines that merge those of model.loras, as they were in training."""
     lines = []
     for path, scale in map(base_lora, cfg.model.loras):
-        lines += [f"pipe.load_lora_weights({json.dumps(str(path), ensure_ascii=False)})"]
+        place = json.dumps(path.name if _is_built_in(path) else str(path), ensure_ascii=False)
+        lines += [f"pipe.load_lora_weights({f'lora_path({place})' if _is_built_in(path) else place})"]
         lines += [f"pipe.fuse_lora(lora_scale={scale:g})", "pipe.unload_lora_weights()"]
     return lines
+
+
+def _is_built_in(lora: Path) -> bool:
+    return lora in BUILT_IN_LORAS.values()
 
 
 def _goes_with(cfg: Config) -> list[str]:
@@ -130,6 +135,7 @@ def model_card(
         kohya: name of the file with the LoRA by kohya's names; None: there is none.
         sheet: name of the validation's sheet beside the card; None: there is none.
     """
+    base = [path for path, _ in map(base_lora, cfg.model.loras)]
     averaged = cfg.ema.decay is not None and cfg.ema.in_final
     lora = cfg.peft.peft_scheme == "lora"
     lines = [
@@ -156,12 +162,13 @@ def model_card(
         "import draftcli",
         f"from diffusers import {family_of(cfg.model).pipeline}" + ("" if lora else ", UNet2DConditionModel"),
         *(["from draftcli.core.models.loading import model_path"] if cfg.model.pretrained in BUILT_IN else []),
+        *(["from draftcli.core.models.places import lora_path"] if any(map(_is_built_in, base)) else []),
         "",
         _base(cfg),
         *_scheduler(cfg),
         *_base_loras(cfg),
         LOADING[cfg.peft.peft_scheme],
-        f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.scale:g})",
+        f"pipe(prompt, {_steps(cfg)}, guidance_scale={cfg.sampling.guidance:g})",
         "```",
         "",
     ]

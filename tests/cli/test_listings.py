@@ -206,8 +206,8 @@ def test_a_listing_imports_nothing_heavy(words):
 
 
 COMPLETED = {
-    "draftp presets toy": ["toy", "toy-full"],
-    "draftp train --preset toy-": ["toy-full"],
+    "draftp presets toy": ["toy", "toy-4step", "toy-full"],
+    "draftp train --preset toy-": ["toy-4step", "toy-full"],
     "draftp train --reward picks": ["pickscore"],
     "draftp train --set draftp.kl": ["draftp.kl_coeff=", "draftp.kl_kind=", "draftp.kl_target="],
     "draftp settings em": ["ema", "ema.decay", "ema.device", "ema.in_validation", "ema.in_final"],

@@ -24,7 +24,7 @@ from draftcli.planning.memory import memory_plan
 from draftcli.sampling.load import load_source
 from draftcli.sampling.source import find_source
 from tests.command import draftp, recipe
-from tests.tiny import batch, tiny_model
+from tests.tiny import batch, one_layer_lora, tiny_model
 
 needs_it = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes, an optional extra, is not installed"
@@ -168,6 +168,21 @@ def test_the_estimate_is_within_three_percent(tiny_sdxl):
         estimates.append(model.networks.tuned(cond)(x, level))
     plain, ours = estimates
     assert 0 < (ours - plain).norm() < 0.03 * plain.norm()
+
+
+@needs_it
+@pytest.mark.parametrize("sampler", ["lcm", "euler_ancestral"])
+def test_a_few_step_model_with_a_lora_under_it(tiny_sdxl, sampler):
+    """What is rounded to 8 bits has the LoRA in it."""
+    few = {"sampling": {"sampler": sampler, "timesteps": [999, 759, 499, 259], "steps": 4, "scale": 1.0}}
+    few["draftp"] = {"truncation_steps": 4}
+    under = {"loras": [f"{one_layer_lora(Path('under.safetensors'))}=0.5"]}
+    without, _ = gradient(tiny_sdxl, **IN_FLOAT32, **few)
+    plain, metrics = gradient(tiny_sdxl, model={**IN_FLOAT32["model"], **under}, **few)
+    ours, told = gradient(tiny_sdxl, model={**IN_8_BITS["model"], **under}, **few)
+    assert F.cosine_similarity(ours, plain, 0) > 0.995
+    assert told["reward"] == pytest.approx(metrics["reward"], abs=0.01)
+    assert 0 < (ours - plain).norm() < 0.3 * (plain - without).norm()
 
 
 @needs_it

@@ -123,6 +123,7 @@ HARMLESS = [
     ("scheduler", scheduler, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}),
     # Euler does not clip: the field is left over from another class, and diffusers passes it over
     ("scheduler", scheduler, {"clip_sample": True, "skip_prk_steps": True}),
+    ("unet", unet, {"time_cond_proj_dim": 256}),  # what it is told, is another setting's
     ("unet", unet, {"sample_size": 96, "upcast_attention": None, "center_input_sample": True}),
     ("vae", vae, {"scaling_factor": 0.18215, "force_upcast": False, "shift_factor": 0.0, "use_quant_conv": False}),
     ("vae", vae, {"latents_mean": [0.1, 0, -1, 2], "latents_std": [1, 2, 3, 4.5]}),
@@ -152,6 +153,14 @@ def test_another_grid_is_warned_about(fields):
     words = fields["name"] if len(fields) == 1 and "name" in fields else " ".join(map(str, [*fields.items()][-1]))
     with pytest.warns(UserWarning, match=f"here: the scheduler asks for {words}.*sampling.schedule"):
         check_fields("scheduler", scheduler(**fields), "here")
+
+
+def test_the_sampler_that_the_scheduler_asks_for_is_not_warned_about():
+    check_fields("scheduler", scheduler("LCMScheduler"), "here", "lcm")
+    with pytest.warns(UserWarning, match="asks for timestep_scaling 5.0"):
+        check_fields("scheduler", scheduler("LCMScheduler", timestep_scaling=5.0), "here", "lcm")
+    with pytest.warns(UserWarning, match="asks for TCDScheduler"):
+        check_fields("scheduler", scheduler("TCDScheduler"), "here", "lcm")
 
 
 @pytest.mark.filterwarnings("default::UserWarning")
@@ -196,12 +205,6 @@ REFUSED = [
     ("unet", unet, {"in_channels": 6}, "takes 6 channels, so it is a model for something else"),
     ("unet", unet, {"in_channels": 16, "out_channels": 16}, "so it makes latents for another VAE"),
     ("unet", unet, {"out_channels": 8}, "gives 8 channels, so it predicts more than the noise"),
-    (
-        "unet",
-        unet,
-        {"time_cond_proj_dim": 256},
-        "time_cond_proj_dim is 256 (the guidance scale is an input",
-    ),
     ("unet", unet, {"addition_embed_type": None}, "addition_embed_type is None"),
     ("unet", unet, {"class_embed_type": "timestep"}, "class_embed_type is 'timestep'"),
     ("unet", unet, {"num_class_embeds": 10}, "num_class_embeds is 10"),

@@ -20,7 +20,7 @@ from draftcli.sampling.identity import HARMLESS, RESOLVED, Provenance
 from draftcli.sampling.load import load_source
 from draftcli.sampling.source import find_source
 from tests.command import WITH_VALIDATION, draftp, recipe
-from tests.tiny import make_sdxl, tiny_sd1, write_single_file
+from tests.tiny import make_sdxl, one_layer_lora, tiny_sd1, told_guidance, write_single_file
 
 SECTIONS = {"model": ModelConfig, "sampling": SamplingConfig}
 FIELDS = [f"{name}.{field}" for name, section in SECTIONS.items() for field in section.model_fields]
@@ -71,12 +71,14 @@ def variant(model: Path) -> Files:
 
 def with_lora(model: Path) -> Files:
     """A folder, and the same with a LoRA merged into it."""
-    generator = torch.Generator().manual_seed(0)
-    layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    matrices = {"lora_A": (1, 32), "lora_B": (32, 1)}
-    tensors = {f"{layer}.{name}.weight": torch.randn(s, generator=generator) for name, s in matrices.items()}
-    save_file(tensors, "lora.safetensors")
-    return {}, {"model.loras": ["lora.safetensors=0.5"]}
+    return {}, {"model.loras": [f"{one_layer_lora(Path('lora.safetensors'))}=0.5"]}
+
+
+def with_guidance_embedding(model: Path) -> Files:
+    """A UNet that is told one guidance scale, and another."""
+    told = {"model.pretrained": str(told_guidance(model, Path("told"))), "sampling.scale": 1.0}
+    told |= {"sampling.sampler": "lcm", "sampling.guidance_embedding": 2.0}
+    return told, {**told, "sampling.guidance_embedding": 8.0}
 
 
 # By field, another value than the default's.
@@ -111,6 +113,7 @@ OTHER_FILES: dict[str, Callable[[Path], Files]] = {
     "model.vae": lambda model: ({}, {"model.vae": str(make_sdxl(Path("other"), seed=1) / "vae")}),
     "model.variant": variant,
     "model.loras": with_lora,
+    "sampling.guidance_embedding": with_guidance_embedding,
 }
 
 

@@ -26,6 +26,13 @@ def test_measured_figures_are_within_what_was_promised(provenance: dict) -> None
     assert provenance["versions"]
 
 
+def test_the_lora_draws_in_four_evaluations_as_the_base_in_twenty(provenance: dict) -> None:
+    measured, base = provenance["in_four_steps"], provenance["base"]
+    for figure in ("oracle_score", "all_right"):
+        assert measured["lora"][figure] > base[figure] - 0.02
+        assert all(measured["lora"][figure] > measured[name][figure] + 0.05 for name in measured if "base" in name)
+
+
 def test_the_reward_agrees_with_the_oracle(provenance: dict) -> None:
     """On held-out pairs, ties left out: pairs closer than the doubt that its labels were drawn with."""
     figures = provenance["reward"]
@@ -76,10 +83,13 @@ def test_script_runs_end_to_end_and_skips_what_is_done(tmp_path: Path, capsys: p
         make_weights(tmp_path, quick=True)
         capsys.readouterr()
         make_weights(tmp_path, quick=True)
-    assert capsys.readouterr().out.count("already there") == 4
+    assert capsys.readouterr().out.count("already there") == 6
     record = json.loads((tmp_path / "provenance.json").read_text())
-    assert {"vae", "sdxl", "base", "reward", "megabytes", "seed", "hardware"} <= set(record)
+    assert {"vae", "sdxl", "base", "reward", "four_steps", "in_four_steps", "megabytes", "seed", "hardware"} <= set(
+        record
+    )
     assert (tmp_path / "model" / "model_index.json").exists()
     assert (tmp_path / "reward" / "vocab.json").exists()
+    assert (tmp_path / "toy-4step" / "pytorch_lora_weights.safetensors").exists()
     modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "provenance.json").stat().st_mode}, "weights are as readable as the rest"

@@ -18,8 +18,9 @@ from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.lora.adapters import lora_state_dict
 from draftcli.core.lora.merging import load_base
 from draftcli.errors import InputError
+from draftcli.sampling.embedded import read
 from tests.command import draftp, recipe
-from tests.tiny import batch, prefers_red, tiny_config
+from tests.tiny import batch, make_sdxl, prefers_red, tiny_config
 
 TARGETS = {"unet": ["to_q", "to_v", "ff.net.2"], "text_encoder": ["q_proj", "fc1"], "text_encoder_2": ["k_proj"]}
 SCALE = 0.7
@@ -159,6 +160,36 @@ def test_a_run_on_them_is_the_run_on_the_merged_model(files, tiny_sdxl, scheme):
             assert draftp("merge-lora", run, *lora).code == 0
         one, two = (products(load_file(f"{run}-lora/pytorch_lora_weights.safetensors")) for run in ("ours", "theirs"))
         assert_alike(one, two, 1e-5)
+
+
+def test_they_go_along_into_another_model_and_pictures_name_them(files, tiny_sdxl):
+    whole, other = files / "whole" / "pytorch_lora_weights.safetensors", make_sdxl(Path("other"), seed=1)
+    run = train(tiny_sdxl, "run", model={"loras": [f"{whole}={SCALE}"]}, optim={"lr": 0.1}, trainer={"max_steps": 2})
+    own = run / "final" / "pytorch_lora_weights.safetensors"
+    inputs = {"by-run": [run], "by-hand": [own, f"{whole}={SCALE}"], "own-alone": [own]}
+    for name, merged in inputs.items():
+        result = draftp("merge-lora", *merged, "--base", other, "--output", name, "--verify", "keys")
+        assert result.code == 0, result.err
+    for part in ("unet", "text_encoder", "text_encoder_2"):
+        one, two, alone = (load_weights(Path(name) / part) for name in inputs)
+        assert_alike(one, two)
+        assert any(not torch.equal(one[key], alone[key]) for key in one)
+    assert "of the run's base (model.loras)" in Path("by-run/README.md").read_text()
+    plain = train(tiny_sdxl, "plain", trainer={"max_steps": 2})
+    result = draftp("merge-lora", run, plain, "--base", other, "--output", "both")
+    assert (result.code, result.err.count("\n")) == (2, 1), result.err
+    assert "different model.loras, so they have no base in common" in result.err
+    assert f"give the LoRAs' files that are to be merged, such as {own}, with --base MODEL" in result.err
+
+    assert draftp("anneal", run, "--prompt", "x", "--weight", "linear", "--output", "out").code == 0
+    index = {line["weight"]: line for line in map(json.loads, Path("out/index.jsonl").read_text().splitlines())}
+    texts = {weight: read(Path("out") / line["file"]).splitlines()[0] for weight, line in index.items()}
+    assert texts == {
+        "base": "x <lora:whole:0.7>",
+        "tuned": "x <lora:whole:0.7> <lora:run:1>",
+        "linear": "x <lora:whole:0.7> <lora:run:1>",
+    }
+    assert [lora["name"] for lora in index["base"]["loras"]] == ["whole"]
 
 
 def lines_of(run):

@@ -27,6 +27,7 @@ from draftcli.training.checkpoint import load_newest, load_tensors, save_checkpo
 from draftcli.training.step import Trainer
 from tests.command import draftp, recipe
 from tests.ranks import in_ranks, train_in_ranks
+from tests.tiny import one_layer_lora
 
 FULL = {"peft": {"peft_scheme": "none"}, "optim": {"lr": 1e-3}}
 CASES = {
@@ -34,10 +35,14 @@ CASES = {
     "full": {"draftp": {"truncation_steps": 1}, **FULL},
     "lora of one gradient step": {"draftp": {"truncation_steps": 1}},
     "full, two gradient steps": {"draftp": {"truncation_steps": 2}, **FULL},
+    "few steps": {
+        "sampling": {"sampler": "lcm", "timesteps": [999, 499, 259], "steps": 3, "scale": 1.0},
+        "draftp": {"truncation_steps": 3},
+    },
 }
 # How the processes share the work, and on how many.
 WAYS = {"ddp": {"strategy": "ddp"}, "fsdp": {"strategy": "fsdp"}, "hybrid": {"strategy": "fsdp", "shard_size": 2}}
-slow = pytest.mark.slow(reason="more of the same: another K, another number of processes")
+slow = pytest.mark.slow(reason="more of the same: another K, another sampler, another number of processes")
 RUNS = [
     ("lora", "fsdp", 2),
     ("full", "fsdp", 3),
@@ -49,6 +54,7 @@ RUNS = [
     pytest.param("full, two gradient steps", "fsdp", 2, marks=slow),
     pytest.param("full", "hybrid", 4, marks=slow),
     pytest.param("lora", "hybrid", 4, marks=slow),
+    pytest.param("few steps", "fsdp", 2, marks=slow),
 ]
 
 
@@ -62,6 +68,8 @@ def case_recipe(folder: Path, tiny: Path, case: str, **sections) -> Path:
         "ema": {"decay": 0.9},
     }
     base["trainer"]["val_check_interval"] = 2
+    if case == "few steps":  # of a model with a LoRA under it, as the LCM-LoRA
+        base["model"]["loras"] = [f"{one_layer_lora(folder / 'under.safetensors')}=0.5"]
     for name, section in [*CASES[case].items(), *sections.items()]:
         base[name] = {**base.get(name, {}), **section}
     return recipe(tiny, folder / f"{case}.yaml", **base)

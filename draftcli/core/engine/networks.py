@@ -73,7 +73,7 @@ class PlacedNetworks:
         # Of a network that will be split process 0 reads the weights, and sends the others their part.
         self._rank0_loads = split and parts is None
         hollow = self._rank0_loads and not sharding.is_source()
-        self.parts = parts or load_base(cfg.model, trained_in_full=in_full, hollow_unet=hollow)
+        self.parts = parts or load_base(cfg.model, cfg.sampling, trained_in_full=in_full, hollow_unet=hollow)
         self.family = self.parts.family
         device, offload = self.runtime.device, cfg.sharding.offload
         self.vae = self.parts.vae if offload else self.parts.vae.to(device)
@@ -121,7 +121,7 @@ class PlacedNetworks:
         without gradient.
         """
         with self.runtime.autocast():
-            return self.family.predict(self.unet, x, level.timestep, cond)
+            return self.family.predict(self.unet, x, level.timestep, cond, self.cfg.sampling.guidance_embedding)
 
     def base(self, cond: Conditioning) -> Predict:
         """The base's guided noise estimate; never carries gradient."""

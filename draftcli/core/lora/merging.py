@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from draftcli.config import ModelConfig
+from draftcli.config import ModelConfig, SamplingConfig
 from draftcli.core.lora.files import LORA_PARTS, Lora, refuse_stacked_dora, weight_shapes
 from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.family import Parts
@@ -18,14 +18,20 @@ from draftcli.core.models.places import base_lora
 from draftcli.errors import InputError
 
 
-def load_base(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: bool = False) -> Parts:
+def load_base(
+    cfg: ModelConfig,
+    sampling: SamplingConfig | None = None,
+    *,
+    trained_in_full: bool = False,
+    hollow_unet: bool = False,
+) -> Parts:
     """Load a model with its `model.loras`; see `load_parts`.
 
     Raises:
         InputError: as `load_parts`; or a LoRA cannot be read, or does not fit the model or the others.
     """
     files = [base_lora(text) for text in cfg.loras]
-    parts = load_parts(cfg, trained_in_full=trained_in_full, hollow_unet=hollow_unet)
+    parts = load_parts(cfg, sampling, trained_in_full=trained_in_full, hollow_unet=hollow_unet)
     shapes = {name: weight_shapes(network) for name, network in parts.modules.items() if name in LORA_PARTS}
     merge_loras(parts, [read_lora(path, shapes).scaled(scale) for path, scale in files])
     return parts

@@ -109,8 +109,16 @@ class Family(Protocol):
         """
         ...
 
-    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning) -> Tensor:
-        """The network's raw output at x (B, C, H, W), already scaled to its input, in the dtype of x."""
+    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning, guidance: float | None = None) -> Tensor:
+        """The network's raw output at x (B, C, H, W), already scaled to its input, in the dtype of x.
+
+        Args:
+            unet: of the family.
+            x: (B, C, H, W).
+            timestep: 0 .. 999.
+            cond: for B pictures.
+            guidance: sampling.guidance_embedding, for a UNet whose input it is.
+        """
         ...
 
     def decode(self, vae: Any, latents: Tensor, tile: int | None = None) -> Tensor:

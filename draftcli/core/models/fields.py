@@ -103,7 +103,7 @@ _INPUT = "it wants an input beside prompt, size keys and noise"
 _UNET: dict[str, Rule] = {
     **_rules(Rule("4 and 4, or kinds.py says what model it is"), "in_channels", "out_channels"),
     "addition_embed_type": Rule("what goes in beside text and noise: the family's, as check_fields asks it"),
-    "time_cond_proj_dim": _only("the guidance scale is an input of the UNet, as in LCM", None),
+    "time_cond_proj_dim": Rule("used: sampling.guidance_embedding is what such a UNet is told"),
     **_rules(_only(_INPUT, None), "class_embed_type", "num_class_embeds", "encoder_hid_dim", "encoder_hid_dim_type"),
     "attention_type": _only(_INPUT, "default"),
     **_rules(Rule("harmless: a default for pictures; ours is sampling.height and width"), "sample_size"),
@@ -162,7 +162,7 @@ _CLASSES = {
 _OTHER_PROCESSES = {"EDM": "EDM", "Flow": "flow matching"}  # by how the class's name begins
 
 
-def check_fields(part: str, module: Any, where: str, family: Family | None = None) -> None:
+def check_fields(part: str, module: Any, where: str, family: Family | None = None, sampler: str = "euler") -> None:
     """Refuse a part of a model whose configuration asks for other formulas than its family's, and warn where it asks
     for another grid than ours.
 
@@ -171,6 +171,7 @@ def check_fields(part: str, module: Any, where: str, family: Family | None = Non
         module: diffusers' object, with its `config`.
         where: what the user calls the place that it came from.
         family: of the model; None: SDXL.
+        sampler: sampling.sampler, which may be what the scheduler asks for.
 
     Raises:
         InputError: its class, or a field of its configuration, is not one that we know how to go by.
@@ -183,7 +184,8 @@ def check_fields(part: str, module: Any, where: str, family: Family | None = Non
         rules["addition_embed_type"] = _added_input(family)
     defaults = {name: parameter.default for name, parameter in inspect.signature(kind.__init__).parameters.items()}
     fresh = f"{kind.__name__} (fresh noise at each step, as sampling.sampler lcm)"
-    asked = [fresh] if kind.__name__ in FEW_STEPS else []
+    is_ours = (kind.__name__, sampler) == ("LCMScheduler", "lcm")
+    asked = [fresh] if kind.__name__ in FEW_STEPS and not is_ours else []
     for name, value in sorted(fields.items()):
         rule = rules.get(name)
         if name.startswith("_") or (rule is not None and name not in defaults):

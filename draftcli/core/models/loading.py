@@ -13,10 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from draftcli.config import ModelConfig
+from draftcli.config import ModelConfig, SamplingConfig
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.family import FAMILIES, Family, Parts, find_family
 from draftcli.core.models.fields import FIELDS, check_class, check_fields
+from draftcli.core.models.guidance_embedding import check_guidance_embedding
 from draftcli.core.models.kinds import check_kind, facts_of_folder
 from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.models.meta import read_json
@@ -30,11 +31,18 @@ from draftcli.errors import InputError, first_line
 from draftcli.file_kinds import what_it_is
 
 
-def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: bool = False) -> Parts:
+def load_parts(
+    cfg: ModelConfig,
+    sampling: SamplingConfig | None = None,
+    *,
+    trained_in_full: bool = False,
+    hollow_unet: bool = False,
+) -> Parts:
     """Load a model through diffusers.
 
     Args:
         cfg: `pretrained` is a diffusers folder, a hub id, a single .safetensors or the name of a built-in model.
+        sampling: how it is drawn with, which its files may not fit; None: the defaults.
         trained_in_full: the UNet's own weights will be trained, so they are kept in float32 whatever the precision.
         hollow_unet: leave the UNet on the meta device, without weights: they will come from another process.
 
@@ -52,8 +60,11 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
     pipe = _load_pipeline(cfg, family, source, dtypes, hollow_unet)
     encoders = [getattr(pipe, part) for part in family.networks if part.startswith("text_encoder")]
     where = _configured_by(cfg, family)
+    sampling = sampling or SamplingConfig()
     for part in FIELDS:
-        check_fields(part, getattr(pipe, part), f"model.vae {cfg.vae}" if part == "vae" and cfg.vae else where, family)
+        place = f"model.vae {cfg.vae}" if part == "vae" and cfg.vae else where
+        check_fields(part, getattr(pipe, part), place, family, sampling.sampler)
+    check_guidance_embedding(pipe.unet.config.time_cond_proj_dim, sampling.guidance_embedding, where)
     check_vae_channels(pipe.vae, pipe.unet, f"model.vae {cfg.vae}" if cfg.vae else f"the VAE of {cfg.pretrained}")
     prediction, zero_terminal_snr = _prediction(cfg, source, pipe.scheduler.config)
     parts = Parts(
@@ -71,7 +82,7 @@ def load_parts(cfg: ModelConfig, *, trained_in_full: bool = False, hollow_unet: 
     return parts
 
 
-def check_unloaded(cfg: ModelConfig) -> None:
+def check_unloaded(cfg: ModelConfig, sampling: SamplingConfig) -> None:
     """Refuse what `load_parts` would refuse, as far as that can be seen without loading weights.
 
     Nothing is fetched: of a model or a configuration on the hub, nothing is looked at. The VAE of `model.vae` is not
@@ -95,7 +106,9 @@ def check_unloaded(cfg: ModelConfig) -> None:
             raise
         except Exception as error:  # what a wrong configuration breaks in diffusers is as varied as it is
             raise InputError(_loading_failed(cfg, family, source, error)) from error
-        check_fields(part, blank, where, family)
+        check_fields(part, blank, where, family, sampling.sampler)
+        if part == "unet":
+            check_guidance_embedding(blank.config.time_cond_proj_dim, sampling.guidance_embedding, where)
         if part == "scheduler":
             _prediction(cfg, source, blank.config)
 

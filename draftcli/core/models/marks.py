@@ -46,8 +46,8 @@ def check_marks(file: Path, prediction_type: Prediction | None) -> None:
         )
     if any(key.startswith(ORIGINAL_UNET) and key.endswith("cond_proj.weight") for key in keys):
         raise InputError(
-            f"{where}: the guidance scale is an input of its UNet (time_cond_proj_dim), as in LCM; choose a "
-            "text-to-image SDXL"
+            f"{where}: the guidance scale is an input of its UNet (time_cond_proj_dim), as in LCM, and diffusers reads "
+            "no such single file; give the diffusers folder, and sampling.guidance_embedding with it"
         )
     for key, table in tables.items():
         if not _is_sdxls(_TABLES[key](table.double())):

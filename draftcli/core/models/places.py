@@ -53,6 +53,14 @@ BUILT_IN = {
     )
 }
 
+# LoRAs that ship with the package, for `model.loras`: folders as diffusers writes them.
+BUILT_IN_LORAS = {"toy-4step": Path(__file__).parents[2] / "toy" / "weights" / "toy-4step"}
+
+
+def lora_path(name: str) -> str:
+    """The folder of a built-in LoRA, else `name` itself."""
+    return str(BUILT_IN_LORAS.get(name, name))
+
 
 def model_path(pretrained: str) -> str:
     """The folder of a built-in model, else `pretrained` itself."""
@@ -104,12 +112,15 @@ def base_lora(text: str) -> tuple[Path, float]:
     Raises:
         InputError: nothing is there, it is pickled, or the scale is no number or 0.
     """
-    name, scale = split_scale(text, lambda name: Path(name).exists(), f"model.loras {text}")
-    if not Path(name).exists():
-        raise InputError(f"model.loras {name}: there is no such file or folder")
+    name, scale = split_scale(text, lambda name: Path(lora_path(name)).exists(), f"model.loras {text}")
+    path = lora_path(name)
+    if not Path(path).exists():
+        raise InputError(
+            f"model.loras {name}: there is no such file or folder, and {', '.join(BUILT_IN_LORAS)} is what is built in"
+        )
     if scale == 0:
         raise InputError(f"model.loras {text}: with the scale 0 it would change nothing; leave it out")
-    return Path(checked_file(name, "model.loras") if Path(name).is_file() else name), scale
+    return Path(checked_file(path, "model.loras") if Path(path).is_file() else path), scale
 
 
 def check_model_files(cfg: ModelConfig) -> None:

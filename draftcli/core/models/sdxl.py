@@ -16,6 +16,7 @@ from torch import Tensor
 
 from draftcli.core.batch import Batch
 from draftcli.core.models.family import Conditioning, Edition, Embedding, Parts, tokenize
+from draftcli.core.models.guidance_embedding import timestep_condition
 from draftcli.core.models.latent import LatentDiffusion
 from draftcli.core.models.original_layout import (
     ORIGINAL_CODE,
@@ -99,11 +100,13 @@ class SDXL(LatentDiffusion):
         ids = time_ids(size_keys(len(batch), *batch.size))
         return Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
 
-    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning) -> Tensor:
+    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning, guidance: float | None = None) -> Tensor:
         """See `Family`; x (2 B, C, H, W) for a doubled batch."""
+        seen = x.to(cond.prompt_embeds.dtype)
         output = unet(
-            x.to(cond.prompt_embeds.dtype),
+            seen,
             torch.tensor(timestep, device=x.device),
+            timestep_cond=timestep_condition(unet, seen, guidance),
             encoder_hidden_states=cond.prompt_embeds,
             added_cond_kwargs={"text_embeds": cond.text_embeds, "time_ids": cond.time_ids},
             return_dict=False,
