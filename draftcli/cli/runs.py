@@ -25,7 +25,8 @@ def runs(
 ) -> None:
     """List the runs: how far each is, its last scores, and what was made of it. The newest comes first.
 
-    A run is `finished`, `training` now, `stopped` (the same `draftp train` resumes it), has `no weights` as it ended
+    A run is `finished`, `training` now, `stopped` (the same `draftp train` resumes it), `ended by its monitor` as it
+    looked like reward hacking, has `no weights` as it ended
     before its first checkpoint, or is `damaged` as its settings cannot be read. Scores are those of the last
     validation, base -> tuned; a held-out reward is marked with *.
 

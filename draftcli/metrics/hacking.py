@@ -187,17 +187,6 @@ def sign_changes(line: Mapping[str, Any]) -> list[SignChange]:
     return [SignChange(name, *(_number(f.get(key)) for key in keys)) for name, f in figures.items() if f]
 
 
-def training_warning(validations: Sequence[Mapping[str, Any]], trained: Collection[str]) -> str | None:
-    """What a run says after the newest of its `validations`, the lines of validation.jsonl; None: nothing."""
-    verdict = find_hacking([Standing.of_validation(line) for line in validations], trained)
-    if verdict is None:
-        return None
-    return (
-        f"{verdict.sentence('held-out prompts')}. Look at samples/; stop here, or raise draftp.kl_coeff or lower "
-        "optim.lr in a new run"
-    )
-
-
 def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collection[str]) -> Fall | None:
     known = [standing for standing in earlier if not math.isnan(_mean(standing, name))]
     if not known:

@@ -11,7 +11,6 @@ from draftcli.metrics.hacking import (
     SignChange,
     Standing,
     find_hacking,
-    training_warning,
 )
 
 
@@ -59,21 +58,15 @@ def test_a_first_validation_has_nothing_to_fall_from() -> None:
 
 
 def test_without_a_held_out_reward_the_reward_of_the_training_steps_is_what_rises() -> None:
-    lines = [
-        {
-            "step": step,
-            "rewards": {"trained": {"tuned": mean, "low": mean - 0.1, "high": mean + 0.1}},
-            "training_reward": training,
-        }
-        for step, mean, training in ((1, 1.0, 1.0), (2, 0.5, 2.0))
+    history = [
+        Standing(f"step {step}", {"trained": RewardMean(mean, mean - 0.1, mean + 0.1)}, in_training)
+        for step, mean, in_training in ((1, 1.0, 1.0), (2, 0.5, 2.0))
     ]
-    warning = training_warning(lines, ["trained"])
-    assert warning is not None
-    assert warning.startswith(
+    verdict = find_hacking(history, ["trained"])
+    assert verdict is not None
+    assert verdict.sentence("held-out prompts").startswith(
         "trained on held-out prompts fell by 0.5 against step 1 while the reward in training rose"
     )
-    assert "lower optim.lr" in warning
-    assert training_warning(lines[:1], ["trained"]) is None
 
 
 def test_a_line_with_null_is_one_that_could_not_be_measured() -> None:
