@@ -4,9 +4,10 @@ The rule has two parts, and each alone is enough.
 
 1. A reward, as a mean over held-out prompts, has fallen from its best earlier value by more than half the width of the
    95 % interval of its difference to the base, while a trained reward is higher than it was at that time.
-2. Two signs or more are far from the base's (`SignChange.is_far`), a trained reward is surely higher than the base's,
-   and no held-out reward is: what the trained reward praises, nobody else does. "Surely" is by the 95 % interval of the
-   paired difference. One sign alone says nothing: a reward may well want more contrast.
+2. Signs are far from the base's (`SignChange.is_far`) while a trained reward is surely higher than the base's: three or
+   more of them, or two where no held-out reward is surely higher, so that nobody else praises what the trained reward
+   does. "Surely" is by the 95 % interval of the paired difference. One sign alone says nothing, as a reward may well
+   want more contrast; and three count whatever others say, as judges that learned alike are fooled alike.
 
 In a training the earlier values are those of the validations before. In an evaluation the only earlier value is the
 base's: the fall is then the difference itself, and it exceeds half the interval's width where the interval lies below 0
@@ -31,7 +32,7 @@ LARGE_LOSS = 0.5  # what is left of the signs of LOST, where less is far
 # Shares of values or pictures, which may be 0 in the base, and what they are called.
 IN_ABSOLUTE = {"clipped": "the share of clipped values", "near_duplicates": "the share of near duplicates"}
 LOST = ("diversity", "batch_spread")  # more of them is no sign of anything
-SIGNS_TOGETHER = 2  # so many far signs say what one alone does not
+SIGNS_TOGETHER, SIGNS_ALONE = 2, 3  # so many far signs, where no held-out reward agrees; and where one does
 
 
 @dataclass(frozen=True)
@@ -141,15 +142,17 @@ class Fall:
 
 @dataclass(frozen=True)
 class Hacking:
-    """The verdict: at least one fall, or at least two far signs.
+    """The verdict: at least one fall, or far signs.
 
     Attributes:
         falls: rewards that fell while a trained one rose.
-        signs: those that are far while a trained reward is surely higher than the base's and no held-out one is.
+        signs: those that are far, where there are enough of them; else none.
+        rose: the trained reward that is surely higher than the base's meanwhile; None without signs.
     """
 
     falls: tuple[Fall, ...]
     signs: tuple[SignChange, ...] = ()
+    rose: str | None = None
 
     def sentence(self, prompts: str) -> str:
         """The verdict for people, without a full stop; `prompts` says on which prompts the rewards were measured."""
@@ -160,7 +163,7 @@ class Hacking:
         ]
         if self.signs:
             together = ", ".join(sign.words for sign in self.signs)
-            falls.append(f"{together}, and only what was trained on is surely higher than the base's")
+            falls.append(f"{together}, while {self.rose}, which was trained on, rose")
         return f"{'; '.join(falls)}: this looks like reward hacking"
 
 
@@ -176,8 +179,8 @@ def find_hacking(history: Sequence[Standing], trained: Collection[str]) -> Hacki
     """
     *earlier, now = history
     falls = [fall for name in now.rewards if (fall := _fall(name, earlier, now, trained)) is not None]
-    signs = _signs_that_convict(now, trained)
-    return Hacking(tuple(falls), signs) if falls or signs else None
+    signs, rose = _signs_that_convict(now, trained)
+    return Hacking(tuple(falls), signs, rose) if falls or signs else None
 
 
 def sign_changes(line: Mapping[str, Any]) -> list[SignChange]:
@@ -201,12 +204,15 @@ def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collec
     return None
 
 
-def _signs_that_convict(now: Standing, trained: Collection[str]) -> tuple[SignChange, ...]:
-    """The far signs, where there are enough of them and only trained rewards have surely risen; else none."""
+def _signs_that_convict(now: Standing, trained: Collection[str]) -> tuple[tuple[SignChange, ...], str | None]:
+    """The far signs and the trained reward that has surely risen, where there are enough of them; else none."""
     risen = [name for name, reward in now.rewards.items() if direction(reward.low, reward.high) > 0]
+    rose = next((name for name in risen if name in trained), None)
     far = tuple(sign for sign in now.signs if sign.is_far)
-    convicts = len(far) >= SIGNS_TOGETHER and bool(risen) and all(name in trained for name in risen)
-    return far if convicts else ()
+    others_agree = any(name not in trained for name in risen)
+    if rose is None or len(far) < (SIGNS_ALONE if others_agree else SIGNS_TOGETHER):
+        return (), None
+    return far, rose
 
 
 def _mean(standing: Standing, name: str) -> float:

@@ -92,7 +92,7 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
         "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, "toy",
     ),
     "toy_judge": RewardEntry(
-        "draftcli.toy.reward:toy_judge", "another such preference, less able; to hold out",
+        "draftcli.toy.reward:toy_judge", "another such preference, trained apart; to hold out",
         "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, "toy judge",
     ),
     "toy_oracle": RewardEntry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),

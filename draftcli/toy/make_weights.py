@@ -1,7 +1,8 @@
 """Make the toy world's weights: `python -m draftcli.toy.make_weights --output DIR`.
 
-Three stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
-encoders), the learned reward. What was run and measured is written to DIR/provenance.json after every stage.
+The stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
+encoders), the learned reward, and a second one from another seed, to be held out. What was run and measured is written
+to DIR/provenance.json after every stage.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ VAE_STEPS, SDXL_STEPS, REWARD_STEPS = 3600, 690, 1000
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages that are not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder for model/, reward/ and provenance.json")
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder for model/, reward/, judge/ and provenance.json"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to see that it runs")
     options = parser.parse_args(arguments)
@@ -42,8 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
-    """Train what is missing in `output`: `model/` (a diffusers folder), `reward/` (a CLIP), `provenance.json`."""
-    model, reward = output / "model", output / "reward"
+    """Train what is missing in `output`: `model/` (a diffusers folder), `reward/` and `judge/` (CLIPs), and
+    `provenance.json`.
+    """
+    model, reward, judge = output / "model", output / "reward", output / "judge"
     vae_steps, sdxl_steps, reward_steps = (3, 3, 3) if quick else (VAE_STEPS, SDXL_STEPS, REWARD_STEPS)
     small = {"pool": 32} if quick else {}
     _stage(output, "vae", model / "vae", seed, lambda: train_vae(model / "vae", seed, vae_steps, **small))
@@ -52,6 +57,9 @@ def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
     few = {"families": 2, "batch": 2, "check": 8} if quick else {}
     _stage(output, "reward", reward / "model.safetensors", seed,
            lambda: train_reward(model, reward, seed, reward_steps, **few))  # fmt: skip
+    # From another start, on other pictures: with the same seed it would be fooled by the very same things.
+    _stage(output, "judge", judge / "model.safetensors", seed,
+           lambda: {"seed": seed + 1, **train_reward(model, judge, seed + 1, reward_steps, **few)})  # fmt: skip
 
 
 def measure_base(model: Path, seed: int, count: int) -> dict[str, Any]:

@@ -31,10 +31,7 @@ def toy_reward(pretrained: str | Path | None = None) -> CLIPReward:
 
 
 def toy_judge(pretrained: str | Path | None = None) -> CLIPReward:
-    """A second opinion: as `toy_reward` in form, trained apart from it and on pictures of another base, less able.
-
-    It is there to be held out: what fools the one need not fool the other.
-    """
+    """A second opinion, to be held out: as `toy_reward` in form, trained apart from it, with weights of its own."""
     return load_clip_reward("toy_judge", str(pretrained or WEIGHTS_FOLDER / "judge"))
 
 

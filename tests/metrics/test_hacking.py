@@ -130,6 +130,8 @@ SATURATED, FLAT, BURNT = change("saturation", 0.4, 0.8), change("diversity", 0.0
     [
         ([SATURATED, FLAT], 0.5, 0.0, True),
         ([SATURATED, FLAT, BURNT], 0.5, 0.0, True),
+        ([SATURATED, FLAT, BURNT], 0.5, 0.3, True),  # three, whatever is held out
+        ([SATURATED, FLAT, BURNT], 0.0, 0.3, False),
         ([SATURATED], 0.5, 0.0, False),  # one alone
         ([SATURATED, change("clipped", 0.0, 0.05)], 0.5, 0.0, False),
         ([SATURATED, FLAT], 0.5, 0.3, False),  # what is held out has surely risen as well
@@ -151,10 +153,10 @@ def test_signs_speak_together_and_where_nothing_held_out_agrees(signs, trained, 
 
 def test_the_verdict_names_the_signs_that_it_saw() -> None:
     signs = (SATURATED, BURNT, change("batch_spread", 1.0, 0.25))
-    assert Hacking((), signs).sentence("held-out prompts") == (
+    assert Hacking((), signs, "toy").sentence("held-out prompts") == (
         "saturation is 2 times the base's, the share of clipped values is 0.3, the base's 0, the spread of the trained "
-        "reward within a batch is 0.25 times what it was at first, and only what was trained on is surely higher than "
-        "the base's: this looks like reward hacking"
+        "reward within a batch is 0.25 times what it was at first, while toy, which was trained on, rose: this looks "
+        "like reward hacking"
     )
 
 

@@ -76,9 +76,9 @@ def test_script_runs_end_to_end_and_skips_what_is_done(tmp_path: Path, capsys: p
         make_weights(tmp_path, quick=True)
         capsys.readouterr()
         make_weights(tmp_path, quick=True)
-    assert capsys.readouterr().out.count("already there") == 4
+    assert capsys.readouterr().out.count("already there") == 5
     record = json.loads((tmp_path / "provenance.json").read_text())
-    assert {"vae", "sdxl", "base", "reward", "megabytes", "seed", "hardware"} <= set(record)
+    assert {"vae", "sdxl", "base", "reward", "judge", "megabytes", "seed", "hardware"} <= set(record)
     assert (tmp_path / "model" / "model_index.json").exists()
     assert (tmp_path / "reward" / "vocab.json").exists()
     modes = {path.stat().st_mode for path in tmp_path.rglob("*") if path.is_file()}
