@@ -27,7 +27,7 @@ from draftcli.metrics.statistics import direction, has_interval
 
 NAN = math.nan
 LARGE_DRIFT = 0.25  # relative change of a sign that is far
-LARGE_SHARE = 0.1  # change that is far for the signs of IN_ABSOLUTE
+LARGE_SHARE = 0.1  # rise that is far for the signs of IN_ABSOLUTE
 LARGE_LOSS = 0.5  # what is left of the signs of LOST, where less is far
 # Shares of values or pictures, which may be 0 in the base, and what they are called.
 IN_ABSOLUTE = {"clipped": "the share of clipped values", "near_duplicates": "the share of near duplicates"}
@@ -76,12 +76,12 @@ class SignChange:
 
     @property
     def is_far(self) -> bool:
-        """Whether it changed surely, and by much: by more than a quarter of the base's value; where it is a share that
-        may be 0 by more than 0.1; diversity and spread, which only matter where they are lost, by more than half.
+        """Whether it surely changed by much: by more than a quarter of the base's value, up or down. Shares that may
+        be 0 matter where they rose by more than 0.1; diversity and spread where more than half of them is lost.
         """
         where = direction(self.low, self.high)
         if self.name in IN_ABSOLUTE:
-            return where != 0 and abs(self.tuned - self.base) > LARGE_SHARE
+            return where > 0 and self.tuned - self.base > LARGE_SHARE
         if self.name in LOST:
             return where < 0 and self.tuned < LARGE_LOSS * self.base
         return where != 0 and self.base > 0 and abs(self.tuned / self.base - 1) > LARGE_DRIFT

@@ -108,6 +108,7 @@ def change(name: str, base: float, tuned: float, width: float = 0.02) -> SignCha
         (change("saturation", 0.0, 0.8), False),  # black pictures have nothing to compare with
         (change("clipped", 0.0, 0.15), True),
         (change("clipped", 0.0, 0.09), False),
+        (change("clipped", 0.3, 0.1), False),  # fewer burnt colours are no sign
         (change("near_duplicates", 0.0, 0.5), True),
         (change("near_duplicates", 0.5, 0.5), False),
         (change("diversity", 0.06, 0.02), True),
