@@ -20,7 +20,7 @@ def train(folder: Path, steps: int) -> None:
     for kl in KL.values():
         settings = [
             f"draftp.kl_coeff={kl}", f"trainer.max_steps={steps}",
-            f"trainer.val_check_interval={max(1, steps // 8)}", "data.validation_images=1",
+            f"trainer.val_check_interval={max(1, steps // 8)}", "data.validation_images=1", "monitor.stop=never",
         ]  # fmt: skip
         options = [part for setting in settings for part in ("--set", setting)]
         command = ["train", "--preset", "toy", *options, "--output", str(folder / f"kl-{kl}")]

@@ -13,7 +13,7 @@ MAY_CHANGE = (
     *("trainer.micro_batch_size", "model.offload_text_encoders", "ema.device"),  # memory alone, as all of sharding
     "data.validation_cache",  # where figures are kept that are the same anywhere
 )
-MAY_CHANGE_SECTIONS = ("logging", "sharding")
+MAY_CHANGE_SECTIONS = ("logging", "monitor", "sharding")
 # Files that may be edited where they are: a checkpoint knows their prompts, and a warning says that they are others.
 MAY_BE_EDITED = ("data.prompts", "data.validation_prompts")
 Change = tuple[str, Any, Any]  # a setting by its dotted key, its old value and its new one

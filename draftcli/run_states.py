@@ -30,6 +30,8 @@ class RunState(StrEnum):
     """A process is writing it."""
     STOPPED = "stopped"
     """It has a checkpoint that the same command goes on from."""
+    ENDED_BY_MONITOR = "ended by its monitor"
+    """It looked like reward hacking, and final/ is written; draftp train --set monitor.stop=never goes on."""
     NO_WEIGHTS = "no weights"
     """It ended before its first checkpoint."""
     DAMAGED = "damaged"
@@ -129,6 +131,8 @@ def _state(run: Run, settings: dict[str, Any], max_steps: int | None) -> RunStat
         return RunState.DAMAGED
     if max_steps is not None and run.finished(max_steps):
         return RunState.FINISHED
+    if (stop := run.stopped()) is not None and run.has_final(stop["final"]):
+        return RunState.ENDED_BY_MONITOR
     return RunState.STOPPED if run.weights() is not None else RunState.NO_WEIGHTS
 
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import yaml
 
@@ -34,29 +34,11 @@ from draftcli.contents import BASE_LORAS, base_loras_contents, contents_of, read
 from draftcli.disk import beside, disk_errors, lock_file, write_aside
 from draftcli.errors import InputError
 from draftcli.lines import text_lines
+from draftcli.run_lines import StopRecord, ValidationLine
 
 LOCK = ".lock"  # its text says who holds it, which is why this is not filelock's: that one empties the file
 STEP_FOLDER = r"step-([0-9]{1,18})"  # a checkpoint's name
 FINAL_STEP = "step.txt"  # in final/: the step that it is of, as a run can be taken further and killed again
-
-
-class ValidationLine(TypedDict):
-    """A line of validation.jsonl.
-
-    Figures are by name: base, tuned, difference, low and high of its interval, n; in the file null where not known.
-    """
-
-    step: int
-    images: int
-    rewards: dict[str, dict[str, float]]
-    """Figures by reward, trained and held-out ones."""
-    diversity: dict[str, float]
-    """Figures of the mean distance of two pictures in pixels; also kept, kept_low and kept_high, as a share of the
-    base's."""
-    score: NotRequired[float]
-    """How good the network is, by one number: what the best checkpoint is chosen by."""
-    training_reward: NotRequired[float | None]
-    """The mean reward in training since the validation before."""
 
 
 @dataclass(frozen=True)
@@ -235,9 +217,7 @@ class Run:
 
     def finished(self, step: int) -> bool:
         """Whether `step` was the last, and everything is written: final/ says of which step it is."""
-        marker = self.final / FINAL_STEP
-        is_final = marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").strip() == str(step)
-        return is_final and self.step_folder(step).is_dir()
+        return self.has_final(step) and self.step_folder(step).is_dir()
 
     def settings(self) -> Config:
         """The settings that it was started with. Raises InputError where they are damaged."""
@@ -256,6 +236,15 @@ class Run:
         scored = [(line["step"], line.get("score")) for line in self.validations() if line["step"] > 0]
         known = {step: score for step, score in scored if isinstance(score, int | float)}
         return max(known, key=lambda step: known[step]) if known else None
+
+    def stopped(self) -> StopRecord | None:
+        """Why the monitor ended the run at its last validation; None: it did not."""
+        return next(reversed(self.validations()), {}).get("stopped")  # type: ignore[return-value]
+
+    def has_final(self, step: int) -> bool:
+        """Whether final/ is written, and of `step`."""
+        marker = self.final / FINAL_STEP
+        return marker.is_file() and marker.read_text(encoding="utf-8", errors="replace").strip() == str(step)
 
     def forget_after(self, step: int) -> None:
         """Drop log lines of steps after `step`, which a resumed run will take again: no step is counted twice."""

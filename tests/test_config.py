@@ -102,6 +102,32 @@ def test_settings_given_in_vain_are_warned_about():
     assert without_effect(check_config({})) == []
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["monitor.stop=never", "monitor.final=last"],
+            "monitor.patience and final have no effect: monitor.stop is never",
+        ),
+        (
+            ["held_out_rewards=[]", "monitor.patience=2"],
+            "have no effect: without held_out_rewards monitor.stop is never",
+        ),
+        (["held_out_rewards=[]", "monitor.stop=hacking", "monitor.patience=2"], None),
+        (
+            ["trainer.val_check_interval=0", "held_out_rewards=[]", "monitor.stop=hacking"],
+            "have no effect without valid",
+        ),
+        (["held_out_rewards=[toy, brightness]"], "held_out_rewards toy has no effect: it is trained on"),
+    ],
+)
+def test_a_monitor_given_in_vain_is_warned_about(settings, said):
+    cfg = load_config("toy", settings)
+    text = "\n".join(without_effect(cfg))
+    assert said in text if said else text == ""
+    assert "toy" not in cfg.held_out
+
+
 def test_what_does_not_go_with_split_weights_is_said():
     split = {"strategy": "fsdp", "fold_lora": True}
     assert "fsdp never folds" in "\n".join(without_effect(check_config({"sharding": split})))

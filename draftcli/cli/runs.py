@@ -25,9 +25,9 @@ def runs(
 ) -> None:
     """List your runs, the newest first: progress, latest scores, and what was made from them.
 
-    A run is `finished`, `training`, `stopped` (the same `draftp train` resumes it), has `no weights` if it ended before
-    its first checkpoint, or is `damaged` if its settings cannot be read. Scores are those of the last validation,
-    base -> tuned; held-out rewards are marked with *.
+    A run is `finished`, `training`, `stopped` (the same `draftp train` resumes it), `ended by its monitor` if it looked
+    like reward hacking, has `no weights` if it ended before its first checkpoint, or is `damaged` if its settings
+    cannot be read. Scores are those of the last validation, base -> tuned; held-out rewards are marked with *.
 
     **Examples**
 

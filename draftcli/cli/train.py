@@ -241,6 +241,8 @@ def _print_result(result: TrainingResult, folder: Path, console: Console) -> Non
 
     if result.already_done:
         console.print(f"{folder} is finished ({result.step} steps); raise trainer.max_steps to go on")
+    elif result.ended_early is not None:
+        console.print(f"{result.ended_early} (took {duration(result.seconds)})", soft_wrap=True)
     elif result.finished:
         skipped = f", {result.skipped} skipped" if result.skipped else ""
         console.print(f"finished {result.step} steps{skipped} in {duration(result.seconds)}")

@@ -150,6 +150,19 @@ def _idle_schedule(cfg: Config) -> Iterator[str]:
         yield "data.validation_cache has no effect without validation"
     if cfg.held_out_rewards and not validates:
         yield "held_out_rewards have no effect without validation"
+    if twice := [name for name in cfg.held_out_rewards if name in cfg.rewards]:
+        yield f"held_out_rewards {', '.join(twice)} has no effect: it is trained on"
+    yield from _idle_monitor(cfg, validates)
+
+
+def _idle_monitor(cfg: Config, validates: bool) -> Iterator[str]:
+    monitor, given = cfg.monitor, cfg.monitor.model_fields_set
+    if not validates and (monitor.stop == "hacking" or given & {"patience", "final"}):
+        yield "monitor.stop, patience and final have no effect without validation"
+    elif monitor.stop == "never" and given & {"patience", "final"}:
+        yield "monitor.patience and final have no effect: monitor.stop is never"
+    elif monitor.stop is None and not cfg.held_out and given & {"patience", "final"}:
+        yield "monitor.patience and final have no effect: without held_out_rewards monitor.stop is never"
 
 
 def _idle_method(cfg: Config) -> Iterator[str]:

@@ -230,7 +230,7 @@ class TrainerConfig(Section):
     """Steps between checkpoints (also at the end)."""
     keep_checkpoints: Count = 2
     """The newest so many stay, and the best by the first of held_out_rewards (else by the trained reward on held-out
-    prompts)."""
+    prompts); and those that monitor.final may need."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
     """Of everything random in a training, and of the images in validation."""
 
@@ -246,6 +246,19 @@ class EmaConfig(Section):
     """Validate the average rather than the weights of the last step."""
     in_final: bool = True
     """Write the average to final/ rather than the weights of the last step."""
+
+
+class MonitorConfig(Section):
+    """Watching for reward hacking at each validation, and what follows; docs/training.md has the rule."""
+
+    stop: Literal["never", "hacking"] | None = None
+    """hacking: the run ends by itself where it looks like reward hacking, and final/ is written. never: it warns and
+    goes on. Default: hacking where held_out_rewards names something, else never."""
+    patience: Count = 1
+    """So many validations in a row must look like it before the run ends; more of them forgive a bad one."""
+    final: Literal["best", "last"] = "best"
+    """What final/ is written from when the run has ended so. best: of the validations before what went wrong began, the
+    one with the highest trained reward. last: the step it ended at."""
 
 
 class ShardingConfig(Section):
@@ -341,5 +354,11 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()
     ema: EmaConfig = EmaConfig()
+    monitor: MonitorConfig = MonitorConfig()
     sharding: ShardingConfig = ShardingConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def held_out(self) -> dict[str, RewardSource]:
+        """Those of held_out_rewards that are held out: a recipe's own may be trained on, as --reward has it."""
+        return {name: source for name, source in self.held_out_rewards.items() if name not in self.rewards}

@@ -15,7 +15,6 @@ from draftcli.evaluation.figures import (
     COSINE,
     PIXELS,
     SIGN_METRICS,
-    Figure,
     Figures,
     Metric,
     column_figures,
@@ -23,11 +22,10 @@ from draftcli.evaluation.figures import (
 )
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Gallery, Item
-from draftcli.metrics.hacking import RewardMean, Standing, find_hacking
+from draftcli.metrics.hacking import RewardMean, SignChange, Standing, find_hacking
 from draftcli.metrics.statistics import has_interval
 
 FEW_PROMPTS = 10  # below it intervals are rough
-LARGE_DRIFT = 0.25  # relative change of a sign that is worth a warning
 
 
 @dataclass(frozen=True)
@@ -199,16 +197,13 @@ def warnings(
     for name, figure in figures.items():
         if name == base:
             continue
-        if (verdict := find_hacking(_base_and_column(base, name, figure, rewards), trained)) is not None:
+        before, now = _base_and_column(base, name, figures[base], figure, rewards)
+        verdict = find_hacking([before, now], trained)
+        if verdict is not None:
             lines.append(f"{name}: {verdict.sentence('these prompts')}.")
         lines += [f"{name}: {line}." for line in _diversity_warnings(figure)]
-        ratios = {sign: _ratio(figure[sign], figures[base][sign]) for sign in SIGN_METRICS}
-        drifted = [
-            f"{sign.label} is {ratio:.2g} times the base's"
-            for sign, ratio in ratios.items()
-            if ratio is not None and abs(ratio - 1) > LARGE_DRIFT and figure[sign].direction != 0
-        ]
-        if drifted:
+        drifted = [sign.words for sign in now.signs if sign.is_far and sign.name != "diversity"]
+        if drifted and not (verdict and verdict.signs):  # else they were named already
             lines.append(f"{name}: {', '.join(drifted)}.")
     return lines
 
@@ -231,7 +226,9 @@ def _diversity_warnings(figures: Figures) -> list[str]:
     return lines
 
 
-def _base_and_column(base: str, name: str, figures: Figures, rewards: Sequence[str]) -> list[Standing]:
+def _base_and_column(
+    base: str, name: str, of_base: Figures, figures: Figures, rewards: Sequence[str]
+) -> list[Standing]:
     """The base and a column as `find_hacking` takes them."""
     before, now = {}, {}
     for reward in rewards:
@@ -240,7 +237,14 @@ def _base_and_column(base: str, name: str, figures: Figures, rewards: Sequence[s
             continue
         before[reward] = RewardMean(figure.value - figure.difference)
         now[reward] = RewardMean(figure.value, _known(figure.difference_low), _known(figure.difference_high))
-    return [Standing(base, before), Standing(name, now)]
+    signs = [
+        SignChange(
+            key, _known(was.value), _known(found.value), _known(found.difference_low), _known(found.difference_high)
+        )
+        for key, metric in {"diversity": PIXELS, **{sign.key: sign for sign in SIGN_METRICS}}.items()
+        for was, found in [(of_base[metric], figures[metric])]
+    ]
+    return [Standing(base, before), Standing(name, now, signs=signs)]
 
 
 def _front(figures: Mapping[str, Figures], reward: str) -> list[str]:
@@ -258,7 +262,3 @@ def _scaled(values: Mapping[str, float | None]) -> dict[str, float]:
     known = {name: value for name, value in values.items() if value is not None}
     low, high = min(known.values()), max(known.values())
     return {name: (value - low) / (high - low) if high > low else 1.0 for name, value in known.items()}
-
-
-def _ratio(figure: Figure, base: Figure) -> float | None:
-    return figure.value / base.value if figure.value is not None and base.value else None

@@ -101,6 +101,7 @@ SIGN_METRICS = (  # but the last, their keys are those of `metrics.signs.SIGNS`
     _sign("edge_density", "share of pixels with an edge"),
     _sign("colour_entropy", "entropy of colours, bits"),
     _sign("high_frequency_energy", "share of variance above half the Nyquist frequency"),
+    _sign("clipped", "share of channel values at the bottom or the top of their range"),
     NEAR_DUPLICATES,
 )
 EVALUATIONS = Metric("evaluations", "UNet evaluations", "cost", -1, 0, "of one picture: steps (guided: 2) x networks")

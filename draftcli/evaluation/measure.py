@@ -27,7 +27,7 @@ from draftcli.rewards.wrappers import innermost, source_file
 from draftcli.runs import disk_errors
 
 CHUNK = 8
-CHUNK_VERSION = "2"  # of what a chunk holds: another one is measured anew
+CHUNK_VERSION = "3"  # of what a chunk holds: another one is measured anew
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ def find_judges(request: Request, sources: Sequence[DrawingSource]) -> tuple[dic
     for source in sources:
         rewards |= source.cfg.rewards
     trained = list(rewards)
-    for held_out in (*(source.cfg.held_out_rewards for source in sources), dict.fromkeys(request.rewards)):
+    for held_out in (*(source.cfg.held_out for source in sources), dict.fromkeys(request.rewards)):
         rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
     if not rewards:
         raise InputError("nobody judges: folders of pictures know no reward, so name one, such as --reward pickscore")

@@ -1,7 +1,13 @@
 """Reward hacking: one rule, for the validations of a training and for the columns of an evaluation.
 
-The rule: a reward, as a mean over held-out prompts, has fallen from its best earlier value by more than half the width
-of the 95 % interval of its difference to the base, while a trained reward is higher than it was at that time.
+The rule has two parts, and each alone is enough.
+
+1. A reward, as a mean over held-out prompts, has fallen from its best earlier value by more than half the width of the
+   95 % interval of its difference to the base, while a trained reward is higher than it was at that time.
+2. Signs are far from the base's (`SignChange.is_far`) while a trained reward is surely higher than the base's: three or
+   more of them, or two where no held-out reward is surely higher, so that nobody else praises what the trained reward
+   does. "Surely" is by the 95 % interval of the paired difference. One sign alone says nothing, as a reward may well
+   want more contrast; and three count whatever others say, as judges that learned alike are fooled alike.
 
 In a training the earlier values are those of the validations before. In an evaluation the only earlier value is the
 base's: the fall is then the difference itself, and it exceeds half the interval's width where the interval lies below 0
@@ -17,9 +23,16 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from draftcli.metrics.statistics import has_interval
+from draftcli.metrics.statistics import direction, has_interval
 
 NAN = math.nan
+LARGE_DRIFT = 0.25  # relative change of a sign that is far
+LARGE_SHARE = 0.1  # rise that is far for the signs of IN_ABSOLUTE
+LARGE_LOSS = 0.5  # what is left of the signs of LOST, where less is far
+# Shares of values or pictures, which may be 0 in the base, and what they are called.
+IN_ABSOLUTE = {"clipped": "the share of clipped values", "near_duplicates": "the share of near duplicates"}
+LOST = ("diversity", "batch_spread")  # more of them is no sign of anything
+SIGNS_TOGETHER, SIGNS_ALONE = 2, 3  # so many far signs, where no held-out reward agrees; and where one does
 
 
 @dataclass(frozen=True)
@@ -43,6 +56,48 @@ class RewardMean:
 
 
 @dataclass(frozen=True)
+class SignChange:
+    """What became of one sign, as a mean over pictures or prompts, against the base at the same prompts and seeds.
+
+    Attributes:
+        name: of `metrics.signs`, near_duplicates, diversity (the distance of one prompt's pictures), or batch_spread
+            (the deviation of the trained reward within a batch, whose `base` is its mean over the first steps).
+        base: of the base.
+        tuned: of the tuned network.
+        low: lower bound of the 95 % interval of the paired difference; NaN where it is unknown.
+        high: upper bound.
+    """
+
+    name: str
+    base: float
+    tuned: float
+    low: float = NAN
+    high: float = NAN
+
+    @property
+    def is_far(self) -> bool:
+        """Whether it surely changed by much: by more than a quarter of the base's value, up or down. Shares that may
+        be 0 matter where they rose by more than 0.1; diversity and spread where more than half of them is lost.
+        """
+        where = direction(self.low, self.high)
+        if self.name in IN_ABSOLUTE:
+            return where > 0 and self.tuned - self.base > LARGE_SHARE
+        if self.name in LOST:
+            return where < 0 and self.tuned < LARGE_LOSS * self.base
+        return where != 0 and self.base > 0 and abs(self.tuned / self.base - 1) > LARGE_DRIFT
+
+    @property
+    def words(self) -> str:
+        """Such as "edge density is 0.4 times the base's"."""
+        if self.name in IN_ABSOLUTE:
+            return f"{IN_ABSOLUTE[self.name]} is {self.tuned:.2g}, the base's {self.base:.2g}"
+        times = self.tuned / self.base if self.base else NAN
+        if self.name == "batch_spread":
+            return f"the spread of the trained reward within a batch is {times:.2g} times what it was at first"
+        return f"{self.name.replace('_', ' ')} is {times:.2g} times the base's"
+
+
+@dataclass(frozen=True)
 class Standing:
     """How a network scores at one time.
 
@@ -50,11 +105,13 @@ class Standing:
         when: "step 40" or "base", for people.
         rewards: by name.
         in_training: mean reward of the training steps since the standing before; NaN where it is unknown.
+        signs: those that were measured.
     """
 
     when: str
     rewards: Mapping[str, RewardMean] = field(default_factory=dict)
     in_training: float = NAN
+    signs: Sequence[SignChange] = ()
 
     @classmethod
     def of_validation(cls, line: Mapping[str, Any]) -> Standing:
@@ -63,7 +120,7 @@ class Standing:
             name: RewardMean(*(_number(figures[key]) for key in ("tuned", "low", "high")))
             for name, figures in line["rewards"].items()
         }
-        return cls(f"step {line['step']}", rewards, _number(line.get("training_reward")))
+        return cls(f"step {line['step']}", rewards, _number(line.get("training_reward")), sign_changes(line))
 
 
 @dataclass(frozen=True)
@@ -85,9 +142,17 @@ class Fall:
 
 @dataclass(frozen=True)
 class Hacking:
-    """The verdict: at least one fall."""
+    """The verdict: at least one fall, or far signs.
+
+    Attributes:
+        falls: rewards that fell while a trained one rose.
+        signs: those that are far, where there are enough of them; else none.
+        rose: the trained reward that is surely higher than the base's meanwhile; None without signs.
+    """
 
     falls: tuple[Fall, ...]
+    signs: tuple[SignChange, ...] = ()
+    rose: str | None = None
 
     def sentence(self, prompts: str) -> str:
         """The verdict for people, without a full stop; `prompts` says on which prompts the rewards were measured."""
@@ -96,6 +161,9 @@ class Hacking:
             + ("the reward in training rose" if fall.rose is None else f"{fall.rose}, which was trained on, rose")
             for fall in self.falls
         ]
+        if self.signs:
+            together = ", ".join(sign.words for sign in self.signs)
+            falls.append(f"{together}, while {self.rose}, which was trained on, rose")
         return f"{'; '.join(falls)}: this looks like reward hacking"
 
 
@@ -111,18 +179,15 @@ def find_hacking(history: Sequence[Standing], trained: Collection[str]) -> Hacki
     """
     *earlier, now = history
     falls = [fall for name in now.rewards if (fall := _fall(name, earlier, now, trained)) is not None]
-    return Hacking(tuple(falls)) if falls else None
+    signs, rose = _signs_that_convict(now, trained)
+    return Hacking(tuple(falls), signs, rose) if falls or signs else None
 
 
-def training_warning(validations: Sequence[Mapping[str, Any]], trained: Collection[str]) -> str | None:
-    """What a run says after the newest of its `validations`, the lines of validation.jsonl; None: nothing."""
-    verdict = find_hacking([Standing.of_validation(line) for line in validations], trained)
-    if verdict is None:
-        return None
-    return (
-        f"{verdict.sentence('held-out prompts')}. Look at samples/; stop here, or raise draftp.kl_coeff or lower "
-        "optim.lr in a new run"
-    )
+def sign_changes(line: Mapping[str, Any]) -> list[SignChange]:
+    """What a line of validation.jsonl says of signs, diversity first; lines of older versions have diversity alone."""
+    figures = {"diversity": line.get("diversity"), **(line.get("signs") or {})}
+    keys = ("base", "tuned", "low", "high")
+    return [SignChange(name, *(_number(f.get(key)) for key in keys)) for name, f in figures.items() if f]
 
 
 def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collection[str]) -> Fall | None:
@@ -137,6 +202,17 @@ def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collec
     if risen or now.in_training > best.in_training:
         return Fall(name, by, best.when, risen[0] if risen else None)
     return None
+
+
+def _signs_that_convict(now: Standing, trained: Collection[str]) -> tuple[tuple[SignChange, ...], str | None]:
+    """The far signs and the trained reward that has surely risen, where there are enough of them; else none."""
+    risen = [name for name, reward in now.rewards.items() if direction(reward.low, reward.high) > 0]
+    rose = next((name for name in risen if name in trained), None)
+    far = tuple(sign for sign in now.signs if sign.is_far)
+    others_agree = any(name not in trained for name in risen)
+    if rose is None or len(far) < (SIGNS_ALONE if others_agree else SIGNS_TOGETHER):
+        return (), None
+    return far, rose
 
 
 def _mean(standing: Standing, name: str) -> float:

@@ -15,6 +15,7 @@ from scipy.stats import entropy
 REC709_LUMA = np.array([0.2126, 0.7152, 0.0722])  # Rec. 709, on the pixel values as they are
 EDGE_SLOPE = 0.1  # change of luma per pixel that counts as an edge
 LEVELS = 8  # a channel, for the entropy of colours
+CLIPPED = 0.5 / 255  # how near to 0 or 1 a value is that no file of 8 bits tells from it
 DUPLICATE = 0.05  # root mean squared difference of thumbnails below which two pictures look alike
 
 
@@ -58,6 +59,11 @@ def high_frequency_energy(images: np.ndarray) -> np.ndarray:
     return np.divide(power[:, frequency > 0.25].sum(1), total, out=np.zeros_like(total), where=total > 1e-9)
 
 
+def clipped(images: np.ndarray) -> np.ndarray:
+    """Share of channel values (n,) that are as low or as high as they can be, in [0, 1]. Rises with burnt colours."""
+    return ((images < CLIPPED) | (images > 1 - CLIPPED)).mean((1, 2, 3))
+
+
 def near_duplicates(small: np.ndarray, groups: np.ndarray, threshold: float = DUPLICATE) -> np.ndarray:
     """Whether a picture looks like one of another prompt, (n,) 0 or 1: mode collapse over prompts.
 
@@ -84,4 +90,5 @@ SIGNS = {
     "edge_density": edge_density,
     "colour_entropy": colour_entropy,
     "high_frequency_energy": high_frequency_energy,
+    "clipped": clipped,
 }

@@ -83,7 +83,7 @@ def weights_of(cfg: Config, folder: Path) -> Weights:
         if name != "unet":
             found[parts.family.networks[name]] = size_of(tensors(network))
     rewards = _rewards(_named(cfg.rewards))
-    held_out = _rewards(_named(cfg.held_out_rewards if validates(cfg) else {}))
+    held_out = _rewards(_named(cfg.held_out if validates(cfg) else {}))
     found["rewards"] = size_of(tensors(rewards))
     if held_out_size := size_of(tensors(held_out)):
         found["held-out rewards"] = held_out_size
@@ -145,7 +145,7 @@ def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) ->
     draftp = {**_LAST_STEP, "kl_coeff": 0.0}
     kept = {"activation_checkpointing": cfg.sharding.activation_checkpointing and training, "two_stage": True}
     settings = _relevant(cfg, images, draftp=draftp, sampling={**_SHORT, **size}, sharding={**_PLAIN, **kept})
-    rewards = {**cfg.rewards, **({} if training else cfg.held_out_rewards)}
+    rewards = {**cfg.rewards, **({} if training else cfg.held_out)}
     return _judging(settings, folder, _named(rewards), training)
 
 

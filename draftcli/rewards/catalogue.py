@@ -91,6 +91,10 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
         "draftcli.toy.reward:toy_reward", "the toy world's learned preference, imperfect",
         "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, "toy",
     ),
+    "toy_judge": RewardEntry(
+        "draftcli.toy.reward:toy_judge", "another such preference, trained apart; to hold out",
+        "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, "toy judge",
+    ),
     "toy_oracle": RewardEntry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),
 }  # fmt: skip
 

@@ -92,7 +92,7 @@ def load_held_out(cfg: Config) -> WeightedSum:
     Raises:
         InputError: as `load_from`.
     """
-    return WeightedSum({name: load_from(name, source) for name, source in cfg.held_out_rewards.items()})
+    return WeightedSum({name: load_from(name, source) for name, source in cfg.held_out.items()})
 
 
 def _find(name: str) -> Any:

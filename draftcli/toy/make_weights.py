@@ -1,8 +1,8 @@
 """Make the toy world's weights: `python -m draftcli.toy.make_weights --output DIR`.
 
-Four stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
-encoders), the learned reward, the LoRA that draws in 4 steps. What was run and measured is written to
-DIR/provenance.json after every stage.
+The stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
+encoders), the learned reward, a second one from another seed, to be held out, and the LoRA that draws in 4 steps. What
+was run and measured is written to DIR/provenance.json after every stage.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
-    """Train what is missing in `output`: `model/` (a diffusers folder), `reward/` (a CLIP), `toy-4step/` (a LoRA),
-    `provenance.json`.
+    """Train what is missing in `output`: `model/` (a diffusers folder), `reward/` and `judge/` (CLIPs), `toy-4step/` (a
+    LoRA), `provenance.json`.
     """
-    model, reward, lora = output / "model", output / "reward", output / "toy-4step"
+    model, reward, judge, lora = (output / name for name in ("model", "reward", "judge", "toy-4step"))
     vae_steps, sdxl_steps, reward_steps = (3, 3, 3) if quick else (VAE_STEPS, SDXL_STEPS, REWARD_STEPS)
     small = {"pool": 32} if quick else {}
     _stage(output, "vae", model / "vae", seed, lambda: train_vae(model / "vae", seed, vae_steps, **small))
@@ -57,6 +57,9 @@ def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
     few = {"families": 2, "batch": 2, "check": 8} if quick else {}
     _stage(output, "reward", reward / "model.safetensors", seed,
            lambda: train_reward(model, reward, seed, reward_steps, **few))  # fmt: skip
+    # From another start, on other pictures: with the same seed it would be fooled by the very same things.
+    _stage(output, "judge", judge / "model.safetensors", seed,
+           lambda: {"seed": seed + 1, **train_reward(model, judge, seed + 1, reward_steps, **few)})  # fmt: skip
     small = {"batch": 2, "walks": 4} if quick else {}
     _stage(output, "four_steps", lora, seed,
            lambda: train_four_steps(model, lora, seed, 3 if quick else FOUR_STEPS_STEPS, **small))  # fmt: skip

@@ -1,4 +1,6 @@
-"""The toy world's two rewards: `toy_reward`, learned, differentiable and imperfect, and `toy_oracle`, the truth."""
+"""The toy world's rewards: two learned, differentiable and imperfect ones, `toy_reward` and `toy_judge`, and the truth,
+`toy_oracle`.
+"""
 
 from __future__ import annotations
 
@@ -26,6 +28,11 @@ class ToyOracle:
 def toy_reward(pretrained: str | Path | None = None) -> CLIPReward:
     """The tiny CLIP that ships with draftp, or another in the same format: exp(logit_scale) * cos, as PickScore."""
     return load_clip_reward("toy", str(pretrained or WEIGHTS_FOLDER / "reward"))
+
+
+def toy_judge(pretrained: str | Path | None = None) -> CLIPReward:
+    """A second opinion, to be held out: as `toy_reward` in form, trained apart from it, with weights of its own."""
+    return load_clip_reward("toy_judge", str(pretrained or WEIGHTS_FOLDER / "judge"))
 
 
 def toy_oracle() -> ToyOracle:

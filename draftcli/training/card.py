@@ -120,20 +120,24 @@ def _files(cfg: Config, kohya: str | None) -> list[str]:
 def model_card(
     cfg: Config,
     title: str,
+    step: int,
     validation: ValidationLine | None,
     data: dict[str, Any],
     kohya: str | None = None,
     sheet: str | None = None,
+    ended_early: str | None = None,
 ) -> str:
     """Markdown with the Hub's YAML head: what it is, how to load it, how it was made, what was measured.
 
     Args:
         cfg: the run's settings.
         title: what people call the run.
-        validation: its last validation.
+        step: that the weights are of.
+        validation: its last validation up to `step`.
         data: `count` and `sha256` of its prompts.
         kohya: name of the file with the LoRA by kohya's names; None: there is none.
         sheet: name of the validation's sheet beside the card; None: there is none.
+        ended_early: why the run ended before its last step, in words; None: it did not.
     """
     base = [path for path, _ in map(base_lora, cfg.model.loras)]
     averaged = cfg.ema.decay is not None and cfg.ema.in_final
@@ -146,7 +150,7 @@ def model_card(
         f"# {cfg.model.pretrained} tuned on {', '.join(cfg.rewards)} with DRaFT+",
         "",
         (
-            f"Made by draftp {__version__}: {cfg.trainer.max_steps} steps of {cfg.trainer.global_batch_size} pictures, "
+            f"Made by draftp {__version__}: {step} steps of {cfg.trainer.global_batch_size} pictures, "
             f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, {make_mode(cfg).describe()}, "
             f"{_prefix(cfg)}{_penalty(cfg)}"
             + (f", started from the LoRA {Path(cfg.peft.init_from).name}" if cfg.peft.init_from else "")
@@ -154,6 +158,7 @@ def model_card(
             + f"; {data['count']} prompts (sha256 {data['sha256'][:12]}), seed {cfg.trainer.seed}."
         ),
         "",
+        *([f"The run was {ended_early}.", ""] if ended_early else []),
         *(["<Gallery />", ""] if sheet else []),  # where the Hub shows the pictures of `widget`
         *_goes_with(cfg),
         *_files(cfg, kohya),

@@ -19,7 +19,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -133,9 +133,9 @@ def load_tensors(folder: Path, pattern: Callable[[str], Tensor]) -> dict[str, Te
 
 
 def save_checkpoint(
-    run: Run, step: int, trainer: Trainer, facts: dict[str, Any], keep: int, best: int | None = None
+    run: Run, step: int, trainer: Trainer, facts: dict[str, Any], keep: int, others: Collection[int] = ()
 ) -> Path:
-    """Write the checkpoint of `step` and remove all but the newest `keep`, and that of step `best`.
+    """Write the checkpoint of `step` and remove all but the newest `keep`, and those of the steps `others`.
 
     Where the network is split over processes all of them call it, else the main one alone.
 
@@ -145,7 +145,7 @@ def save_checkpoint(
         trainer: what is saved.
         facts: what else state.pt holds.
         keep: how many checkpoints stay.
-        best: the step whose checkpoint stays whatever its age.
+        others: the steps whose checkpoints stay whatever their age.
 
     Raises:
         DraftpError: the disk refuses; earlier checkpoints stay as they were.
@@ -171,8 +171,9 @@ def save_checkpoint(
             with ranks.all_or_none():
                 if ranks.is_main:
                     write_aside(target, finish)
+                    stay = {run.step_folder(other) for other in others}
                     for old in run.checkpoints()[keep:]:
-                        if best is None or old != run.step_folder(best):
+                        if old not in stay:
                             remove_folder(old)
         except SafetensorError as error:  # how safetensors reports a full disk
             raise DraftpError(f"{target}: cannot be written ({error})") from error
@@ -217,13 +218,31 @@ def load_newest(run: Run, trainer: Trainer) -> tuple[dict[str, Any] | None, list
         )
     if newest is None:
         return None, damaged
-    with _as_of_this_run(newest):
-        state = torch.load(newest / "state.pt", weights_only=True, map_location="cpu")
+    return _load(newest, trainer), damaged
+
+
+def load_step(run: Run, step: int, trainer: Trainer) -> None:
+    """Put the checkpoint of `step` into `trainer`, in every process the same.
+
+    Raises:
+        DraftpError: it is damaged, or of something else.
+    """
+    folder = run.step_folder(step)
+    with trainer.ranks.all_or_none():
+        if trainer.ranks.is_main and (problem := _problem(folder)) is not None:
+            raise DraftpError(f"{folder} is damaged ({problem}), and final/ was to be written from it")
+    _load(folder, trainer)
+
+
+def _load(folder: Path, trainer: Trainer) -> dict[str, Any]:
+    """Put a whole checkpoint into `trainer`; the rest of its state."""
+    with _as_of_this_run(folder):
+        state = torch.load(folder / "state.pt", weights_only=True, map_location="cpu")
         if type(state["step"]) is not int or not {"sha256", "count"} <= state["prompts"].keys():
             raise ValueError("state.pt lacks its step or its prompts")
-        load_weights(trainer.model, newest)
-        trainer.load_state(state, load_tensors(newest / "training", trainer.weight_of))
-    return state, damaged
+        load_weights(trainer.model, folder)
+        trainer.load_state(state, load_tensors(folder / "training", trainer.weight_of))
+    return state
 
 
 @contextmanager

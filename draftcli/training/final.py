@@ -20,17 +20,25 @@ from draftcli.training.step import Trainer
 SHEET = "sheet.png"  # in final/: base beside tuned
 
 
-def write_final(run: Run, step: int, trainer: Trainer, prompts: PromptSets, validation: ValidationLine | None) -> None:
+def write_final(
+    run: Run,
+    step: int,
+    trainer: Trainer,
+    prompts: PromptSets,
+    validation: ValidationLine | None,
+    ended_early: str | None = None,
+) -> None:
     """Write final/, aside and then renamed.
 
     Where the network is split over processes all of them call it, else the main one alone.
 
     Args:
         run: where to.
-        step: the last one of the run.
+        step: what `trainer` holds the weights of: the last one of the run, or the one that its monitor chose.
         trainer: its weights are written, or their moving average, as ema.in_final has it.
         prompts: named in the model card.
-        validation: the last one, for the model card.
+        validation: the last one up to `step`, for the model card.
+        ended_early: why the run ended before its last step, in words; None: it did not.
 
     Raises:
         DraftpError: the disk refuses.
@@ -47,7 +55,8 @@ def write_final(run: Run, step: int, trainer: Trainer, prompts: PromptSets, vali
         weights(folder)
         kohya = _write_kohya_file(folder, run, step, trainer) if cfg.peft.peft_scheme == "lora" else None
         sheet = _copy_sheet(folder, run, validation)
-        card = model_card(cfg, run.folder.resolve().name, validation, prompts.facts, kohya, sheet)
+        title = run.folder.resolve().name
+        card = model_card(cfg, title, step, validation, prompts.facts, kohya, sheet, ended_early)
         (folder / "README.md").write_text(card, encoding="utf-8")
         (folder / FINAL_STEP).write_text(f"{step}\n", encoding="utf-8")
 

@@ -36,6 +36,7 @@ class LiveView:
         last: the step that it ends at.
         rewards: of the steps taken before, for the curve.
         validate_every: steps between validations; 0: there are none.
+        coefficient: of the KL penalty at the start; None: it is not shown.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class LiveView:
         last: int,
         rewards: Sequence[float] = (),
         validate_every: int = 0,
+        coefficient: float | None = None,
     ) -> None:
         self.console, self.name, self.first, self.last = console, name, first, last
         self.is_live = console.is_terminal and not console.is_dumb_terminal and not console.quiet
@@ -53,7 +55,9 @@ class LiveView:
         self._saved: int | None = first or None
         self._began = time.monotonic()
         self._validate_every, self._validation_seconds, self._validated_at = validate_every, 0.0, first
+        self._validation, self._alarm = "", None
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._coefficient = "" if coefficient is None else f"kl_coeff {coefficient:.3g}"
         self._unicode = console.encoding.startswith("utf")
         self._ending = ""
         self._spinner = Spinner("dots" if self._unicode else "line")
@@ -83,9 +87,16 @@ class LiveView:
         """Show that there is a checkpoint of `step`."""
         self._saved = step
 
-    def validated(self, seconds: float) -> None:
-        """Take note of how long a validation took: those to come are expected to take as long."""
+    def validated(self, seconds: float, figures: str = "", alarm: str | None = None) -> None:
+        """Take note of a validation.
+
+        Args:
+            seconds: that it took: those to come are expected to take as long.
+            figures: what it found, in one row.
+            alarm: what looks like reward hacking, in words; None: nothing does.
+        """
         self._validation_seconds, self._validated_at = seconds, self._at
+        self._validation, self._alarm = figures, alarm
 
     def step(self, metrics: dict[str, Any], skipped: int) -> None:
         """Show a finished step: its line of metrics.jsonl, and how many steps of the run were skipped."""
@@ -94,7 +105,9 @@ class LiveView:
         if "skipped" not in metrics:
             self._rewards.append(metrics["reward"])
         parts = [f"kl {metrics['kl_penalty']:.4f}"] if metrics["kl_penalty"] is not None else []
-        parts += [f"kl_coeff {metrics['kl_coeff']:.3g}"] if "kl_coeff" in metrics else []
+        steered = [f"kl_coeff {metrics['kl_coeff']:.3g}"] if "kl_coeff" in metrics else []
+        self._coefficient = steered[0] if steered else self._coefficient
+        parts += steered
         parts += [
             f"grad {metrics['grad_norm']:.2f}",
             f"{metrics['images_per_second']:.2g} images/s",
@@ -145,7 +158,13 @@ class LiveView:
             figures.append(f"  {self._figures}")
         if self._saved is not None:
             figures.append(f"  saved at {self._saved}", style="dim")
-        rows = [bar, figures] if len(figures) > 2 else [bar]
+        overflow = "ellipsis" if self._unicode else "crop"
+        rows: list[RenderableType] = [bar, figures] if len(figures) > 2 else [bar]
+        if self._validation:
+            row = f"  {self._validation}  {self._coefficient}"
+            rows.append(Text(row, no_wrap=True, overflow=overflow, style="red" if self._alarm else ""))
+        if self._alarm:
+            rows.append(Text(f"  ALARM  {self._alarm}", style="bold red"))
         return Group(*rows, Text(f"  {self._note}", style="yellow")) if self._note else Group(*rows)
 
 

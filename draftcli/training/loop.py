@@ -41,8 +41,8 @@ def train(
                 return TrainingResult(cfg.trainer.max_steps, Ending.ALREADY_DONE, written=written_files(run))
             with open_session(cfg, prepared, ranks, console, on_step) as session:
                 result = run_steps(session)
-                if result.finished:
-                    session.save_final(result.step, result.validation)
+                if result.finished or result.stop is not None:
+                    session.save_final(result)
             result.written = written_files(run)
             result.seconds = time.monotonic() - began
             return result
@@ -59,6 +59,8 @@ def run_steps(session: Session) -> TrainingResult:
             is_best = False
             if session.should_validate(step) and ending is not Ending.INTERRUPTED:
                 result.validation, is_best = session.validate(step)
+            if ending is not Ending.INTERRUPTED and (stop := session.stopped_at(step)) is not None:
+                ending, result.stop = Ending.STOPPED, stop
             if step > first and (step % trainer.save_interval == 0 or is_best or ending is not None):
                 session.save(step)
             if ending is not None:

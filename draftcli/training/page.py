@@ -8,14 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from draftcli.errors import first_line, warn
-from draftcli.metrics.hacking import training_warning
+from draftcli.metrics.hacking import sign_changes
 from draftcli.pages.curve import StepCurve, curve_chart
 from draftcli.pages.embed import embedded
 from draftcli.pages.numbers import signed, significant
@@ -23,6 +22,7 @@ from draftcli.pages.page import render_html
 from draftcli.pictures import open_picture
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
 from draftcli.sampling.sheet import spread
+from draftcli.training.monitor import Monitor
 from draftcli.training.result import diversity_kept, diversity_warning
 
 _TEMPLATE = Path(__file__).parent / "training.html"
@@ -48,7 +48,7 @@ def write_train_page(run: Run) -> None:
 
 def train_page(run: Run) -> str:
     """The page as text; the run has had at least one validation."""
-    settings = yaml.safe_load(run.config.read_text(encoding="utf-8-sig"))
+    settings, monitor = yaml.safe_load(run.config.read_text(encoding="utf-8-sig")), Monitor.of(run.settings())
     validations, steps = run.validations(), run.steps()
     trained = list(settings["rewards"])
     last = validations[-1]
@@ -65,7 +65,10 @@ def train_page(run: Run) -> str:
         rewards=sorted(rows, key=lambda row: bool(row["trained"])),
         diversity=None if (kept := diversity_kept(last)) is None else kept.words,
         best=run.best(),
-        alarms=find_alarms(validations, steps, trained),
+        alarms=find_alarms(validations, steps, monitor),
+        alarm=last.get("alarm"),
+        stopped=last.get("stopped"),
+        signs=_sign_rows(last),
         charts=[*_validation_charts(validations, trained), *_step_charts(steps)],
         sheets=_sheets(run),
         settings=yaml.safe_dump(settings, sort_keys=False, allow_unicode=True),
@@ -73,15 +76,15 @@ def train_page(run: Run) -> str:
 
 
 def find_alarms(
-    validations: Sequence[ValidationLine], steps: Sequence[Mapping[str, Any]], trained: Sequence[str]
+    validations: Sequence[ValidationLine], steps: Sequence[Mapping[str, Any]], monitor: Monitor
 ) -> list[str]:
     """What the run has warned of, in its order: signs of reward hacking, lost diversity, steps that were skipped."""
     found: list[tuple[int, str]] = []
-    for history in accumulate(([line] for line in validations), lambda before, now: before + now):
-        step = history[-1]["step"]
-        if (text := training_warning(history, trained)) is not None:
-            found.append((step, f"step {step}: {text}"))
-        if (text := diversity_warning(history[-1])) is not None:
+    for line, alarm in zip(validations, monitor.alarms(validations), strict=True):
+        step = line["step"]
+        if alarm is not None:
+            found.append((step, f"step {step}: {alarm}"))
+        if (text := diversity_warning(line)) is not None:
             found.append((step, text))
     found += [(line["step"], f"step {line['step']} was skipped") for line in steps if "skipped" in line]
     return [text for _, text in sorted(found, key=lambda alarm: alarm[0])]
@@ -101,6 +104,22 @@ def _reward_row(name: str, figures: Mapping[str, float | None], is_trained: bool
         "interval": interval,
         "kind": "up" if values["low"] > 0 else "down" if has_fallen else "",
     }
+
+
+def _sign_rows(line: ValidationLine) -> list[dict[str, str | bool]]:
+    """What the monitor watches beside rewards, of a validation."""
+    return [
+        {
+            "name": sign.name.replace("_", " "),
+            "base": significant(sign.base),
+            "tuned": significant(sign.tuned),
+            "change": signed(sign.tuned - sign.base),
+            "interval": f"{signed(sign.low)} to {signed(sign.high)}" if math.isfinite(sign.low) else "none",
+            "far": sign.is_far,
+        }
+        for sign in sign_changes(line)
+        if math.isfinite(sign.base)
+    ]
 
 
 def _validation_charts(validations: Sequence[ValidationLine], trained: Sequence[str]) -> list[dict[str, str]]:

@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
+from draftcli.config import Config
 from draftcli.metrics.diversity import DiversityKept
 from draftcli.metrics.statistics import has_interval
-from draftcli.runs import Run, ValidationLine
+from draftcli.runs import Run, StopRecord, ValidationLine
+from draftcli.training.monitor import far_signs
 
 
 class Ending(Enum):
@@ -22,6 +24,8 @@ class Ending(Enum):
     """They were taken before, and final/ is there."""
     INTERRUPTED = auto()
     """A signal asked to stop."""
+    STOPPED = auto()
+    """The monitor ended the run."""
 
 
 @dataclass
@@ -32,6 +36,7 @@ class TrainingResult:
         step: the last finished step.
         ending: why it was the last.
         validation: the last validation, if there was one.
+        stop: why the monitor ended the run, and which step final/ is of; None: it did not.
         skipped: steps of the run that changed nothing, as something in them was not finite.
         seconds: how long the session took.
         written: files and folders that people will want to open, by what they are.
@@ -40,6 +45,7 @@ class TrainingResult:
     step: int
     ending: Ending = Ending.INTERRUPTED
     validation: ValidationLine | None = None
+    stop: StopRecord | None = None
     skipped: int = 0
     seconds: float = 0.0
     written: dict[str, list[Path]] = field(default_factory=dict)
@@ -48,6 +54,15 @@ class TrainingResult:
     def finished(self) -> bool:
         """Whether trainer.max_steps are taken."""
         return self.ending in (Ending.FINISHED, Ending.ALREADY_DONE)
+
+    @property
+    def ended_early(self) -> str | None:
+        """For people, without a full stop: why the monitor ended the run; None: it did not."""
+        if self.stop is None:
+            return None
+        return (
+            f"ended by its monitor after step {self.step}, final/ is of step {self.stop['final']}: {self.stop['why']}"
+        )
 
     @property
     def interrupted(self) -> bool:
@@ -92,8 +107,22 @@ def validation_in_words(line: ValidationLine, held_out: Collection[str] = ()) ->
     rows.append(("diversity in pixels", f"{diversity['base']:.3f}", f"{diversity['tuned']:.3f}", share))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:3], widths[1:]), row[3]]) for row in rows]
+    if far := far_signs(line):
+        lines.append(f"far from the base: {', '.join(far)}")
     headline = f"validation after step {line['step']}, {line['images']} images"
     return "\n  ".join([headline, *(text.rstrip() for text in lines)])
+
+
+def side_by_side(line: ValidationLine, cfg: Config) -> str:
+    """A validation in one row for the live view: held-out rewards first, then those that are trained on."""
+    names = sorted(line["rewards"], key=lambda name: name in cfg.rewards)
+    figures = line["rewards"]
+    each = [
+        f"{'trained' if name in cfg.rewards else 'held out'} {name} {figures[name]['tuned']:.3f} "
+        f"({figures[name]['difference']:+.3f})"
+        for name in names
+    ]
+    return f"at {line['step']}: {'  '.join(each)}"
 
 
 def sheet_caption(line: ValidationLine) -> str:

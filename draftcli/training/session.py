@@ -25,23 +25,23 @@ from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
 from draftcli.errors import InputError, warn
 from draftcli.export.kohya import ignored_by_kohya
-from draftcli.metrics.hacking import training_warning
 from draftcli.prompts import past_the_limit
 from draftcli.rewards import WeightedSum, check_names, get_reward_model, load_held_out
 from draftcli.rewards.first_call import ask_once
-from draftcli.runs import Opening, Run, ValidationLine
-from draftcli.training.checkpoint import load_newest, save_checkpoint
+from draftcli.runs import Opening, Run, StopRecord, ValidationLine
+from draftcli.training.checkpoint import load_newest, load_step, save_checkpoint
 from draftcli.training.final import write_final
 from draftcli.training.live import LiveView
-from draftcli.training.log import RunLog
+from draftcli.training.log import RunLog, complete_validation
+from draftcli.training.monitor import Monitor, alarm_in_words, check_not_ended
 from draftcli.training.nodes import check_alike, check_shared
 from draftcli.training.optimizer import SMALLEST
 from draftcli.training.prompt_sets import PromptSets, read_prompt_sets
-from draftcli.training.result import diversity_warning, validation_in_words
+from draftcli.training.result import TrainingResult, diversity_warning, side_by_side, validation_in_words
 from draftcli.training.step import Trainer, why_skipped
 from draftcli.training.stop import DeadlinePassed, Stop, stop_on_signal
 from draftcli.training.trackers import Trackers, check_trackers
-from draftcli.training.validation import Validation, validation_score
+from draftcli.training.validation import Validation
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Session:
         validation: None where there is none.
         log, live: what is written down and shown; for the main process alone.
         stop: whether somebody has asked to stop.
+        monitor: judges the validations.
         first: the step that it starts from: that of the newest checkpoint, or 0.
         on_step: called after each step with its line of the log; in the main process alone.
     """
@@ -72,6 +73,7 @@ class Session:
     stop: Stop
     first: int
     on_step: Callable[[dict[str, Any]], None]
+    monitor: Monitor
     _saved: int = field(init=False)
     _validated: set[int] = field(init=False)
 
@@ -118,16 +120,25 @@ class Session:
             result, sheet = self.validation(self.run, step, self.live.note, self.give_up_if_late)
         with self.ranks.all_or_none():
             if self.ranks.is_main:
-                weights = {name: reward.weight for name, reward in self.cfg.rewards.items()}
-                result["score"] = validation_score(result, weights, list(self.cfg.held_out_rewards))
-                result["training_reward"] = self._recent_reward(step)
+                complete_validation(result, self.run, self.monitor)
                 self.log.validation(result, sheet)
-                self.live.print(validation_in_words(result, self.cfg.held_out_rewards))
-                self.live.validated(time.monotonic() - began)
-                for warning in (training_warning(self.run.validations(), list(weights)), diversity_warning(result)):
+                self.live.print(validation_in_words(result, self.cfg.held_out))
+                self.live.validated(time.monotonic() - began, side_by_side(result, self.cfg), result.get("alarm"))
+                for warning in (alarm_in_words(result), diversity_warning(result)):
                     if warning is not None:
                         self._warn(warning)
-        return result, self.ranks.any(self.ranks.is_main and self.run.best() == step)
+        return result, self.ranks.any(self.ranks.is_main and step in self._kept_steps())
+
+    def _kept_steps(self) -> set[int]:
+        """The steps whose checkpoints stay: the best, and those that final/ may be written from."""
+        best = self.run.best()
+        return self.monitor.may_need(self.run.validations()) | ({best} if best else set())
+
+    def stopped_at(self, step: int) -> StopRecord | None:
+        """Why the monitor ended the run after `step`; None: it did not (collective)."""
+        last = next(reversed(self.run.validations()), None) if self.ranks.is_main else None
+        ends = last is not None and last["step"] == step and self.monitor.can_stop
+        return self.ranks.broadcast(last.get("stopped") if ends and last is not None else None)
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step` (collective)."""
@@ -139,12 +150,20 @@ class Session:
         self._saved = step
         self.live.note("")
 
-    def save_final(self, step: int, validation: ValidationLine | None) -> None:
-        """Write final/ with the weights of `step` (collective)."""
+    def save_final(self, result: TrainingResult) -> None:
+        """Write final/ with the weights of the last step, or of the one that the monitor chose (collective)."""
         self.ranks.heartbeat("writing final/")
+        step, validation = result.step, result.validation
+        if result.stop is not None:
+            with self.ranks.all_or_none():
+                if self.ranks.is_main:
+                    self.log.stopped(result.stop["why"], step)
+            if (step := result.stop["final"]) != result.step:
+                load_step(self.run, step, self.trainer)
+                validation = next((line for line in self.run.validations() if line["step"] == step), None)
         with self.ranks.all_or_none():
             if self.ranks.is_main or self.ranks.lockstep:
-                write_final(self.run, step, self.trainer, self.prompts, validation)
+                write_final(self.run, step, self.trainer, self.prompts, validation, result.ended_early)
 
     def give_up_if_late(self) -> None:
         """Raise DeadlinePassed where somebody who sent SIGTERM will kill this process soon.
@@ -173,20 +192,11 @@ class Session:
 
     def _write_checkpoint(self, step: int) -> None:
         facts = {"prompts": self.prompts.facts}
+        kept = self._kept_steps()
         # While steps are skipped nobody knows whether the weights are good: those from before stay.
         keep = sys.maxsize if self.trainer.is_skipping else self.cfg.trainer.keep_checkpoints
-        save_checkpoint(self.run, step, self.trainer, facts, keep, self.run.best())
+        save_checkpoint(self.run, step, self.trainer, facts, keep, kept)
         self.live.saved(step)
-
-    def _recent_reward(self, step: int) -> float | None:
-        """The mean reward in training since the validation before."""
-        since = max((line["step"] for line in self.run.validations()), default=0)
-        lines = [line for line in self.run.steps() if since < line["step"] <= step and "skipped" not in line]
-        # Images on which a reward was silent count 0 in "reward": those steps compare with no other.
-        lines = [line for line in lines if not any(key.startswith("silent/") for key in line)]
-        recent = [line.get("reward") for line in lines]
-        recent = [reward for reward in recent if isinstance(reward, float)]
-        return sum(recent) / len(recent) if recent else None
 
     def _warn(self, text: str) -> None:
         if self.ranks.is_main:
@@ -238,6 +248,7 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks) -> Iterator[Prepared]:
             if ranks.is_main:
                 stack.enter_context(run.locked())
                 opening = run.check(cfg)
+                check_not_ended(Monitor.of(cfg), run)
         check_shared(run, ranks)
         yield Prepared(run, prompts, opening)
 
@@ -264,8 +275,7 @@ def open_session(
         model.reward_model = rewards
         validation = None
         if cfg.trainer.val_check_interval and prompts.validation:
-            judges = {**rewards.rewards, **held_out.to(model.runtime.device).rewards}
-            validation = Validation(model, judges, prompts.validation, ranks)
+            validation = Validation(model, rewards.rewards, held_out, prompts.validation, ranks)
         if ranks.is_main:
             _warn_of_long_prompts(prompts, model)
     with ranks.all_or_none():
@@ -280,11 +290,12 @@ def open_session(
         for change in run.begin(prepared.opening) if prepared.opening else ():
             console.print(f"since the last session {change}")
         if validation is not None:
+            console.print(Monitor.of(cfg).announcement, soft_wrap=True)
             console.print(f"progress page {run.page.resolve().as_uri()} (written at each validation)", soft_wrap=True)
         trackers = Trackers(run, cfg.logging, first)
         past = [line["reward"] for line in run.steps() if isinstance(line.get("reward"), float)]
         every = cfg.trainer.val_check_interval if validation else 0
-        live = LiveView(console, run.folder.name, first, cfg.trainer.max_steps, past, every)
+        live = LiveView(console, run.folder.name, first, cfg.trainer.max_steps, past, every, cfg.draftp.kl_coeff)
     with ExitStack() as stack:
         with ranks.all_or_none():
             if ranks.is_main:
@@ -292,7 +303,7 @@ def open_session(
                 stack.enter_context(live)
         stop = stack.enter_context(stop_on_signal(ranks))
         log = RunLog(run, trackers)
-        yield Session(cfg, run, ranks, prompts, trainer, validation, log, live, stop, first, on_step)
+        yield Session(cfg, run, ranks, prompts, trainer, validation, log, live, stop, first, on_step, Monitor.of(cfg))
 
 
 def _ask_once(cfg: Config, rewards: WeightedSum, held_out: WeightedSum, prompts: PromptSets) -> None:
@@ -302,6 +313,7 @@ def _ask_once(cfg: Config, rewards: WeightedSum, held_out: WeightedSum, prompts:
     size = cfg.sampling.height, cfg.sampling.width
     for judges, training in ((rewards, True), (held_out, False)):
         ask_once(judges.to(runtime.device).rewards, asked, size, runtime.device, runtime.latent_dtype, training)
+    held_out.to(torch.device("cpu"))  # until a validation needs them
 
 
 def _load_model(cfg: Config, ranks: Ranks, console: Console) -> DRaFTPModel:

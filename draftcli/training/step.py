@@ -137,6 +137,7 @@ class Trainer:
             **metrics,
             **of_penalty,
             **({f"reward/{name}": float(s.nanmean()) for name, s in scores.items()} if len(scores) > 1 else {}),
+            **_spread(scores, {name: setting.weight for name, setting in self.cfg.rewards.items()}),
             **{f"silent/{name}": int(s.isnan().sum()) for name, s in scores.items() if s.isnan().any()},
             "grad_norm": norm,
             "lr": rate,
@@ -251,6 +252,17 @@ class Trainer:
         if not isinstance(value, Tensor) or value.dim() == 0:
             return False
         return value.shape == self.weights[index].shape or what.startswith("absmax")
+
+
+def _spread(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[str, float]:
+    """The deviation over a step's images of the weighted sum of scores, (B,) by reward; of one image there is none.
+
+    It falls where all images become alike in what is rewarded. What a reward does not say counts 0, as in the sum.
+    """
+    if not scores or len(next(iter(scores.values()))) < 2:
+        return {}
+    total = sum((weights.get(name, 1.0) * own.double().nan_to_num() for name, own in scores.items()), torch.zeros(()))
+    return {"reward_std": float(total.std())}
 
 
 def _silent(scores: Mapping[str, Tensor]) -> list[str]:

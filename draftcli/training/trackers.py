@@ -27,6 +27,7 @@ from draftcli.errors import DraftpError, InputError, brief, first_line, warn
 from draftcli.pictures import open_picture
 from draftcli.runs import Run, disk_errors
 
+TAKE_TEXT = {"tensorboard", "wandb"}
 LISTS_OF_PICTURES = {"swanlab"}  # those whose `log_images` wants lists
 
 
@@ -88,6 +89,12 @@ class Trackers:
         for tracker in [*self._trackers]:
             with self._failures(tracker):
                 tracker.log(numbers, step=step)
+
+    def log_text(self, name: str, text: str, step: int) -> None:
+        """Log words with those trackers that are known to take them."""
+        for tracker in [tracker for tracker in self._trackers if tracker.name in TAKE_TEXT]:
+            with self._failures(tracker):
+                tracker.log({name: text}, step=step)
 
     def log_sheet(self, path: Path, step: int, caption: str) -> None:
         """Log a contact sheet with those trackers that take pictures; `caption` with those that show one."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,10 +20,11 @@ from draftcli import __version__
 from draftcli.config import RewardSource
 from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks
+from draftcli.metrics.signs import SIGNS, near_duplicates
 from draftcli.metrics.statistics import paired, ratio
 from draftcli.metrics.thumbnails import THUMBNAIL_EDGE, pairwise_distance, thumbnail
 from draftcli.prompts import Prompt
-from draftcli.rewards import Reward
+from draftcli.rewards import Reward, WeightedSum
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
 from draftcli.sampling.draw import Column, Picture, batches, draw, plan
 from draftcli.sampling.identity import Provenance
@@ -38,11 +39,13 @@ class Judged:
 
     Attributes:
         scores: (n, R) float64, a column for each reward.
+        signs: (n, S) float64, a column for each of `metrics.signs.SIGNS`.
         thumbnails: (n, D).
         shown: those on the sheet, (3, H, W) uint8, by number.
     """
 
     scores: Tensor
+    signs: Tensor
     thumbnails: Tensor
     shown: dict[int, Tensor]
 
@@ -55,23 +58,32 @@ class Validation:
 
     Args:
         model: tuned and base.
-        rewards: by name; the first two are shown under the pictures.
+        rewards: those that are trained on, by name, on the model's device; of them and of those that are held out the
+            first two are shown under the pictures.
+        held_out: the others. They are on the model's device while they judge, and no longer.
         prompts: held out from training.
         ranks: the processes that validate together.
     """
 
     def __init__(
-        self, model: DRaFTPModel, rewards: dict[str, Reward], prompts: Sequence[Prompt], ranks: Ranks | None = None
+        self,
+        model: DRaFTPModel,
+        rewards: Mapping[str, Reward],
+        held_out: WeightedSum,
+        prompts: Sequence[Prompt],
+        ranks: Ranks | None = None,
     ) -> None:
         cfg = model.cfg
-        self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()
+        self.model, self.held_out, self.ranks = model, held_out, ranks or Ranks()
+        self.rewards = {**rewards, **held_out.rewards}
         size = (cfg.sampling.height, cfg.sampling.width)
         self.pictures = plan(prompts, cfg.data.validation_images, cfg.trainer.seed, size)
         count = len(self.pictures)
         self._chosen = spread(count, VALIDATION_CELLS)
         images = cfg.data.validation_images
+        self._prompts = [i // images for i in range(count)]
         # Pictures of one prompt where there are several of each, else all of them.
-        self._groups = [i // images if images > 1 else 0 for i in range(count)]
+        self._groups = self._prompts if images > 1 else [0] * count
         self._base: Judged | None = None
 
     def __call__(
@@ -94,6 +106,38 @@ class Validation:
             of two pictures of one prompt, or of all prompts where each has one picture; `kept`, `kept_low` and
             `kept_high` are its share of the base's); and the path of the sheet.
         """
+        base, tuned = self._judge_both(run, step, progress, give_up_if_late)
+        figures = {
+            name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy()) for i, name in enumerate(self.rewards)
+        }
+        distances = [pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)]
+        diversity, kept = paired(*distances), ratio(*distances)
+        diversity |= {"kept": kept.mean, "kept_low": kept.low, "kept_high": kept.high}
+        sheet = run.sheet(step)
+        with self.ranks.all_or_none():
+            if self.ranks.is_main:
+                self._write_sheet(sheet, run, step, base, tuned)
+        line: ValidationLine = {
+            "step": step,
+            "images": len(self.pictures),
+            "rewards": figures,
+            "diversity": diversity,
+            "signs": self._signs(base, tuned),
+        }
+        return line, sheet
+
+    @contextmanager
+    def _held_out_on_device(self) -> Iterator[None]:
+        self.held_out.to(self.model.runtime.device)
+        try:
+            yield
+        finally:
+            self.held_out.to(torch.device("cpu"))
+
+    def _judge_both(
+        self, run: Run, step: int, progress: Callable[[str], None], give_up_if_late: Callable[[], None]
+    ) -> tuple[Judged, Judged]:
+        """Base and tuned network; the base's part is made once."""
         if self._base is None:
             made_by = _made_by(self.model, self.pictures, list(self.rewards))
             places = [run.base, *self._shared(made_by)]
@@ -106,30 +150,32 @@ class Validation:
         # Before the first step the tuned network is the base, unless it goes on from a LoRA: there is nothing to draw.
         base = self._base
         tuned = self._judge("tuned", progress, give_up_if_late) if step or self.model.cfg.peft.init_from else base
-        figures = {
-            name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy()) for i, name in enumerate(self.rewards)
-        }
-        distances = [pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)]
-        diversity, kept = paired(*distances), ratio(*distances)
-        diversity |= {"kept": kept.mean, "kept_low": kept.low, "kept_high": kept.high}
-        sheet = run.sheet(step)
-        with self.ranks.all_or_none():
-            if self.ranks.is_main:
-                self._write_sheet(sheet, run, step, base, tuned)
-        return {"step": step, "images": len(self.pictures), "rewards": figures, "diversity": diversity}, sheet
+        return base, tuned
+
+    def _signs(self, base: Judged, tuned: Judged) -> dict[str, dict[str, float]]:
+        """Figures of each sign, paired by picture."""
+        both = (base, tuned)
+        found = {name: paired(*(one.signs[:, i].numpy() for one in both)) for i, name in enumerate(SIGNS)}
+        small, prompts = [one.thumbnails.double().numpy() for one in both], np.array(self._prompts)
+        return {**found, "near_duplicates": paired(*(near_duplicates(some, prompts) for some in small))}
 
     def _judge(self, kind: str, progress: Callable[[str], None], give_up_if_late: Callable[[], None]) -> Judged:
         count, mine = len(self.pictures), self.ranks.share(len(self.pictures))
         scores = torch.zeros(count, len(self.rewards), dtype=torch.float64)
-        judged = Judged(scores, torch.zeros(count, 3 * THUMBNAIL_EDGE**2), {})
+        signs = torch.zeros(count, len(SIGNS), dtype=torch.float64)
+        judged = Judged(scores, signs, torch.zeros(count, 3 * THUMBNAIL_EDGE**2), {})
         with self.ranks.all_or_none(), torch.no_grad():
             done = mine.start
             pictures = self.pictures[mine.start : mine.stop]
             for images, prompts in draw(self.model, pictures, kind, self.model.cfg.trainer.micro_batch_size):
                 rows = range(done, done + len(images))
                 judged.thumbnails[rows.start : rows.stop] = thumbnail(images).cpu()
-                for column, reward in enumerate(self.rewards.values()):
-                    judged.scores[rows.start : rows.stop, column] = reward(images, prompts).cpu().double()
+                pixels = images.nan_to_num(0.0).clamp(0, 1).cpu().double().numpy()
+                for column, sign in enumerate(SIGNS.values()):
+                    judged.signs[rows.start : rows.stop, column] = torch.from_numpy(sign(pixels))
+                with self._held_out_on_device():
+                    for column, reward in enumerate(self.rewards.values()):
+                        judged.scores[rows.start : rows.stop, column] = reward(images, prompts).cpu().double()
                 for i in set(rows) & {*self._chosen}:
                     judged.shown[i] = (images[i - done].clamp(0, 1) * 255).round().byte().cpu().contiguous()
                 done = rows.stop
@@ -137,7 +183,7 @@ class Validation:
                 give_up_if_late()
             if self.ranks.lockstep:
                 self._draw_along(kind)
-        self.ranks.sum_([judged.scores, judged.thumbnails])
+        self.ranks.sum_([judged.scores, judged.signs, judged.thumbnails])
         for i in self._chosen:
             picture = judged.shown.get(i, torch.zeros(3, *self.pictures[i].size, dtype=torch.uint8))
             self.ranks.sum_([picture])
@@ -159,7 +205,7 @@ class Validation:
         return [] if folder is None else [Path(folder) / f"{made_by[:32]}.safetensors"]
 
     def _keep(self, path: Path, base: Judged, made_by: str) -> None:
-        tensors = {"scores": base.scores, "thumbnails": base.thumbnails}
+        tensors = {"scores": base.scores, "signs": base.signs, "thumbnails": base.thumbnails}
         tensors |= {f"shown.{i}": picture for i, picture in base.shown.items()}
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,7 +219,8 @@ class Validation:
                 with safe_open(path, "pt") as file:
                     if (file.metadata() or {}).get("made_by") == made_by:
                         shown = {i: file.get_tensor(f"shown.{i}") for i in self._chosen}
-                        found = Judged(file.get_tensor("scores"), file.get_tensor("thumbnails"), shown)
+                        scores, signs, small = map(file.get_tensor, ("scores", "signs", "thumbnails"))
+                        found = Judged(scores, signs, small, shown)
             except (OSError, SafetensorError):
                 found = None  # damaged: drawn again
         if self.ranks.any(found is None):
@@ -218,14 +265,3 @@ def _made_by(model: DRaFTPModel, pictures: Sequence[Picture], rewards: Sequence[
     settings = [source and source.model_dump(mode="json", include={*RewardSource.model_fields}) for source in sources]
     facts = [[provenance.key(picture, base) for picture in pictures], rewards, settings, __version__]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def validation_score(result: Mapping[str, Any], trained: dict[str, float], held_out: Sequence[str]) -> float:
-    """How good a validation is: the first held-out reward, else the weighted sum of the trained ones that had something
-    to say. NaN where none had.
-    """
-    rewards = result["rewards"]
-    if held_out:
-        return rewards[held_out[0]]["tuned"]
-    parts = [weight * rewards[name]["tuned"] for name, weight in trained.items()]
-    return sum(part for part in parts if not math.isnan(part)) if not all(map(math.isnan, parts)) else math.nan

@@ -71,8 +71,8 @@ def test_metrics_json_keeps_its_layout(written):
     assert list(data["figures"]["tuned"]) == [
         "reward/toy", "reward/toy_oracle", "cosine_diversity", "squared_diversity", "vendi", "pixel_diversity",
         "recall", "precision", "density", "coverage", "spectral", "log_spectral", "fid", "kid", "saturation",
-        "contrast", "edge_density", "colour_entropy", "high_frequency_energy", "near_duplicates", "evaluations",
-        "seconds",
+        "contrast", "edge_density", "colour_entropy", "high_frequency_energy", "clipped", "near_duplicates",
+        "evaluations", "seconds",
     ]  # fmt: skip
     of_base = ["value", "median", "low", "high", "n"]
     against_base = ["difference", "difference_low", "difference_high", "win_rate", "win_low", "win_high"]

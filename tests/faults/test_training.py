@@ -204,6 +204,7 @@ def other(key, value):
         "optim.betas": [0.8, 0.9], "ema.decay": 0.5, "ema.device": "cpu", "trainer.micro_batch_size": 1,
         "trainer.global_batch_size": 4, "model.quantize": "8bit", "optim.name": "adamw8bit",
         "logging.trackers": ["wandb"], "model.loras": ["style.safetensors"], "sampling.timesteps": [900, 500, 100],
+        "monitor.stop": "never", "monitor.final": "last",
         "draftp.kl_target": 0.01, "draftp.prefix_steps": 1, "draftp.prefix_sampler": "heun",
     }  # fmt: skip
     if key in known:
@@ -237,8 +238,9 @@ def test_which_settings_may_change_between_sessions(tiny_sdxl):
             changed.append(key)
             run.open(cfg)
     assert len(fields) > 50
-    assert set(changed) == {*MAY_CHANGE, "logging.trackers", "logging.project"}
-    assert MAY_CHANGE_SECTIONS == ("logging", "sharding")
+    of_sections = {"logging.trackers", "logging.project", "monitor.stop", "monitor.patience", "monitor.final"}
+    assert set(changed) == {*MAY_CHANGE, *of_sections}
+    assert MAY_CHANGE_SECTIONS == ("logging", "monitor", "sharding")
     documented = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
     assert all(f"`{key}`" in documented for key in (*MAY_CHANGE, *MAY_CHANGE_SECTIONS))
     assert {*Config.model_fields} >= {*MAY_CHANGE_SECTIONS}

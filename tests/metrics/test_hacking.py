@@ -4,7 +4,14 @@ import math
 
 import pytest
 
-from draftcli.metrics.hacking import Fall, RewardMean, Standing, find_hacking, training_warning
+from draftcli.metrics.hacking import (
+    Fall,
+    Hacking,
+    RewardMean,
+    SignChange,
+    Standing,
+    find_hacking,
+)
 
 
 def at(step: int, held_out: float, trained: float, width: float = 0.1) -> Standing:
@@ -51,21 +58,15 @@ def test_a_first_validation_has_nothing_to_fall_from() -> None:
 
 
 def test_without_a_held_out_reward_the_reward_of_the_training_steps_is_what_rises() -> None:
-    lines = [
-        {
-            "step": step,
-            "rewards": {"trained": {"tuned": mean, "low": mean - 0.1, "high": mean + 0.1}},
-            "training_reward": training,
-        }
-        for step, mean, training in ((1, 1.0, 1.0), (2, 0.5, 2.0))
+    history = [
+        Standing(f"step {step}", {"trained": RewardMean(mean, mean - 0.1, mean + 0.1)}, in_training)
+        for step, mean, in_training in ((1, 1.0, 1.0), (2, 0.5, 2.0))
     ]
-    warning = training_warning(lines, ["trained"])
-    assert warning is not None
-    assert warning.startswith(
+    verdict = find_hacking(history, ["trained"])
+    assert verdict is not None
+    assert verdict.sentence("held-out prompts").startswith(
         "trained on held-out prompts fell by 0.5 against step 1 while the reward in training rose"
     )
-    assert "lower optim.lr" in warning
-    assert training_warning(lines[:1], ["trained"]) is None
 
 
 def test_a_line_with_null_is_one_that_could_not_be_measured() -> None:
@@ -90,3 +91,79 @@ def test_a_held_out_reward_that_rises_is_not_a_trained_one() -> None:
         "two": RewardMean(2.0, 0.9, 1.1),
     }
     assert find_hacking([before, Standing("now", rewards)], ["trained"]) is None
+
+
+def change(name: str, base: float, tuned: float, width: float = 0.02) -> SignChange:
+    return SignChange(name, base, tuned, tuned - base - width / 2, tuned - base + width / 2)
+
+
+@pytest.mark.parametrize(
+    ("sign", "is_far"),
+    [
+        (change("saturation", 0.4, 0.52), True),
+        (change("saturation", 0.4, 0.28), True),
+        (change("saturation", 0.4, 0.48), False),  # a fifth
+        (change("saturation", 0.4, 0.8, width=1.0), False),  # much, and not sure
+        (change("saturation", 0.4, 0.8, width=math.nan), False),
+        (change("saturation", 0.0, 0.8), False),  # black pictures have nothing to compare with
+        (change("clipped", 0.0, 0.15), True),
+        (change("clipped", 0.0, 0.09), False),
+        (change("clipped", 0.3, 0.1), False),  # fewer burnt colours are no sign
+        (change("near_duplicates", 0.0, 0.5), True),
+        (change("near_duplicates", 0.5, 0.5), False),
+        (change("diversity", 0.06, 0.02), True),
+        (change("diversity", 0.06, 0.04), False),
+        (change("diversity", 0.06, 0.2), False),  # more of it is no sign
+        (change("batch_spread", 1.0, 0.3), True),
+        (change("batch_spread", 1.0, 2.0), False),
+        (change("saturation", math.nan, math.nan), False),
+    ],
+)
+def test_a_sign_is_far_where_it_changed_surely_and_by_much(sign: SignChange, is_far: bool) -> None:
+    assert sign.is_far == is_far
+
+
+SATURATED, FLAT, BURNT = change("saturation", 0.4, 0.8), change("diversity", 0.06, 0.02), change("clipped", 0.0, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("signs", "trained", "held_out", "is_hacking"),
+    [
+        ([SATURATED, FLAT], 0.5, 0.0, True),
+        ([SATURATED, FLAT, BURNT], 0.5, 0.0, True),
+        ([SATURATED, FLAT, BURNT], 0.5, 0.3, True),  # three, whatever is held out
+        ([SATURATED, FLAT, BURNT], 0.0, 0.3, False),
+        ([SATURATED], 0.5, 0.0, False),  # one alone
+        ([SATURATED, change("clipped", 0.0, 0.05)], 0.5, 0.0, False),
+        ([SATURATED, FLAT], 0.5, 0.3, False),  # what is held out has surely risen as well
+        ([SATURATED, FLAT], 0.0, 0.0, False),  # nothing has risen
+        ([SATURATED, FLAT], -0.5, 0.0, False),
+        ([SATURATED, FLAT], 0.5, None, True),  # nothing is held out
+    ],
+)
+def test_signs_speak_together_and_where_nothing_held_out_agrees(signs, trained, held_out, is_hacking) -> None:
+    differences = {"trained": trained, **({} if held_out is None else {"held_out": held_out})}
+    rewards = {name: RewardMean(1 + by, by - 0.1, by + 0.1) for name, by in differences.items()}
+    base = Standing("base", {name: RewardMean(1.0, 0.0, 0.0) for name in rewards})
+    verdict = find_hacking([base, Standing("now", rewards, signs=signs)], ["trained"])
+    assert bool(verdict) == is_hacking
+    if verdict is not None:
+        assert verdict.signs == tuple(signs)
+        assert verdict.falls == ()
+
+
+def test_the_verdict_names_the_signs_that_it_saw() -> None:
+    signs = (SATURATED, BURNT, change("batch_spread", 1.0, 0.25))
+    assert Hacking((), signs, "toy").sentence("held-out prompts") == (
+        "saturation is 2 times the base's, the share of clipped values is 0.3, the base's 0, the spread of the trained "
+        "reward within a batch is 0.25 times what it was at first, while toy, which was trained on, rose: this looks "
+        "like reward hacking"
+    )
+
+
+def test_signs_are_read_from_a_line_of_the_file() -> None:
+    figures = {"base": 1.0, "tuned": 2.0, "low": 0.9, "high": 1.1, "n": 8, "difference": 1.0}
+    line = {"step": 2, "rewards": {}, "diversity": figures, "signs": {"contrast": {**figures, "low": None}}}
+    diversity, contrast = Standing.of_validation(line).signs
+    assert diversity == SignChange("diversity", 1.0, 2.0, 0.9, 1.1)
+    assert (contrast.name, contrast.tuned, contrast.is_far) == ("contrast", 2.0, False)

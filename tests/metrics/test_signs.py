@@ -48,6 +48,14 @@ def test_high_frequencies_of_a_checkerboard_and_of_a_wave():
         assert signs.high_frequency_energy(np.tile(picture, (1, 3, 1, 1)) * 1.0) == pytest.approx(share, abs=1e-9)
 
 
+def test_clipped_counts_values_at_either_end_of_their_range():
+    picture = np.full((1, 3, 10, 10), 0.5)
+    picture[:, 0, :2] = 1.0
+    picture[:, 1, :1] = 0.001
+    picture[:, 2, :1] = 1 / 255  # the lowest but one that a file of 8 bits holds
+    assert signs.clipped(picture) == pytest.approx(30 / 300)
+
+
 def test_near_duplicates_count_across_prompts_only():
     small = np.array([[0.0, 0], [0.01, 0], [0.5, 0.5], [0.02, 0.02]])
     assert signs.near_duplicates(small, np.array([0, 0, 1, 2])).tolist() == [1, 1, 0, 1]

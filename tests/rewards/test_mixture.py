@@ -213,15 +213,21 @@ def test_settings_reach_the_rewards() -> None:
     ],
 )
 def test_held_out_rewards_as_list_or_mapping(given: object) -> None:
-    cfg = config(held_out_rewards=given)
+    cfg = config(rewards={"saturation": 1.0}, held_out_rewards=given)
     assert list(cfg.held_out_rewards) == ["toy", "brightness"]
     assert list(load_held_out(cfg).rewards) == ["toy", "brightness"]
     again = draftcli.config.dump_config(cfg)
     assert "held_out_rewards:" in again
 
 
+def test_a_reward_that_is_trained_on_is_not_held_out() -> None:
+    cfg = config(held_out_rewards=["toy", "brightness"])
+    assert list(cfg.held_out) == list(load_held_out(cfg).rewards) == ["brightness"]
+
+
 def test_held_out_rewards_take_weights_of_their_own(tmp_path) -> None:
-    cfg = config(held_out_rewards=[{"name": "toy", "pretrained": str(tmp_path / "nowhere")}])
+    judge = {"name": "toy", "pretrained": str(tmp_path / "nowhere")}
+    cfg = config(rewards={"saturation": 1.0}, held_out_rewards=[judge])
     with pytest.raises(InputError, match="nowhere cannot be loaded"):
         load_held_out(cfg)
     with pytest.raises(InputError, match="expected a name"):

@@ -83,11 +83,10 @@ def test_script_runs_end_to_end_and_skips_what_is_done(tmp_path: Path, capsys: p
         make_weights(tmp_path, quick=True)
         capsys.readouterr()
         make_weights(tmp_path, quick=True)
-    assert capsys.readouterr().out.count("already there") == 6
+    assert capsys.readouterr().out.count("already there") == 7
     record = json.loads((tmp_path / "provenance.json").read_text())
-    assert {"vae", "sdxl", "base", "reward", "four_steps", "in_four_steps", "megabytes", "seed", "hardware"} <= set(
-        record
-    )
+    stages = {"vae", "sdxl", "base", "reward", "judge", "four_steps", "in_four_steps"}
+    assert {*stages, "megabytes", "seed", "hardware"} <= set(record)
     assert (tmp_path / "model" / "model_index.json").exists()
     assert (tmp_path / "reward" / "vocab.json").exists()
     assert (tmp_path / "toy-4step" / "pytorch_lora_weights.safetensors").exists()

@@ -86,6 +86,7 @@ def test_the_best_by_held_out_reward_stays_and_hacking_is_warned_about(tiny_sdxl
         data=WITH_VALIDATION,
         held_out_rewards=["tests.example_rewards:green"],
         trainer={"val_check_interval": 1, "save_interval": 100, "keep_checkpoints": 1, "max_steps": 5},
+        monitor={"stop": "never"},
     )
     result = train(preset, "run")
     assert [p.name for p in Run(Path("run")).checkpoints()] == ["step-000005", "step-000001"]

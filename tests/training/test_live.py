@@ -45,6 +45,22 @@ def test_the_view_shows_where_a_run_is():
         assert words in shown
 
 
+def test_what_is_held_out_what_is_trained_and_the_coefficient_stand_side_by_side_and_an_alarm_below():
+    file = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    console = Console(file=file, force_terminal=True, width=120, legacy_windows=False)
+    row = "at 20: held out judge 8.100 (-0.200)  trained toy 9.000 (+1.500)"
+    with LiveView(console, "run", 0, 40, coefficient=12.0) as view:
+        view.step({**METRICS, "step": 20}, skipped=0)
+        view.validated(1.0, row)
+        console.print(view)
+        calm = file.buffer.getvalue().decode()
+        view.validated(1.0, row, "judge on held-out prompts fell by 0.3")
+        console.print(view)
+    assert f"{row}  kl_coeff 12" in calm
+    assert "ALARM" not in calm
+    assert "ALARM  judge on held-out prompts fell by 0.3" in file.buffer.getvalue().decode()
+
+
 def test_the_view_fits_a_narrow_terminal_and_one_without_unicode():
     assert "step 30/40" in frames(60)
     for width in (60, 120):

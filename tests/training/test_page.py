@@ -8,6 +8,7 @@ from PIL import Image
 
 from draftcli.config import Config, dump_config
 from draftcli.runs import Run
+from draftcli.training.monitor import Monitor
 from draftcli.training.page import find_alarms, train_page, write_train_page
 
 REWARD, HELD_OUT = "brightness", "symmetry"
@@ -70,12 +71,27 @@ def test_the_page_shows_what_the_run_wrote_down(run):
 
 
 def test_alarms_are_those_of_the_run_at_their_steps():
-    assert find_alarms(HISTORY[:2], STEPS[:2], [REWARD]) == []
-    skipped, *found = find_alarms(HISTORY, STEPS, [REWARD])
+    monitor = Monitor.of(Config.model_validate({"rewards": {REWARD: 1.0}, "held_out_rewards": [HELD_OUT]}))
+    assert find_alarms(HISTORY[:2], STEPS[:2], monitor) == []
+    skipped, *found = find_alarms(HISTORY, STEPS, monitor)
     assert skipped == "step 3 was skipped"
     assert [text.partition(":")[0] for text in found] == ["step 4", "step 4"]
     assert "symmetry on held-out prompts fell by 0.3 against step 2" in found[0]
     assert "50 %" in found[1]
+
+
+def test_an_alarm_is_at_the_top_and_what_the_monitor_saw_below_it(run):
+    figures = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.3, "high": 0.5, "n": 8}
+    last = {**HISTORY[-1], "signs": {"colour_entropy": figures}, "alarm": "symmetry fell <b>"}
+    for more, words in (
+        ({}, "<h3>Alarm</h3>"),
+        ({"stopped": {"why": "", "final": 2}}, "after step 4; final/ is of step 2"),
+    ):
+        run.validation.write_text("".join(json.dumps(one) + "\n" for one in [*HISTORY[:-1], {**last, **more}]))
+        html = train_page(run)
+        assert words in html
+        assert html.index("symmetry fell &lt;b&gt;.") < html.index("colour entropy")
+        assert "+0.300 to +0.500" in html
 
 
 def test_a_long_run_has_some_sheets_and_gaps_in_its_curves(run):

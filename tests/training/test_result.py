@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from draftcli.training.result import diversity_warning, validation_in_words
+from draftcli.config import load_config
+from draftcli.training.result import diversity_warning, side_by_side, validation_in_words
 
 
 def validation(step, base, tuned, low, high):
@@ -28,6 +29,16 @@ def test_diversity_is_a_share_of_the_bases_and_a_certain_loss_is_warned_about(fi
     line = validation(40, *figures)
     assert words in validation_in_words(line)
     assert (diversity_warning(line) is not None) is warned
+
+
+def test_a_validation_names_the_signs_that_are_far_and_stands_in_one_row():
+    line = validation(40, 0.06, 0.05, 0.7, 0.9)
+    figures = {"base": 0.4, "tuned": 0.8, "difference": 0.4, "low": 0.3, "high": 0.5, "n": 8}
+    line["signs"] = {"saturation": figures, "contrast": {**figures, "tuned": 0.41}}
+    assert validation_in_words(line).endswith("far from the base: saturation is 2 times the base's")
+    line["rewards"] = {"toy": figures, "toy_oracle": {**figures, "difference": -0.1}}
+    row = side_by_side(line, load_config("toy"))
+    assert row == "at 40: held out toy_oracle 0.800 (-0.100)  trained toy 0.800 (+0.400)"
 
 
 def test_a_line_of_the_file_has_null_where_nothing_is_known():

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from draftcli.metrics.hacking import training_warning
-from draftcli.training.validation import validation_score
+from draftcli.config import MonitorConfig
+from draftcli.training.monitor import Monitor, validation_score
 from tests.command import draftp, recipe
 from tests.ranks import train_in_ranks
 
@@ -101,4 +101,4 @@ def test_hacking_is_not_read_from_a_reward_that_said_nothing():
         {"step": 0, "rewards": {"held_out": figures(1.0), "trained": figures(None)}},
         {"step": 5, "rewards": {"held_out": figures(0.5), "trained": figures(None)}},
     ]
-    assert training_warning(history, ["trained"]) is None
+    assert Monitor(MonitorConfig(), {"trained": 1.0}, ["held_out"]).alarms(history) == [None, None]
