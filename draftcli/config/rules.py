@@ -164,6 +164,8 @@ def _idle_method(cfg: Config) -> Iterator[str]:
     for name, setting in cfg.rewards.items():
         if setting.weight == 0:
             yield f"rewards.{name}.weight 0: it is computed and logged, and trains nothing"
+            if setting.robust is not None:
+                yield f"rewards.{name}.robust has no effect with weight 0, and costs a pass of the reward"
     yield from _idle_prefix(cfg)
     if peft.peft_scheme == "none" and peft.model_fields_set & {"rank", "alpha", "target_modules"}:
         yield "peft.rank, alpha and target_modules have no effect: peft_scheme none trains the whole UNet"

@@ -164,6 +164,11 @@ class RewardConfig(RewardSource):
     largest minus smallest. The first step of a run only measures."""
     target: float | None = None
     """Stop pushing where an image's score is above this: min(score, target)."""
+    robust: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Take the reward's gradient at the worst picture within this distance rather than at the picture itself (RSA-FT).
+    The distance is Euclidean over all values of a picture, 0 to 1 each: one of rho moves a value of an H x W picture by
+    rho / sqrt(3 H W) in root mean square. One more forward and backward pass of the reward; its score stays that of the
+    picture. The paper takes 0.01."""
 
 
 def _weight_alone(value: Any) -> Any:
