@@ -6,12 +6,13 @@
 # make faults     a training killed 200 times: nothing may be lost
 # make oldest     a part of the tests with the oldest releases that pyproject.toml allows, in .venv-oldest
 # make estimators every gradient mode against the exact gradient and the truth, docs/estimators.md: an hour on two cores
+# make held      what holds a training back from reward hacking, in the toy world: runs/held/held.md
 # make real-size  SDXL at its true shapes with random weights on a CPU: 24 GiB of memory, 25 GB of disk, an hour
 # make check  ruff, basedpyright (also of what needs an extra)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-eval test browser extras slow faults oldest estimators real-size check docs clean
+.PHONY: demo demo-eval test browser extras slow faults oldest estimators held real-size check docs clean
 
 demo: .venv/.installed
 	$(BIN)/draftp train --preset toy
@@ -53,6 +54,9 @@ estimators: .venv/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[plots]"
 	PYTHONPATH=. $(BIN)/python benchmarks/estimators.py runs/estimators
 	PYTHONPATH=. $(BIN)/python benchmarks/estimators_page.py runs/estimators/estimators.json docs/estimators.md
+
+held: .venv/.installed-test
+	PYTHONPATH=. $(BIN)/python benchmarks/held.py runs/held
 
 real-size: .venv/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch
