@@ -7,12 +7,13 @@
 # make oldest     a part of the tests with the oldest releases that pyproject.toml allows, in .venv-oldest
 # make estimators every gradient mode against the exact gradient and the truth, docs/estimators.md: an hour on two cores
 # make stops    does the monitor end hacked runs in time, and no others? twenty trainings in the toy world, runs/stops/stops.md
+# make held      what holds a training back from reward hacking, in the toy world: runs/held/held.md
 # make real-size  SDXL at its true shapes with random weights on a CPU: 24 GiB of memory, 25 GB of disk, an hour
 # make check  ruff, basedpyright (also of what needs an extra)
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-eval test browser extras slow faults oldest estimators stops real-size check docs clean
+.PHONY: demo demo-eval test browser extras slow faults oldest estimators stops held real-size check docs clean
 
 demo: .venv/.installed
 	$(BIN)/draftp train --preset toy
@@ -57,6 +58,9 @@ estimators: .venv/.installed-test
 
 stops: .venv/.installed
 	PYTHONPATH=. $(BIN)/python benchmarks/stops.py runs/stops
+
+held: .venv/.installed-test
+	PYTHONPATH=. $(BIN)/python benchmarks/held.py runs/held
 
 real-size: .venv/.installed-test
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch

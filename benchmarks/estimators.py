@@ -25,14 +25,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+from lab import do_jobs, file_of, gather, judge, left, trainer_of, write_json
 
 ARMS: dict[str, list[str]] = {
     "last_k_1": ["draftp.truncation_steps=1"],
@@ -56,8 +55,6 @@ SEEDS = 3
 PAIRS, DRAWS = 64, 2
 # Without a penalty: those whose reward rises enough for it to be fooled, and the first.
 HACKED = ("last_k_1", "last_k_4", "random_k", "refl", "sparse", "drtune")
-HELD_OUT = 2  # pictures of each held-out caption
-ANALYTIC = ("brightness", "saturation", "compressibility")
 
 
 @dataclass(frozen=True)
@@ -122,19 +119,6 @@ def image_cost(cfg: Any) -> float:
     return counts["forward"] + counts["base"] + 2 * counts["with_gradient"]
 
 
-def trainer_of(cfg: Any) -> Any:
-    """A `Trainer` of a new model."""
-    import draftcli
-    from draftcli.core.draftp import SDXLDRaFTPModel
-    from draftcli.prompts import read_prompts
-    from draftcli.training.step import Trainer
-
-    model = SDXLDRaFTPModel(cfg)
-    rewards: Any = draftcli.get_reward_model(cfg)
-    model.reward_model = rewards
-    return Trainer(model, rewards, read_prompts(cfg.data.prompts))
-
-
 def train(job: Job, budget: float, points: int) -> dict[str, Any]:
     """Train an arm, and judge held-out pictures at `points` equal shares of the budget."""
     import draftcli
@@ -160,26 +144,6 @@ def train(job: Job, budget: float, points: int) -> dict[str, Any]:
             with trainer.ema.in_place() if trainer.ema else contextlib.nullcontext():
                 curve.append({"steps": step, "evaluations": step * cost, "seconds": seconds, **judge(model)})
     return {"evaluations_an_image": image_cost(cfg), "curve": curve}
-
-
-def judge(model: Any) -> dict[str, Any]:
-    """What 128 held-out pictures score, one value a picture, and each caption's diversity."""
-    import torch
-
-    from draftcli.metrics.diversity import cosine_diversity
-    from draftcli.prompts import read_prompts
-    from draftcli.rewards import load_reward
-    from draftcli.sampling.draw import draw, plan
-    from draftcli.toy.features import reading
-
-    prompts = read_prompts(model.cfg.data.validation_prompts)
-    pictures = plan(prompts, HELD_OUT, 99, (model.cfg.sampling.height, model.cfg.sampling.width))
-    drawn = list(draw(model, pictures, "tuned", 64))
-    images, texts = torch.cat([part for part, _ in drawn]), [text for _, some in drawn for text in some]
-    with torch.no_grad():
-        found = {n: load_reward(n)(images, texts).tolist() for n in ("toy", "toy_oracle", *ANALYTIC)}
-        features = reading()(images).double().numpy().reshape(len(prompts), HELD_OUT, -1)
-    return {**found, "diversity": [cosine_diversity(rows) for rows in features]}
 
 
 # ------------------------------------------------------------------------------------------------------- fidelity
@@ -300,7 +264,7 @@ def run(job: Job, folder: Path) -> str:
     else:
         whole = budget_of_the_recipe()
         result = train(job, whole / 2, 1) if job.stage == "sweep" else train(job, whole, 4)
-    _write(folder / f"{job.name}.json", {**asdict(job), **result, "job_seconds": time.perf_counter() - began})
+    write_json(file_of(job, folder), {**asdict(job), **result, "job_seconds": time.perf_counter() - began})
     return f"{job.name}: {time.perf_counter() - began:.0f} s"
 
 
@@ -320,20 +284,15 @@ def best_rate(arm: str, folder: Path) -> float | None:
 def waiting(stages: Sequence[str], arms: Sequence[str], folder: Path) -> Iterator[list[Job]]:
     """What is to be done, in groups that need what the group before has written."""
     for stage in stages:
-        left = [job for job in jobs_of(stage, arms) if not (folder / f"{job.name}.json").is_file()]
+        jobs = left(jobs_of(stage, arms), folder)
         if stage == "fidelity":
-            yield [job for job in left if job.arm == EXACT]
-            yield [job for job in left if job.arm != EXACT]
+            yield [job for job in jobs if job.arm == EXACT]
+            yield [job for job in jobs if job.arm != EXACT]
         elif stage == "sweep":
-            yield left
+            yield jobs
         else:
-            rated = [Job(job.stage, job.arm, job.seed, best_rate(job.arm, folder)) for job in left]
+            rated = [Job(job.stage, job.arm, job.seed, best_rate(job.arm, folder)) for job in jobs]
             yield [job for job in rated if job.rate is not None]
-
-
-def gather(folder: Path) -> dict[str, Any]:
-    """All jobs' results by name."""
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
 
 
 def main() -> None:
@@ -344,26 +303,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--minutes", type=float, default=1e9, help="after so many no job is begun")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
-    folder, began = options.output / "jobs", time.monotonic()
-    folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        for group in waiting(options.stage or STAGES, options.arm or [*ARMS], folder):
-            for line in pool.map(run_in_time, [(job, folder, began + 60 * options.minutes) for job in group]):
-                print(line, flush=True)
-    _write(options.output / "estimators.json", gather(folder))
-
-
-def run_in_time(task: tuple[Job, Path, float]) -> str:
-    """The job, unless its time is over."""
-    job, folder, until = task
-    return run(job, folder) if time.monotonic() < until else f"{job.name}: left for the next time"
-
-
-def _write(path: Path, content: Any) -> None:
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(path)
+    folder = options.output / "jobs"
+    groups = waiting(options.stage or STAGES, options.arm or [*ARMS], folder)
+    do_jobs(run, groups, folder, options.jobs, options.minutes)
+    write_json(options.output / "estimators.json", gather(folder))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from estimators import ANALYTIC, ARMS, EXACT, HELD_OUT, RATES, SEEDS
+from estimators import ARMS, EXACT, RATES, SEEDS
+from lab import ANALYTIC, HELD_OUT, at_reward, curve, head, interval, mean_over_seeds, number
 
 from draftcli.metrics.statistics import estimate, paired, ratio
 
@@ -51,40 +51,6 @@ def runs(results: Results, arm: str, stage: str = "final") -> list[dict[str, Any
     """The finished runs of an arm, by seed."""
     found = (results.get(f"{stage}-{arm}-seed{seed}") for seed in range(SEEDS))
     return [run for run in found if run is not None]
-
-
-def mean_over_seeds(some: Sequence[dict[str, Any]], point: int, key: str) -> np.ndarray:
-    """One value a picture (or a caption, for diversity): the mean of the seeds."""
-    return np.mean([run["curve"][point][key] for run in some], axis=0)
-
-
-def curve(some: Sequence[dict[str, Any]], key: str) -> np.ndarray:
-    """(points,) means over pictures and seeds."""
-    return np.array([mean_over_seeds(some, i, key).mean() for i in range(len(some[0]["curve"]))])
-
-
-def at_reward(some: Sequence[dict[str, Any]], reward: float, key: str) -> float:
-    """A figure where the learned reward first reaches `reward`, between two points in proportion; NaN: it does not."""
-    rewards = curve(some, "toy")
-    values = np.array([p[key] for p in some[0]["curve"]]) if key == "evaluations" else curve(some, key)
-    for i in range(1, len(rewards)):
-        if rewards[i - 1] < reward <= rewards[i]:
-            share = (reward - rewards[i - 1]) / (rewards[i] - rewards[i - 1])
-            return float(values[i - 1] + share * (values[i] - values[i - 1]))
-    return float("nan")
-
-
-def head(*titles: str) -> list[str]:
-    """The first two lines of a table."""
-    return [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-
-
-def number(value: float, form: str = ".3f", otherwise: str = "not reached") -> str:
-    return otherwise if np.isnan(value) else format(value, form)
-
-
-def interval(value: float, low: float, high: float, form: str = ".3f") -> str:
-    return f"{value:{form}} ({low:{form}} to {high:{form}})"
 
 
 def sum_cosine(found: dict[str, Any], exact: dict[str, Any]) -> str:

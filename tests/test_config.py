@@ -98,6 +98,11 @@ def test_settings_given_in_vain_are_warned_about():
         assert word in text
     for word in ("model.vae_tile 1024 has no", "decode_batch_size has no", "fold_tolerance has no"):
         assert word in text
+    gated = {**data, "draftp": {"kl_gate": "held_out"}}
+    assert "held_out" not in "\n".join(without_effect(check_config(gated))), "asked in training, without validation"
+    for idle in ({"kl_gate": "held_out"}, {"kl_by_reward": True}):
+        found = without_effect(check_config({**data, "draftp": {**idle, "kl_coeff": 0}}))
+        assert any("has no effect with draftp.kl_coeff 0" in line for line in found)
     assert "vae_tile" not in "\n".join(without_effect(check_config({**data, "sampling": {"sizes": [[64, 2048]]}})))
     assert without_effect(check_config({})) == []
 

@@ -73,6 +73,13 @@ def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
             f"draftp.kl_target {cfg.draftp.kl_target:g} steers the coefficient from draftp.kl_coeff on, and that is 0: "
             "give kl_coeff a value above 0, such as 0.1"
         )
+    if cfg.draftp.kl_gate == "held_out" and cfg.draftp.kl_by_reward:
+        yield "draftp.kl_gate held_out and kl_by_reward both say how much a picture's penalty counts: give one of them"
+    if cfg.draftp.kl_gate == "held_out" and not cfg.held_out_rewards:
+        yield (
+            "draftp.kl_gate held_out compares the trained reward with held-out ones, and nothing is held out: name a "
+            "reward in held_out_rewards"
+        )
     for name, setting in cfg.rewards.items() if cfg.draftp.combine == "min" else ():
         if setting.weight not in (-1, 0, 1):
             yield (
@@ -148,7 +155,7 @@ def _idle_schedule(cfg: Config) -> Iterator[str]:
         yield "trainer.val_check_interval has no effect: data.validation_prompts is empty"
     if cfg.data.validation_cache is not None and not validates:
         yield "data.validation_cache has no effect without validation"
-    if cfg.held_out_rewards and not validates:
+    if cfg.held_out_rewards and not validates and not cfg.draftp.asks_held_out:
         yield "held_out_rewards have no effect without validation"
     if twice := [name for name in cfg.held_out_rewards if name in cfg.rewards]:
         yield f"held_out_rewards {', '.join(twice)} has no effect: it is trained on"
@@ -169,9 +176,14 @@ def _idle_method(cfg: Config) -> Iterator[str]:
     peft = cfg.peft
     if cfg.draftp.combine == "min" and sum(setting.weight != 0 for setting in cfg.rewards.values()) < 2:
         yield "draftp.combine min has no effect with one reward, but that its scores are normalised"
+    for key, is_set in (("kl_gate held_out", cfg.draftp.kl_gate != "none"), ("kl_by_reward", cfg.draftp.kl_by_reward)):
+        if is_set and cfg.draftp.kl_coeff == 0:
+            yield f"draftp.{key} has no effect with draftp.kl_coeff 0: there is no penalty to weigh"
     for name, setting in cfg.rewards.items():
         if setting.weight == 0:
             yield f"rewards.{name}.weight 0: it is computed and logged, and trains nothing"
+            if setting.robust is not None:
+                yield f"rewards.{name}.robust has no effect with weight 0, and costs a pass of the reward"
     yield from _idle_prefix(cfg)
     if peft.peft_scheme == "none" and peft.model_fields_set & {"rank", "alpha", "target_modules"}:
         yield "peft.rank, alpha and target_modules have no effect: peft_scheme none trains the whole UNet"

@@ -68,6 +68,14 @@ class DraftpConfig(Section):
     """Steer the coefficient so that the penalty stays near this value: after a step whose penalty was above 1.5 times
     it the coefficient grows by half, after one below 1 / 1.5 of it it shrinks as much. It begins at kl_coeff and stays
     within 100 times that, up and down. Default: the coefficient is kl_coeff throughout."""
+    kl_gate: Literal["none", "held_out"] = "none"
+    """How much the penalty counts for each picture. none: as much for all. held_out: for those that rank higher by the
+    trained reward than by held_out_rewards, as much more as the two ranks differ, and not for the others; 1 on average,
+    at most 6.
+    Asks held_out_rewards about each picture of the training, without gradient."""
+    kl_by_reward: bool = False
+    """The penalty of a picture counts twice the share of the last hundred steps' pictures whose trained reward was
+    lower: little where it is low, up to twice where it is high; 1 on average."""
     combine: Literal["sum", "min"] = "sum"
     """How several rewards become one. sum: weighted. min: for each picture the reward that has gained least since the
     first step, in units of its normalise, so that none is bought with another; weights are 1 or -1."""
@@ -92,6 +100,11 @@ class DraftpConfig(Section):
     def needs_base(self) -> bool:
         """Whether training asks the base at all: for the penalty, or to log it."""
         return self.kl_coeff > 0 or self.log_kl
+
+    @property
+    def asks_held_out(self) -> bool:
+        """Whether training, not validation alone, asks the held-out rewards."""
+        return self.kl_gate == "held_out" and self.kl_coeff > 0
 
     @property
     def gradient_mode(self) -> tuple[str, dict[str, Any]]:
@@ -154,6 +167,11 @@ class RewardConfig(RewardSource):
     largest minus smallest. The first step of a run only measures."""
     target: float | None = None
     """Stop pushing where an image's score is above this: min(score, target)."""
+    robust: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Take the reward's gradient at the worst picture within this distance rather than at the picture itself (RSA-FT).
+    The distance is Euclidean over all values of a picture, 0 to 1 each: one of rho moves a value of an H x W picture by
+    rho / sqrt(3 H W) in root mean square. One more forward and backward pass of the reward; its score stays that of the
+    picture. The paper takes 0.01."""
 
 
 def _weight_alone(value: Any) -> Any:

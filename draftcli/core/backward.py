@@ -126,10 +126,19 @@ class Work:
 
 
 def reward_slope(
-    nets: Networks, reward: RewardFunction, x_0: Tensor, prompts: Sequence[str], share: float, work: Work
+    nets: Networks,
+    reward: RewardFunction,
+    x_0: Tensor,
+    prompts: Sequence[str],
+    share: float,
+    work: Work,
+    penalty: Penalty,
 ) -> RewardSlope:
-    """Stage one: the mean reward r of B images, and s = d (share r) / d x_0 (B, C, H, W), scaled under fp16."""
+    """Stage one: the mean reward r of B images, and s = d (share r) / d x_0 (B, C, H, W), scaled under fp16; and how
+    much the penalty counts for each image.
+    """
     slopes: list[Tensor] = []
+    weights: list[Tensor] = []
     total = torch.zeros((), device=x_0.device, dtype=x_0.dtype)
     for i in range(0, len(prompts), work.decode):
         some = list(prompts[i : i + work.decode])
@@ -137,13 +146,17 @@ def reward_slope(
         with nets.phase(Phase.DECODE):
             image = nets.decode(latents)
         with nets.phase(Phase.REWARD):
-            r = scored(reward, image, some).sum() / len(prompts)
+            scores = scored(reward, image, some)
+        r = scores.sum() / len(prompts)
         with nets.phase(Phase.JUDGING):
             work.scale(share * r).backward()
+        with nets.phase(Phase.REWARD):  # after the backward, whose graph is gone
+            weighed = penalty.weigh(image, some, scores)
+        weights += [] if weighed is None else [weighed]
         # A reward that does not look at the picture, at least not here, has no gradient.
         slopes.append(torch.zeros_like(latents) if latents.grad is None else latents.grad)
         total = total + r.detach()
-    return RewardSlope(total, torch.cat(slopes), share)
+    return RewardSlope(total, torch.cat(slopes), share, torch.cat(weights) if weights else None)
 
 
 @dataclass(frozen=True)
@@ -154,11 +167,13 @@ class RewardSlope:
         reward: mean of B images, a scalar.
         slope: s = d (share r) / d x_0 (B, C, H, W).
         share: of the B images in the loss of the whole step.
+        weights: how much the penalty counts for each image, (B,); None: all alike.
     """
 
     reward: Tensor
     slope: Tensor
     share: float
+    weights: Tensor | None = None
 
     def of_each_image(self, work: Work) -> Tensor:
         """h = d r / d x_0 (B, C, H, W) of each image by itself: without its share of the loss, and not scaled."""
@@ -245,7 +260,7 @@ class KeptGraph:
         with nets.phase(Phase.BACKWARD):
             kl, gain = None, (seen.slope * ahead.x_0).sum()
             if ahead.eps is not None and ahead.eps_base is not None:
-                kl = penalty(ahead.eps, ahead.eps_base, piece.levels)
+                kl = penalty(ahead.eps, ahead.eps_base, piece.levels, seen.weights)
                 if piece.regression is not None:
                     gain = _matched(piece, seen, ahead.eps.guided[0], ahead.eps_base.guided[0], work)
             scaled = None if kl is None else work.scale(kl)
@@ -280,7 +295,8 @@ class RecomputedSteps:
                 said = tuned(x, level)
             eps, said_by_base = said.guided, base(x, level) if needs_base else None
             if said_by_base is not None:
-                kl = penalty(NoiseEstimate.stacked([said]), NoiseEstimate.stacked([said_by_base]), [level]) / count
+                both = NoiseEstimate.stacked([said]), NoiseEstimate.stacked([said_by_base])
+                kl = penalty(*both, [level], seen.weights) / count
                 penalties.append(kl.detach())
             else:
                 kl = None

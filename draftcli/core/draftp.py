@@ -89,9 +89,9 @@ def training_step(
     for group in executor.groups([small for piece in pieces for small in piece.split(work.micro)]):
         # those steps, the base beside: x_0, eps, eps_base (RecomputedSteps: eps and eps_base in stage two)
         forwards = [executor.forward(nets, piece, penalty.is_measured) for piece in group]
-        # stage one: r(x_0, c) and s = d r / d x_0; then decoder and reward are freed
+        # stage one: r(x_0, c) and s = d r / d x_0, and each image's weight in the KL; then decoder and reward are freed
         judged = [
-            reward_slope(nets, reward, forward.x_0, piece.prompts, len(piece) / samples, work)
+            reward_slope(nets, reward, forward.x_0, piece.prompts, len(piece) / samples, work, penalty)
             for forward, piece in zip(forwards, group, strict=True)
         ]
         # stage two: d (-<s, x_0> + beta mean (eps - eps_base)^2) / d weights, the sum by penalty.objective

@@ -50,10 +50,12 @@ def images_and_loss(
     captions = [prompt for piece in pieces for prompt in piece.prompts]
 
     def loss_func(images: Tensor) -> tuple[Tensor, Metrics]:
-        r = scored(reward, images, captions).mean()
+        scores = scored(reward, images, captions)
+        weights, r = None if validation else penalty.weigh(images, captions, scores), scores.mean()
+        each = [None] * len(pieces) if weights is None else weights.split([len(piece) for piece in pieces])
         penalties = [
-            penalty(forward.eps, forward.eps_base, piece.levels) * (len(piece) / len(captions))
-            for forward, piece in zip(forwards, pieces, strict=True)
+            penalty(forward.eps, forward.eps_base, piece.levels, some) * (len(piece) / len(captions))
+            for forward, piece, some in zip(forwards, pieces, each, strict=True)
             if forward.eps is not None and forward.eps_base is not None
         ]
         kl = torch.stack(penalties).sum() if penalties else None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from draftcli.config import Config, RewardSource
+from draftcli.config import Config, RewardConfig, RewardSource
 from draftcli.core.engine.eight_bit import EightBitLinear, quantize_blocks
 from draftcli.core.lora.adapters import attach_lora
 from draftcli.core.models.family import Parts
@@ -26,7 +26,7 @@ from draftcli.planning.repeated_layers import shorten
 from draftcli.rewards.blank import BlankTokenizer
 from draftcli.rewards.catalogue import BUILT_IN_REWARDS
 from draftcli.rewards.registry import blank_reward, load_reward
-from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
+from draftcli.rewards.wrappers import AtWorst, InMicroBatches, PromptRelative
 
 
 def shortened_modules(folder: Path, targets: Sequence[str] = ()) -> dict[str, Any]:
@@ -112,6 +112,8 @@ class BlankRewards(nn.Module):
                 reward = PromptRelative(reward, **setting.relative.model_dump())
             if setting.micro_batch_size is not None:
                 reward = InMicroBatches(reward, setting.micro_batch_size)
+            if isinstance(setting, RewardConfig) and setting.robust is not None:
+                reward = AtWorst(reward, setting.robust)
             if isinstance(reward, nn.Module):
                 self.judges.append(reward)
             else:

@@ -71,7 +71,7 @@ class UnitWork:
         backward: of the backward of one that begins a piece: its input needs no gradient.
         backward_through: where it does, as in the last K - 1 of K steps.
         decode: latents to an image.
-        reward: its score.
+        reward: its score; and those of the held-out rewards that training asks.
         judging: the backward of both.
     """
 
@@ -95,10 +95,10 @@ def unit_work(cfg: Config, folder: Path) -> UnitWork:
 
 
 @remembered
-def _unit_work(cfg: Config, named: NamedRewards, folder: Path) -> UnitWork:
+def _unit_work(cfg: Config, named: NamedRewards, asked: NamedRewards, folder: Path) -> UnitWork:
     level = make_schedule(2).level(1)
-    with one_image(cfg, folder, named) as (model, batch, rewards):
-        nets, networks = model.networks, [*model.parts.modules.values(), rewards]
+    with one_image(cfg, folder, named, asked) as (model, batch, (rewards, held_out)):
+        nets, networks = model.networks, [*model.parts.modules.values(), rewards, held_out]
         with WithoutData():
             cond, x = nets.encode(batch), nets.start(batch)
 
@@ -115,11 +115,12 @@ def _unit_work(cfg: Config, named: NamedRewards, folder: Path) -> UnitWork:
             base, tuned = counted(lambda: nets.base(cond)(x, level)), counted(lambda: nets.tuned(cond)(x, level))
             decode = counted(lambda: nets.decode(x))
             both = counted(lambda: rewards(nets.decode(x), list(batch.prompts)))
+            more = counted(lambda: held_out(nets.decode(x), list(batch.prompts))) - decode if asked else 0
         backward, through = (counted(partial(stepped, needed)) - tuned for needed in (False, True))
         judging = counted(judged) - both
         for weight in model.trainable_parameters:
             weight.grad = None
-    return UnitWork(base, tuned, backward, through, decode, both - decode, judging)
+    return UnitWork(base, tuned, backward, through, decode, both - decode + more, judging)
 
 
 def make_ledger(cfg: Config, folder: Path) -> Ledger:

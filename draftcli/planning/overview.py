@@ -51,7 +51,8 @@ def _facts(cfg: Config, plan: Plan, prompts: PromptSets) -> Iterator[tuple[str, 
     frozen = ", ".join(f"{name} {count:,}" for name, count in plan.frozen.items())
     yield "model", f"{cfg.model.pretrained} (counted from {plan.source})"
     yield "prompts", f"{len(prompts.training)} from {cfg.data.prompts}"
-    yield "rewards", f"{', '.join(cfg.rewards) or 'none'}; held out: {', '.join(cfg.held_out) or 'none'}"
+    asked = " (asked in training as well)" if cfg.draftp.asks_held_out else ""
+    yield "rewards", f"{', '.join(cfg.rewards) or 'none'}; held out: {', '.join(cfg.held_out) or 'none'}{asked}"
     yield "trainable", f"{plan.trainable:,} parameters"
     yield "frozen", f"{sum(plan.frozen.values()):,} parameters: {frozen}"
     yield "images", f"{sampling.height} x {sampling.width}, {sampling.steps} steps of {sampling.sampler}"

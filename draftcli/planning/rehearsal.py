@@ -28,8 +28,10 @@ from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.eight_bit import EightBitLinear
 from draftcli.core.engine.sharding import checkpoint_activations
 from draftcli.core.gradient.mode import make_mode, recomputes_steps
+from draftcli.core.image_weights import HeldOutGate
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.core.models.family import Parts
+from draftcli.core.penalty import Penalty, guided_difference
 from draftcli.core.phase import Phase
 from draftcli.core.prefix import make_prefix
 from draftcli.core.schedule import make_schedule
@@ -83,7 +85,7 @@ def weights_of(cfg: Config, folder: Path) -> Weights:
         if name != "unet":
             found[parts.family.networks[name]] = size_of(tensors(network))
     rewards = _rewards(_named(cfg.rewards))
-    held_out = _rewards(_named(cfg.held_out if validates(cfg) else {}))
+    held_out = _rewards(_named(cfg.held_out if validates(cfg) or cfg.draftp.asks_held_out else {}))
     found["rewards"] = size_of(tensors(rewards))
     if held_out_size := size_of(tensors(held_out)):
         found["held-out rewards"] = held_out_size
@@ -128,12 +130,12 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
     k, again = make_mode(cfg).longest, recomputes_steps(cfg)
     sampling = _guidance(cfg, range(cfg.sampling.steps - k, cfg.sampling.steps))
     settings = _relevant(cfg, images, sampling=sampling, model={"vae_tile": None} if cfg.sharding.two_stage else {})
-    rewards = _named({} if cfg.sharding.two_stage else cfg.rewards)
+    rewards = ((), ()) if cfg.sharding.two_stage else (_named(cfg.rewards), _asked_in_training(cfg))
     if cfg.sharding.two_stage and again:
-        return _steps(settings, folder, min(k, 2), rewards)
+        return _steps(settings, folder, min(k, 2), *rewards)
     if k <= 3:
-        return _steps(settings, folder, k, rewards)
-    two, three = (_steps(settings, folder, count, rewards) for count in (2, 3))
+        return _steps(settings, folder, k, *rewards)
+    two, three = (_steps(settings, folder, count, *rewards) for count in (2, 3))
     return {name: size + (k - 3) * (size - two[name]) for name, size in three.items()}
 
 
@@ -146,7 +148,7 @@ def judging_of(cfg: Config, folder: Path, images: int, training: bool = True) ->
     kept = {"activation_checkpointing": cfg.sharding.activation_checkpointing and training, "two_stage": True}
     settings = _relevant(cfg, images, draftp=draftp, sampling={**_SHORT, **size}, sharding={**_PLAIN, **kept})
     rewards = {**cfg.rewards, **({} if training else cfg.held_out)}
-    return _judging(settings, folder, _named(rewards), training)
+    return _judging(settings, folder, _named(rewards), _asked_in_training(cfg) if training else None)
 
 
 # --------------------------------------------------------------------------------------------------------- settings
@@ -171,7 +173,7 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
     sections["sharding"]["recompute_steps"] = recomputes_steps(cfg)
     sections["trainer"] = {"micro_batch_size": images, "global_batch_size": images}
     sections["draftp"] |= {"kl_coeff": float(cfg.draftp.kl_coeff > 0), "kl_target": None, "prefix_steps": None}
-    sections["draftp"]["prefix_sampler"] = "dpmpp_2m"
+    sections["draftp"] |= {"prefix_sampler": "dpmpp_2m", "kl_gate": "none", "kl_by_reward": False}
     height, width = largest(cfg)
     sections["sampling"] |= {"height": height, "width": width, "sizes": [], "timesteps": []}
     sections["sampling"] |= {"guidance_interval": [0.0, 1.0]}
@@ -199,6 +201,11 @@ def largest(cfg: Config) -> tuple[int, int]:
 
 def _named(rewards: Mapping[str, RewardSource]) -> NamedRewards:
     return tuple(sorted(rewards.items()))
+
+
+def _asked_in_training(cfg: Config) -> NamedRewards:
+    """The held-out rewards that each image of the training is shown to."""
+    return _named(cfg.held_out if cfg.draftp.asks_held_out else {})
 
 
 def remembered(piece: Callable[_P, _T]) -> Callable[_P, _T]:
@@ -272,18 +279,23 @@ def _model(cfg: Config, folder: Path) -> Iterator[DRaFTPModel]:
         yield model
 
 
-def of_one_evaluation(cfg: Config) -> tuple[Config, NamedRewards]:
-    """What the work of one UNet evaluation, of a decode and of the rewards depends on, and nothing else."""
+def of_one_evaluation(cfg: Config) -> tuple[Config, NamedRewards, NamedRewards]:
+    """What the work of one UNet evaluation, of a decode, of the rewards and of the held-out ones that training asks
+    depends on, and nothing else.
+    """
     draftp = {**_LAST_STEP, "kl_coeff": 0.0, "log_kl": False, "detach_uncond": False}
     sharding = {**_PLAIN, "activation_checkpointing": cfg.sharding.activation_checkpointing}
-    return _relevant(cfg, 1, draftp=draftp, sampling={**_SHORT, "scale": 1.0}, sharding=sharding), _named(cfg.rewards)
+    settings = _relevant(cfg, 1, draftp=draftp, sampling={**_SHORT, "scale": 1.0}, sharding=sharding)
+    return settings, _named(cfg.rewards), _asked_in_training(cfg)
 
 
 @contextmanager
-def one_image(cfg: Config, folder: Path, rewards: NamedRewards) -> Iterator[tuple[DRaFTPModel, Batch, BlankRewards]]:
+def one_image(
+    cfg: Config, folder: Path, *rewards: NamedRewards
+) -> Iterator[tuple[DRaFTPModel, Batch, list[BlankRewards]]]:
     """The model, the batch and the rewards of one image, all without data, by what `of_one_evaluation` gives."""
     with _model(cfg, folder) as model:
-        yield model, _batch(cfg), _rewards(rewards)
+        yield model, _batch(cfg), [_rewards(named) for named in rewards]
 
 
 # ------------------------------------------------------------------------------------------------------- the pieces
@@ -301,7 +313,7 @@ def _prefix(cfg: Config, folder: Path, with_lora: bool) -> dict[Phase, int]:
 
 
 @remembered
-def _steps(cfg: Config, folder: Path, k: int, rewards: NamedRewards) -> dict[Phase, int]:
+def _steps(cfg: Config, folder: Path, k: int, rewards: NamedRewards, asked: NamedRewards) -> dict[Phase, int]:
     cfg = _changed(cfg, draftp={"truncation_steps": k}, sampling={"steps": k})
     with _model(cfg, folder) as model:
         if cfg.sharding.two_stage:
@@ -309,6 +321,8 @@ def _steps(cfg: Config, folder: Path, k: int, rewards: NamedRewards) -> dict[Pha
             model.reward_model = lambda images, prompts: images.mean((1, 2, 3))
         else:
             model.reward_model = _rewards(rewards)
+            if asked:
+                model.penalty.weights = HeldOutGate({"held out": _rewards(asked)})
         for weight in model.trainable_parameters:  # as the micro-batches before have left it
             weight.grad = torch.empty_like(weight)
         with _counted(model, fused=cfg.sharding.attention != "math") as (meter, passing):
@@ -321,14 +335,17 @@ def _steps(cfg: Config, folder: Path, k: int, rewards: NamedRewards) -> dict[Pha
 
 
 @remembered
-def _judging(cfg: Config, folder: Path, rewards: NamedRewards, training: bool) -> dict[Phase, int]:
+def _judging(cfg: Config, folder: Path, rewards: NamedRewards, asked: NamedRewards | None) -> dict[Phase, int]:
+    """`asked`: the held-out rewards that training asks as well; None: in validation."""
     with _model(cfg, folder) as model:
-        batch, reward = _batch(cfg), _rewards(rewards)
+        batch, reward, held_out = _batch(cfg), _rewards(rewards), _rewards(asked or ())
         model.reward_model, prompts = reward, list(batch.prompts)
-        with _counted(model, reward) as (meter, passing):
+        with _counted(model, reward, held_out) as (meter, passing):
             x_0 = model.initial_noise(batch).to(model.runtime.latent_dtype)
-            if training:
-                reward_slope(model.networks, reward, x_0, prompts, 1.0, Work.of(cfg))
+            if asked is not None:
+                weights = HeldOutGate({"held out": held_out}) if asked else None
+                penalty = Penalty(guided_difference, 1.0, weights=weights)
+                reward_slope(model.networks, reward, x_0, prompts, 1.0, Work.of(cfg), penalty)
             else:
                 with meter(Phase.VALIDATION), torch.no_grad():
                     reward(model.decode(x_0), prompts)

@@ -13,7 +13,7 @@ from draftcli.rewards.catalogue import check_names, reward_reference
 from draftcli.rewards.mixture import COMBINATIONS, WeightedSum
 from draftcli.rewards.protocol import Reward
 from draftcli.rewards.references import find_object, make_reward
-from draftcli.rewards.wrappers import InMicroBatches, PromptRelative, as_reward
+from draftcli.rewards.wrappers import AtWorst, InMicroBatches, PromptRelative, as_reward
 
 
 def load_reward(name: str, pretrained: str | None = None, backbone: str | None = None) -> Any:
@@ -83,6 +83,8 @@ def get_reward_model(cfg: Config | str | Callable[..., Any]) -> Reward:
                 f"reward {name} is not differentiable, it says so itself: training needs its gradient in the picture. "
                 "It can be in held_out_rewards, not in rewards"
             )
+        if (rho := cfg.rewards[name].robust) is not None:
+            rewards[name] = AtWorst(reward, rho, cfg.rewards[name].weight)
     return COMBINATIONS[cfg.draftp.combine](rewards, cfg.rewards)
 
 

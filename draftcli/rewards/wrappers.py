@@ -1,4 +1,6 @@
-"""Rewards around a reward: one of anybody's as `Reward` wants it, relative to control words, and in micro-batches."""
+"""Rewards around a reward: one of anybody's as `Reward` wants it, relative to control words, in micro-batches, and with
+the gradient of the worst picture nearby.
+"""
 
 from __future__ import annotations
 
@@ -53,12 +55,12 @@ class AnyReward(nn.Module):
 
 def as_reward(reward: Any, name: str) -> Reward:
     """A reward that is called `name` as `Reward` wants it; one that is so already as it is."""
-    return reward if isinstance(reward, AnyReward | PromptRelative | InMicroBatches) else AnyReward(reward, name)
+    return reward if isinstance(reward, AnyReward | _Around) else AnyReward(reward, name)
 
 
 def innermost(reward: Any) -> Any:
     """What is inside all wrappers."""
-    while isinstance(reward, AnyReward | PromptRelative | InMicroBatches):
+    while isinstance(reward, AnyReward | _Around):
         reward = reward.reward
     return reward
 
@@ -161,3 +163,44 @@ class InMicroBatches(nn.Module):
             part = images[first : first + self.size], prompts[first : first + self.size]
             scores.append(checkpoint(self.reward, *part, use_reentrant=False) if again else self.reward(*part))
         return torch.cat(scores)
+
+
+class AtWorst(nn.Module):
+    """`rewards.NAME.robust: rho`. A reward's score, with the gradient that it has at the worst picture nearby:
+
+        d r / d x at x - rho h / |h|,    h = d r / d x
+
+    for each picture by itself; rho is its Euclidean distance over all 3 H W values. What makes a reward higher without
+    making a picture better is often a narrow ridge of the reward, whose gradient is another one a little aside. From
+    RSA-FT (arXiv 2603.21175), its part that moves pictures. One more forward and backward pass of the reward, none of
+    the decoder; where no gradient is wanted it is the reward itself.
+
+    Args:
+        reward: whose scores do not depend on the batch.
+        rho: the distance, above 0; the authors' is 0.01.
+        weight: the reward's in the sum: where it is negative, the worst picture has a higher score.
+    """
+
+    def __init__(self, reward: Reward, rho: float, weight: float = 1.0) -> None:
+        super().__init__()
+        self.reward, self.rho = reward, rho if weight >= 0 else -rho
+        self.name = reward.name
+        self.differentiable = getattr(reward, "differentiable", True)
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B,) scores; see `Reward`."""
+        if not (torch.is_grad_enabled() and images.requires_grad):
+            return self.reward(images, prompts)
+        here = images.detach().requires_grad_()
+        scores = self.reward(here, prompts)
+        if not scores.requires_grad:  # who asks for a gradient says so
+            return scores
+        torch.autograd.backward(scores.sum(), inputs=[here])
+        h = torch.zeros_like(here) if here.grad is None else here.grad
+        norm = torch.linalg.vector_norm(h, dim=(1, 2, 3), keepdim=True)
+        # Where a reward does not look at a picture, or has nothing to say about it, there is no worse one.
+        at_worst = self.reward(images - self.rho * (h / norm).nan_to_num(0), prompts)
+        return scores.detach() + (at_worst - at_worst.detach())
+
+
+_Around = PromptRelative | InMicroBatches | AtWorst

@@ -57,9 +57,11 @@ def _steps(cfg: Config) -> str:
 def _penalty(cfg: Config) -> str:
     draftp = cfg.draftp
     kind = "" if draftp.kl_kind == "eps" else f" ({draftp.kl_kind})"
+    weights = ", counting by disagreement with the held-out rewards" if draftp.asks_held_out else ""
+    weights = weights or (", counting by reward" if draftp.kl_by_reward and draftp.kl_coeff > 0 else "")
     if draftp.kl_target is None:
-        return f"KL coefficient {draftp.kl_coeff:g}{kind}"
-    return f"KL coefficient from {draftp.kl_coeff:g} on, steered to a penalty{kind} of {draftp.kl_target:g}"
+        return f"KL coefficient {draftp.kl_coeff:g}{kind}{weights}"
+    return f"KL coefficient from {draftp.kl_coeff:g} on, steered to a penalty{kind} of {draftp.kl_target:g}{weights}"
 
 
 def _prefix(cfg: Config) -> str:

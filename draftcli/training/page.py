@@ -32,6 +32,7 @@ _OF_STEPS = {
     "reward": "reward in training",
     "kl_penalty": "KL penalty",
     "kl_coeff": "KL coefficient",
+    "kl_weight": "mean weight in the KL penalty",
     "grad_norm": "gradient norm",
 }
 

@@ -20,6 +20,7 @@ from draftcli.core.engine.eight_bit import check_installed
 from draftcli.core.engine.ranks import Ranks
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.gradient.mode import make_mode
+from draftcli.core.image_weights import HeldOutGate
 from draftcli.core.models.places import unread_prompts
 from draftcli.core.penalty import make_penalty
 from draftcli.core.phase import Phase
@@ -273,6 +274,8 @@ def open_session(
         _ask_once(cfg, rewards, held_out, prompts)
         model = _load_model(cfg, ranks, console)
         model.reward_model = rewards
+        if isinstance(model.penalty.weights, HeldOutGate):
+            model.penalty.weights.held_out = held_out.to(model.runtime.device).rewards
         validation = None
         if cfg.trainer.val_check_interval and prompts.validation:
             validation = Validation(model, rewards.rewards, held_out, prompts.validation, ranks)

@@ -106,7 +106,8 @@ class Trainer:
         began, self._step = time.perf_counter(), step
         self.ranks.heartbeat(f"step {step}, drawing its pictures")
         batch, scaler, of_penalty = self.batch(step), self.model.grad_scaler, self.model.penalty.figures()
-        metrics, scores = self._gradient(batch)
+        metrics, scores, weighed = self._gradient(batch)
+        of_penalty |= self.model.penalty.weights.figures(weighed)
         scaler.unscale_(self.optimizer)
         limit = self.cfg.trainer.gradient_clip_val
         norm = float(whole(nn.utils.clip_grad_norm_(self.weights, limit or math.inf)))
@@ -125,6 +126,7 @@ class Trainer:
             self.rewards.end_step(scores)
             if metrics["kl_penalty"] is not None:
                 self.model.penalty.end_step(metrics["kl_penalty"])
+            self.model.penalty.weights.end_step(weighed)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(broken, searching)
@@ -147,11 +149,12 @@ class Trainer:
             **({"skipped": broken[0]} if broken else {}),
         }
 
-    def _gradient(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def _gradient(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """Put the gradient of the whole batch into the weights: this process's part, averaged with the others'.
 
         Returns:
-            the metrics of the whole batch, and every reward's raw scores: (B,), with DRaFT-LV of all its samples.
+            the metrics of the whole batch, every reward's raw scores: (B,), with DRaFT-LV of all its samples; and
+            likewise the scores by which the penalty weighs images.
         """
         mine = self.ranks.share(len(batch))
         part = batch.split(len(mine))[self.ranks.rank]
@@ -162,20 +165,18 @@ class Trainer:
         except BaseException:  # the step did not happen
             self.optimizer.zero_grad(set_to_none=True)
             self.rewards.pop_scores()
+            self.model.penalty.weights.pop_scores()
             raise
-        scores = {}
-        for name, own in self.rewards.pop_scores().items():
-            each = len(own) // len(mine)
-            scores[name] = torch.zeros(len(batch) * each)
-            scores[name][mine.start * each : mine.stop * each] = own
+        scores = _in_place(self.rewards.pop_scores(), mine, len(batch))
+        weighed = _in_place(self.model.penalty.weights.pop_scores(), mine, len(batch))
         names = [name for name, value in metrics.items() if value is not None]
         values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
-        self.ranks.sum_(list(scores.values()))
+        self.ranks.sum_([*scores.values(), *weighed.values()])
         # FSDP has averaged the gradients of a split network already.
         gradients = [] if self.ranks.lockstep else [w.grad for w in self.weights if w.grad is not None]
         self.ranks.mean_([values, *gradients])
         metrics |= dict(zip(names, values.tolist(), strict=True))
-        return metrics, scores
+        return metrics, scores, weighed
 
     def _count(self, broken: Sequence[str], searching: bool) -> None:
         self.skipped += bool(broken)
@@ -263,6 +264,16 @@ def _spread(scores: Mapping[str, Tensor], weights: Mapping[str, float]) -> dict[
         return {}
     total = sum((weights.get(name, 1.0) * own.double().nan_to_num() for name, own in scores.items()), torch.zeros(()))
     return {"reward_std": float(total.std())}
+
+
+def _in_place(own: Mapping[str, Tensor], mine: range, count: int) -> dict[str, Tensor]:
+    """Scores of the images `mine`, or as many of each, among those of all `count` images, where others' are 0."""
+    scores = {}
+    for name, some in own.items():
+        each = len(some) // len(mine)
+        scores[name] = torch.zeros(count * each, dtype=some.dtype)
+        scores[name][mine.start * each : mine.stop * each] = some
+    return scores
 
 
 def _silent(scores: Mapping[str, Tensor]) -> list[str]:

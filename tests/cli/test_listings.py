@@ -209,7 +209,9 @@ COMPLETED = {
     "draftp presets toy": ["toy", "toy-4step", "toy-full"],
     "draftp train --preset toy-": ["toy-4step", "toy-full"],
     "draftp train --reward picks": ["pickscore"],
-    "draftp train --set draftp.kl": ["draftp.kl_coeff=", "draftp.kl_kind=", "draftp.kl_target="],
+    "draftp train --set draftp.kl": [
+        *("draftp.kl_coeff=", "draftp.kl_kind=", "draftp.kl_target=", "draftp.kl_gate=", "draftp.kl_by_reward="),
+    ],
     "draftp settings em": ["ema", "ema.decay", "ema.device", "ema.in_validation", "ema.in_final"],
     "draftp sample mi": ["mine"],
     "draftp eval runs/": ["runs/mine"],

@@ -59,6 +59,15 @@ def test_it_is_a_mean_over_steps_and_images(kind):
 
 
 @every_kind
+def test_weights_are_of_each_image(kind):
+    penalty, (tuned, base) = penalty_of(kind), estimates()
+    weights = torch.tensor([0.0, 0.5, 1.0, 2.5], dtype=torch.float64)
+    alone = [(slice(None), slice(i, i + 1)) for i in range(4)]
+    by_image = torch.stack([penalty(some(tuned, at), some(base, at), LEVELS) for at in alone])
+    torch.testing.assert_close(penalty(tuned, base, LEVELS, weights), (weights * by_image).mean(), rtol=1e-12, atol=0)
+
+
+@every_kind
 def test_its_state_comes_back_from_a_checkpoint(kind):
     one, two = penalty_of(kind), penalty_of(kind)
     for kl in (0.1, 0.4, 0.2):

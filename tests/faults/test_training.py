@@ -221,7 +221,8 @@ def test_which_settings_may_change_between_sessions(tiny_sdxl):
     run.step_folder(1).mkdir(parents=True)
     run.open(cfg)
     changed = []
-    alone = ("draftp.kl_kind", "draftp.combine")  # another value of these is refused whatever the run had
+    # Another value of these is refused whatever the run had.
+    alone = ("draftp.kl_kind", "draftp.kl_gate", "draftp.combine")
     fields = [(key, value) for key, value in leaves(cfg.model_dump(mode="json")) if key not in alone]
     for key, value in fields:
         if key.startswith("sharding."):

@@ -7,6 +7,7 @@ import pytest
 from draftcli import load_config
 from draftcli.planning.ledger import count_flop, make_ledger, unit_work
 from draftcli.planning.plan import configuration_folder
+from draftcli.rewards import load_held_out
 from tests.command import draftp, recipe
 from tests.tiny import batch, tiny_model
 
@@ -48,6 +49,24 @@ def test_it_counts_what_runs(tiny_sdxl, sections):
     found = count_flop(lambda: model.get_loss_and_metrics(images)).get_total_flops()
     found -= count_flop(lambda: fold(model)).get_total_flops()
     assert 4 * make_ledger(model.cfg, tiny_sdxl).total == pytest.approx(found, rel=1e-9)
+
+
+def test_it_counts_the_held_out_rewards_that_training_asks(tiny_sdxl):
+    """Of a gated training, beside one that asks none."""
+    held_out = {"held_out_rewards": {"toy": {}}, "model": {"precision": "fp32"}}
+    found, foreseen = [], []
+    for gate in ("none", "held_out"):
+        model = tiny_model(tiny_sdxl, 0.1, draftp={"kl_gate": gate}, **held_out)
+        if gate == "held_out":
+            model.penalty.weights.held_out = load_held_out(model.cfg).rewards
+        images = batch(4)
+        model.encode(images)
+        found.append(
+            count_flop(lambda model=model, images=images: model.get_loss_and_metrics(images)).get_total_flops()
+        )
+        foreseen.append(4 * make_ledger(model.cfg, tiny_sdxl).total)
+    assert foreseen[1] - foreseen[0] == pytest.approx(found[1] - found[0], rel=1e-9)
+    assert foreseen[1] > 1.01 * foreseen[0]
 
 
 def fold(model):

@@ -12,8 +12,9 @@ import draftcli
 from draftcli.config import Config, check_config
 from draftcli.errors import InputError
 from draftcli.rewards import WeightedSum, get_reward_model, load_held_out, load_reward
-from draftcli.rewards.mixture import COMBINATIONS, MEMORY
+from draftcli.rewards.mixture import COMBINATIONS
 from draftcli.rewards.wrappers import InMicroBatches, PromptRelative
+from draftcli.spread import MEMORY
 from draftcli.toy.reward import toy_reward
 
 IMAGES = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
