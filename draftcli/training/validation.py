@@ -132,7 +132,8 @@ class Validation:
         try:
             yield
         finally:
-            self.held_out.to(torch.device("cpu"))
+            if not self.model.cfg.draftp.asks_held_out:  # else each training step asks them too
+                self.held_out.to(torch.device("cpu"))
 
     def _judge_both(
         self, run: Run, step: int, progress: Callable[[str], None], give_up_if_late: Callable[[], None]
