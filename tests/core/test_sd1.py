@@ -138,8 +138,8 @@ def test_the_hubs_cache_tells_the_family(tmp_path, monkeypatch):
     ("file", "fields", "settings", "words"),
     [
         ("model_index.json", {"_class_name": "StableDiffusionInpaintPipeline"}, {}, ("1 text encoder", "4 channels")),
-        ("model_index.json", {"_class_name": "FluxPipeline"}, {}, ("StableDiffusionXLPipeline", "Stable Diffusion 1")),
-        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, {}, ("is a StableDiffusion3Pipeline, not",)),
+        ("model_index.json", {"_class_name": "KolorsPipeline"}, {}, ("is a KolorsPipeline", "Stable Diffusion 1")),
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}, {}, ("so it is Stable Diffusion 3",)),
         ("model_index.json", {}, {"family": "sdxl"}, ("is a StableDiffusionPipeline, not Stable Diffusion XL",)),
         ("unet/config.json", {"in_channels": 9}, {}, ("an inpainting model",)),
         ("unet/config.json", {"time_cond_proj_dim": 8}, {}, ("time_cond_proj_dim", "text-to-image SD 1.x")),
