@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from draftcli.cli.completion import complete_rewards
 from draftcli.cli.help import PlainCommand, PlainGroup
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from draftcli.preferences.train import TrainReport
+
 app = typer.Typer(
-    cls=PlainGroup, help="Which rewards there are, and whether one is fit to train on.", no_args_is_help=True
+    cls=PlainGroup,
+    help="Which rewards there are, whether one is fit to train on, and one of your own.",
+    no_args_is_help=True,
 )
 
 
@@ -45,6 +53,7 @@ def list_rewards(
     for name, package in plug_ins().items():
         out.print(f"{name:<16}plug-in of {package}")
     out.print("Your own: package.module:object or file.py:object. `draftp rewards check NAME` looks at one.")
+    out.print("Your own taste: the folder that `draftp rewards train` leaves, by its path.")
     out.print("More: docs/rewards.md")
 
 
@@ -54,7 +63,7 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A name, package.module:object or file.py:object.",
+            help="A name, package.module:object, file.py:object or the folder of a trained reward.",
             autocompletion=complete_rewards,
         ),
     ],
@@ -112,3 +121,87 @@ def check(
     differentiable = getattr(reward, "differentiable", True)
     if not (verdict.trains or (verdict.judges and not differentiable)):
         raise typer.Exit(1)
+
+
+@app.command("train", cls=PlainCommand)
+def train(
+    preferences: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PREFERENCES",
+            help="preferences.jsonl of draftp rate, another .jsonl, HPDv2's .json, Pick-a-Pic's .parquet or a folder.",
+        ),
+    ],
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="NAME|DIR",
+            help="The CLIP to train from: clip, pickscore, hpsv2_1, toy or a folder.  [default: clip]",
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="ID|PATH", help="Its tokenizer and preprocessor, where they are elsewhere.")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the reward goes.")] = Path("my-taste"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trained reward.")] = False,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A known reward to compare with. Repeatable.  [default: PickScore and aesthetics that are at hand]",
+            autocompletion=complete_rewards,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the split into held-out prompts.")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Train a reward on somebody's choices between two pictures, and say how well it agrees with them.
+
+    What is reported was measured on pairs whose prompts the reward has not seen. The folder that it leaves is a reward
+    by its path, wherever a reward's name goes.
+
+    **Examples**
+
+    `draftp rewards train preferences.jsonl`
+
+    `draftp rewards train preferences.jsonl --from pickscore --output taste/mine`
+
+    `draftp rewards train liked/` (a folder with chosen/ and rejected/)
+    """
+    from draftcli.cli.console import open_console
+
+    console = open_console(quiet, debug)
+    from draftcli.preferences.train import TrainRequest, train_on_preferences
+
+    request = TrainRequest(
+        preferences, output, start, backbone, None, tuple(judge) if judge else None, device, seed, overwrite
+    )
+    _print_trained(train_on_preferences(request, console), console)
+
+
+def _print_trained(report: TrainReport, console: Console) -> None:
+    from draftcli.errors import warn
+    from draftcli.preferences.agreement import advice, agreement_table
+
+    preferences, found = report.preferences, report.found
+    pairs = len(preferences.answers)
+    notes = [*preferences.left_out, *filter(None, [preferences.habit()])]
+    if not preferences.splits_prompts:
+        notes.append(f"{preferences.where}: not two prompts to keep apart: pairs were split, and others are not judged")
+    told = advice(found, pairs)
+    for text in [*notes, *(told if not found.beats_chance else [])]:
+        warn(text)
+    ties = f", {pairs - preferences.decided} of them ties" if preferences.decided < pairs else ""
+    console.print(f"{'pairs':<12} {pairs}{ties}")
+    console.print(f"{'trained':<12} a {report.reward.trained} from {report.reward.start.reward}")
+    for name, words in agreement_table(found):
+        console.print(f"{name:<12} {words}")
+    for text in told if found.beats_chance else ():
+        console.print(f"{'':<12} {text}")
+    folder = report.reward.path
+    named = folder if len(folder.parts) > 1 or folder.is_absolute() else f"./{folder}"
+    console.print(f"{'written':<12} {named}")
+    console.print(f"{'next':<12} draftp train --reward {named}=1.0")
