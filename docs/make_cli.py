@@ -15,6 +15,7 @@ COMMANDS = (
     "merge-lora",
     "rewards list",
     "rewards check",
+    "rewards train",
     "doctor",
     "presets",
     "runs",

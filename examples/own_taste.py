@@ -42,7 +42,7 @@ Taste = Callable[[Tensor, list[str]], Tensor]
 def warm_and_large(images: Tensor, prompts: list[str]) -> Tensor:
     """How much more red there is than blue, and how large the shape is: scores (B,), about 0 to 1.5."""
     warmth = (images[:, 0] - images[:, 2]).mean((1, 2)).cpu()
-    return warmth + oracle.read_pictures(images).radius / 20
+    return 3 * warmth + oracle.read_pictures(images).radius / 20
 
 
 class WarmPerson:
@@ -81,7 +81,10 @@ class Person:
 PEOPLE = {
     "oracle": Person(oracle.oracle_score, 0.05, "toy_oracle", lambda scene: scene),
     "warm": Person(
-        warm_and_large, 0.1, f"{__file__}:WarmPerson", lambda scene: Scene(scene.shape, scene.colour, place=scene.place)
+        warm_and_large,
+        0.05,
+        f"{__file__}:WarmPerson",
+        lambda scene: Scene(scene.shape, scene.colour, place=scene.place),
     ),
 }
 
@@ -115,6 +118,8 @@ def draw(prompts: list[str], folder: Path) -> Drawn:
     lines = [json.loads(line) for line in (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()]
     by_prompt: dict[str, list[Path]] = {prompt: [] for prompt in prompts}
     for line in lines:
+        if line["prompt"] not in by_prompt:  # of an earlier call with more prompts
+            continue
         by_prompt[line["prompt"]].append(folder / line["file"])
     pairs = [by_prompt[prompt] for prompt in prompts]
     return Drawn(prompts, ([pair[0] for pair in pairs], [pair[1] for pair in pairs]))

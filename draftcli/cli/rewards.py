@@ -143,6 +143,25 @@ def train(
     backbone: Annotated[
         str | None, typer.Option(metavar="ID|PATH", help="Its tokenizer and preprocessor, where they are elsewhere.")
     ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--train",
+            metavar="WHAT",
+            help="head: a line on its frozen features; lora, whole: the CLIP itself.  [default: head below 3000 pairs]",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of lora and whole: at most so many.  [default: 20]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of lora and whole: pairs a step.  [default: 16]")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Of lora and whole: learning rate.  [default: 1e-4, whole 3e-6]"),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of lora.  [default: 16]")] = None,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the reward goes.")] = Path("my-taste"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trained reward.")] = False,
     judge: Annotated[
@@ -170,16 +189,39 @@ def train(
     `draftp rewards train preferences.jsonl --from pickscore --output taste/mine`
 
     `draftp rewards train liked/` (a folder with chosen/ and rejected/)
+
+    `draftp rewards train pick-a-pic.parquet --from clip --train lora --device cuda`
     """
     from draftcli.cli.console import open_console
+    from draftcli.errors import InputError, warn
 
+    if kind not in (None, "head", "lora", "whole"):
+        raise InputError(f"--train {kind}: it can be head, lora or whole")
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "rank": rank}
+    given = {name: value for name, value in given.items() if value is not None}
     console = open_console(quiet, debug)
+    from draftcli.preferences.finetune import FineTuning
     from draftcli.preferences.train import TrainRequest, train_on_preferences
 
-    request = TrainRequest(
-        preferences, output, start, backbone, None, tuple(judge) if judge else None, device, seed, overwrite
+    report = train_on_preferences(
+        TrainRequest(
+            preferences=preferences,
+            output=output,
+            start=start,
+            backbone=backbone,
+            train=kind,
+            tuning=FineTuning(**given),
+            judges=tuple(judge) if judge else None,
+            device=device,
+            seed=seed,
+            overwrite=overwrite,
+        ),
+        console,
     )
-    _print_trained(train_on_preferences(request, console), console)
+    used = {"head": (), "whole": ("epochs", "batch_size", "lr"), "lora": given}[report.reward.trained]
+    for name in (name for name in given if name not in used):
+        warn(f"--{name.replace('_', '-')} has no effect on a {report.reward.trained}")
+    _print_trained(report, console)
 
 
 def _print_trained(report: TrainReport, console: Console) -> None:

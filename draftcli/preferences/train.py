@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from draftcli.config import RewardSource
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.errors import InputError
 from draftcli.preferences.agreement import Assessment, assess
+from draftcli.preferences.finetune import FineTuning, finetune, forget_state
 from draftcli.preferences.fit import fit_head
 from draftcli.preferences.looking import Seen, see_features, see_scores
 from draftcli.preferences.pairs import Answers
@@ -42,6 +44,7 @@ class TrainRequest:
         start: see `find_start`.
         backbone: likewise.
         train: head, lora or whole; None: by how many pairs there are.
+        tuning: how a LoRA or a whole CLIP is trained; its own `train` and `seed` are set from here.
         judges: known rewards to compare with; None: those whose weights are at hand.
         device: as in `model.device`.
         seed: of folds and order.
@@ -53,6 +56,7 @@ class TrainRequest:
     start: str | None = None
     backbone: str | None = None
     train: Trained | None = None
+    tuning: FineTuning = field(default_factory=FineTuning)
     judges: tuple[str, ...] | None = None
     device: str = "auto"
     seed: int = 0
@@ -89,14 +93,22 @@ def train_on_preferences(request: TrainRequest, console: Console) -> TrainReport
     check_names(request.judges or ())
     device = choose_runtime(request.device, "fp32").device
     clip = load_start(start, f"--from {request.start or start.reward}").to(device)
-    with busy(console, f"looking at the pictures of {len(preferences.answers)} pairs", in_logs=True) as activity:
-        seen = see_features(preferences, clip, activity)
-    _check_groups(seen.preferences)
-    kind = request.train or ("head" if seen.preferences.decided < MANY else "lora")
+    kind: Trained = request.train or ("head" if preferences.decided < MANY else "lora")
     reward = RewardFolder(request.output, kind, start, network_hash(clip.clip), clip.preprocess.fit)
-    trained = _head(seen, clip, request.seed)
+    with busy(console, f"looking at the pictures of {len(preferences.answers)} pairs", in_logs=True) as activity:
+        if kind == "head":
+            seen = see_features(preferences, clip, activity)
+            own = seen.difference[:, -1]
+        else:
+            seen = see_scores(preferences, clip, device, activity, "looking")
+            own = seen.difference
     preferences = seen.preferences
-    judged = {_called(start): seen.difference[:, -1]}
+    _check_groups(preferences)
+    if kind == "head":
+        trained = _head(seen, request.seed)
+    else:
+        trained = _finetuned(request, kind, clip, reward, preferences, console)
+    judged = {_called(start): own}
     del clip
     for name in judges_at_hand(start) if request.judges is None else request.judges:
         judged[name] = _judge(name, preferences, device, console)
@@ -110,6 +122,7 @@ def train_on_preferences(request: TrainRequest, console: Console) -> TrainReport
         trained.curve,
     )
     write_reward(request.output, reward, trained, found, preferences)
+    forget_state(_state(request.output))
     return TrainReport(preferences, reward, found)
 
 
@@ -130,7 +143,24 @@ def _called(start: Start) -> str:
     return start.reward if start.pretrained is None else Path(start.pretrained).name
 
 
-def _head(seen: Seen, clip: CLIPReward, seed: int) -> TrainedReward:
+def _finetuned(
+    request: TrainRequest, kind: Literal["lora", "whole"], clip: CLIPReward, reward: RewardFolder, preferences: Answers,
+    console: Console,
+) -> TrainedReward:  # fmt: skip
+    tuning = replace(request.tuning, train=kind, seed=request.seed)
+    answers = hashlib.sha256(
+        repr([(a.prompt, a.first.key, a.second.key, a.label) for a in preferences.answers]).encode()
+    )
+    asked = {"answers": answers.hexdigest()[:16], **reward.section()}
+    with busy(console, f"fine-tuning on {len(preferences.answers)} pairs", in_logs=True) as activity:
+        return finetune(clip, preferences, tuning, asked, _state(request.output), activity)
+
+
+def _state(output: Path) -> Path:
+    return output.with_name(f".{output.name}.training")
+
+
+def _head(seen: Seen, seed: int) -> TrainedReward:
     preferences = seen.preferences
     fit = fit_head(seen.first, seen.second, labels(preferences), preferences.groups, seed)
 

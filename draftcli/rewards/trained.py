@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from draftcli.errors import InputError
+from draftcli.errors import InputError, first_line
 from draftcli.rewards.catalogue import BUILT_IN_REWARDS, reward_folder, reward_reference
 from draftcli.rewards.checkpoints import fill, loading, read_checkpoint
 from draftcli.rewards.clip import CLIPReward, load_clip_reward
-from draftcli.rewards.folders import WEIGHTS, RewardFolder, Start
+from draftcli.rewards.folders import ADAPTER, WEIGHTS, RewardFolder, Start
 from draftcli.rewards.references import find_object, make_reward
 
 
@@ -122,20 +123,39 @@ def load_trained(name: str, folder: RewardFolder, backbone: str | None = None) -
 
 def _head(name: str, folder: RewardFolder, clip: CLIPReward) -> PreferenceHead:
     head = PreferenceHead(name, clip)
-    path = folder.path / WEIGHTS
-    if not path.is_file():
-        raise InputError(f"reward {name}: {folder.path} has no {WEIGHTS}; copy the folder whole, or train it again")
+    path = _there(name, folder, WEIGHTS)
     fill(name, path, head.line, read_checkpoint(name, path))
     return head
 
 
 def _adapted(name: str, folder: RewardFolder, clip: CLIPReward) -> CLIPReward:
-    from peft import PeftModel
+    """With the LoRA merged into the CLIP's weights."""
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from peft.tuners.lora import LoraLayer
 
+    path = _there(name, folder, ADAPTER)
     with loading(name, str(folder.path), "pretrained"):
-        network: Any = PeftModel.from_pretrained(clip.clip, str(folder.path))
-        merged = network.merge_and_unload()
-    return CLIPReward(name, merged, clip.tokenizer, clip.preprocess)
+        network: Any = inject_adapter_in_model(LoraConfig.from_pretrained(str(folder.path)), clip.clip)
+    wanted = sum(".lora_" in key for key in network.state_dict())
+    tensors = read_checkpoint(name, path)
+    try:
+        odd = set_peft_model_state_dict(network, tensors).unexpected_keys
+    except RuntimeError as error:  # shapes
+        raise InputError(f"reward {name}: {path} is not that CLIP's ({first_line(error)}); train it again") from error
+    if odd or len(tensors) != wanted:
+        raise InputError(
+            f"reward {name}: {path} has {len(tensors)} tensors where {wanted} are expected; train it again"
+        )
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer):
+            layer.merge()
+    return CLIPReward(name, network, clip.tokenizer, clip.preprocess)
+
+
+def _there(name: str, folder: RewardFolder, file: str) -> Path:
+    if not (folder.path / file).is_file():
+        raise InputError(f"reward {name}: {folder.path} has no {file}; copy the folder whole, or train it again")
+    return folder.path / file
 
 
 def trained_factory(name: str, folder: RewardFolder) -> Callable[..., Any]:
