@@ -112,17 +112,21 @@ def captions(person: Person, scenes: Sequence[Scene], count: int) -> list[str]:
     return list(dict.fromkeys(caption(person.shorten(scene)) for scene in scenes))[:count]
 
 
-def draw(prompts: list[str], folder: Path) -> Drawn:
-    """Two seeds of each prompt by the toy's base, as `draftp sample --model toy` draws them."""
-    draftcli.sample(prompts=prompts, model="toy", images=2, seed=1, batch_size=64, output=folder)
+def draw(prompts: list[str], folder: Path, pairs: int = 1) -> Drawn:
+    """So many pairs of each prompt, of two seeds each, by the toy's base, as `draftp sample --model toy` draws them."""
+    draftcli.sample(prompts=prompts, model="toy", images=2 * pairs, seed=1, batch_size=64, output=folder)
     lines = [json.loads(line) for line in (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()]
     by_prompt: dict[str, list[Path]] = {prompt: [] for prompt in prompts}
     for line in lines:
         if line["prompt"] not in by_prompt:  # of an earlier call with more prompts
             continue
         by_prompt[line["prompt"]].append(folder / line["file"])
-    pairs = [by_prompt[prompt] for prompt in prompts]
-    return Drawn(prompts, ([pair[0] for pair in pairs], [pair[1] for pair in pairs]))
+    asked = prompts * pairs
+    files = [
+        [by_prompt[prompt][2 * (number // len(prompts)) + side] for number, prompt in enumerate(asked)]
+        for side in range(2)
+    ]
+    return Drawn(asked, (files[0], files[1]))
 
 
 def rate(person: Person, drawn: Drawn, file: Path, seed: int = 0) -> None:
@@ -210,7 +214,7 @@ def how_many_pairs(output: Path, name: str, seeds: int = 3) -> dict[str, Any]:
         draw(captions(person, held_out_scenes(), 240), folder / "unseen"),
     )
     rows = []
-    for count in (count for count in PAIRS if count <= len(prompts)):
+    for count in PAIRS:
         found = []
         for seed in range(seeds):
             order = np.random.default_rng([seed, 2]).permutation(len(prompts))[:count]
