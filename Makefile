@@ -1,7 +1,7 @@
 # make demo   environment, install, a training in the toy world (73 s on two cores), pictures in runs/toy/samples
 # make test   the test suite, without the tests marked slow
 # make demo-eval  is AIG on the Pareto front? five trainings, 15 columns, one report: 27 minutes on two busy cores
-# make browser    the report in a headless Chromium (apt-get install chromium)
+# make browser    the report and the rating page in a headless Chromium (apt-get install chromium)
 # make extras     the tests of the optional packages: Weights & Biases, datasets, bitsandbytes
 # make faults     a training killed 200 times: nothing may be lost
 # make oldest     a part of the tests with the oldest releases that pyproject.toml allows, in .venv-oldest

@@ -13,6 +13,7 @@ COMMANDS = (
     "anneal",
     "eval",
     "merge-lora",
+    "rate",
     "rewards list",
     "rewards check",
     "rewards train",

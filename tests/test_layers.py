@@ -43,11 +43,16 @@ ALLOWED = {
         *("pages", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "lines"),
         "__init__",
     },
+    "rating": {
+        *("pages", "pictures", "evaluation", "sampling", "metrics", "core", "rewards", "config", "prompts"),
+        *("disk", "lines"),
+    },
     "export": {"core", "config", "runs", "file_kinds", "__init__"},
     "cli": {
         "training",
         "planning",
         "evaluation",
+        "rating",
         "export",
         "preferences",
         "sampling",

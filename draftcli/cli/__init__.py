@@ -13,7 +13,7 @@ import sys
 import typer
 
 from draftcli import __version__
-from draftcli.cli import anneal, doctor, eval, merge_lora, presets, rewards, runs, sample, settings, train
+from draftcli.cli import anneal, doctor, eval, merge_lora, presets, rate, rewards, runs, sample, settings, train
 from draftcli.cli.console import escape_unencodable, literal_console
 from draftcli.cli.help import PlainCommand, PlainGroup
 from draftcli.errors import DraftpError, InputError
@@ -35,6 +35,7 @@ app.command("sample", cls=PlainCommand)(sample.sample)
 app.command("anneal", cls=PlainCommand)(anneal.anneal)
 app.command("eval", cls=PlainCommand)(eval.evaluate)
 app.command("merge-lora", cls=PlainCommand)(merge_lora.merge_lora)
+app.command("rate", cls=PlainCommand)(rate.rate)
 app.command("doctor", cls=PlainCommand)(doctor.doctor)
 app.add_typer(rewards.app, name="rewards")
 app.command("presets", cls=PlainCommand)(presets.presets)

@@ -37,6 +37,7 @@ from draftcli.sampling.files import write_pictures
 from draftcli.sampling.job import progress_bar
 from draftcli.sampling.load import load_source
 from draftcli.sampling.loras import NamedLora, named_loras
+from draftcli.sampling.names import short_names
 from draftcli.sampling.source import DrawingSource
 
 
@@ -82,7 +83,7 @@ def evaluate(
         _warn_of_unread_prompts(sources, pictures, ranks)
         items = [Item(p.prompt.text, p.seed) for p in pictures] or items_of(read_entries(folders[0]))
         named = [Path(name) for name in request.names if Path(name) not in folders]  # a checkpoint by its own name
-        labels = _labels((named or [Path(source.name) for source in sources]) + folders)
+        labels = short_names((named or [Path(source.name) for source in sources]) + folders)
         elsewhere = [folder_gallery(f, items, label) for f, label in zip(folders, labels[len(sources) :], strict=True)]
         size = pictures[0].size if pictures else read_picture(elsewhere[0].files[0]).shape[1:]
         ask_once(judges.rewards, [item.prompt for item in items[:2]], (size[0], size[1]), judges.device)
@@ -156,15 +157,6 @@ def _warn_of_unread_prompts(sources: Sequence[DrawingSource], pictures: Sequence
     for name in dict.fromkeys(source.cfg.model.pretrained for source in sources) if ranks.is_main else ():
         if (text := unread_prompts(name, texts)) is not None:
             warn(text)
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """A short name each: the folder's, and where two are alike, what comes before it."""
-    names = [path.resolve().name for path in paths]
-    return [
-        name if names.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
-        for name, path in zip(names, paths, strict=True)
-    ]
 
 
 def _draw(

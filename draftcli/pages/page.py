@@ -26,11 +26,12 @@ def render_html(template: Path, title: str, scripts: Sequence[str] = (), data: A
     Args:
         template: extends base.html; it may include what lies beside it, and the shared parts.
         title: of the page.
-        scripts: names of shared scripts, in their order.
+        scripts: names of scripts, shared or beside the template, in their order.
         data: what the scripts read, as JSON; NaN becomes null.
         values: what the template reads beside them.
     """
-    script = "\n".join((SHARED / name).read_text(encoding="utf-8") for name in scripts)
+    found = [next(f / name for f in (template.parent, SHARED) if (f / name).is_file()) for name in scripts]
+    script = "\n".join(path.read_text(encoding="utf-8") for path in found)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, SHARED]),
         autoescape=True,

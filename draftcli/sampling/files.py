@@ -100,6 +100,7 @@ def write_pictures(
     ranks: Ranks | None = None,
     loras: Sequence[NamedLora] = (),
     progress: Callable[[int], None] = lambda count: None,
+    told: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
 ) -> Written:
     """Draw every picture in every column into `folder`, and write index.jsonl there.
 
@@ -113,6 +114,8 @@ def write_pictures(
         ranks: processes that share the work; each draws a part, and afterwards all files are there.
         loras: those of the tuned network, to be named in the files and in the index.
         progress: called with the number of files that this process has newly dealt with.
+        told: called before it with the lines that index.jsonl will have of these files, which are there by then. What
+            it raises ends the drawing.
 
     Raises:
         InputError: a weight outside [0, 1], or a scale without a LoRA.
@@ -145,6 +148,7 @@ def write_pictures(
                             _save(file, image, suffix, provenance, _used(file, loras, provenance))
                     done += wanted
                     drawn += len(missing)
+                    told([_index_line(file, written, provenance, loras) for file in wanted])
                     progress(len(wanted))
     except BaseException:
         if ranks.is_main and done:  # what there is can be found, also when the rest is never drawn
@@ -259,26 +263,29 @@ def _save(file: File, image: Any, suffix: str, provenance: Provenance, loras: Se
 def _write_index(files: Sequence[File], written: Written, provenance: Provenance, loras: Sequence[NamedLora]) -> None:
     """One line a picture, by file name. Lines of earlier jobs stay while their files are there."""
     lines = {name: line for name, line in read_index(written.index).items() if (written.index.parent / name).is_file()}
-    for file in files:
-        height, width = file.picture.size
-        lines[file.path.name] = {
-            "file": file.path.name,
-            "prompt": file.picture.prompt.text,
-            "negative_prompt": provenance.negative(file.picture),
-            "seed": file.picture.seed,
-            "height": height,
-            "width": width,
-            "weight": file.column.name,
-            "weights": [round(w, 6) for w in file.column.weights(provenance.model)],
-            "stochastic": file.column.stochastic,
-            "lora_scale": file.column.lora_scale,
-            "loras": [lora.to_json() for lora in _used(file, loras, provenance)],
-            "evaluations": written.evaluations[file.column.name],
-            "hash": file.key,
-        }
+    lines |= {file.path.name: _index_line(file, written, provenance, loras) for file in files}
     text = "".join(json_line(lines[name]) for name in sorted(lines))
     with disk_errors(written.index):
         write_aside(written.index, lambda aside: aside.write_text(text, encoding="utf-8"))
+
+
+def _index_line(file: File, written: Written, provenance: Provenance, loras: Sequence[NamedLora]) -> dict[str, Any]:
+    height, width = file.picture.size
+    return {
+        "file": file.path.name,
+        "prompt": file.picture.prompt.text,
+        "negative_prompt": provenance.negative(file.picture),
+        "seed": file.picture.seed,
+        "height": height,
+        "width": width,
+        "weight": file.column.name,
+        "weights": [round(w, 6) for w in file.column.weights(provenance.model)],
+        "stochastic": file.column.stochastic,
+        "lora_scale": file.column.lora_scale,
+        "loras": [lora.to_json() for lora in _used(file, loras, provenance)],
+        "evaluations": written.evaluations[file.column.name],
+        "hash": file.key,
+    }
 
 
 def read_index(path: Path) -> dict[str, dict[str, Any]]:

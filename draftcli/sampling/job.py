@@ -125,7 +125,7 @@ def run(job: Job, console: Console, progress: Callable[[str, int, int], None] | 
             warn(line)
         model, loras = load_source(job.source), named_loras(job.source.loras)
         console.print(f"{job.source.name} on {model.runtime.reason}")
-        pictures = plan(prompts, job.images, _seed(job), _size(job, model))
+        pictures = plan(prompts, job.images, _seed(job), picture_size(job.source, model))
         share = -(-len(pictures) * len(columns) // ranks.size)
         try:
             with progress_bar(console, "drawing", share, progress) as advance:
@@ -166,10 +166,12 @@ def _seed(job: Job) -> int:
     return job.source.cfg.trainer.seed if job.seed is None else job.seed
 
 
-def _size(job: Job, model: SDXLDRaFTPModel) -> tuple[int, int]:
-    """As the settings say: those that somebody gave, or the run's. Else what the model was made for."""
+def picture_size(source: DrawingSource, model: SDXLDRaFTPModel) -> tuple[int, int]:
+    """(height, width) in pixels as the settings say: those that somebody gave, or the run's. Else what the model was
+    made for.
+    """
     sampling = model.cfg.sampling
-    if job.source.from_run:
+    if source.from_run:
         return sampling.height, sampling.width
     factor, native = 2 ** (len(model.vae.config.block_out_channels) - 1), model.unet.config.sample_size
     height, width = native if isinstance(native, list | tuple) else (native, native)

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from itertools import chain, count, islice
 from pathlib import Path
 
 INDEX = "index.jsonl"  # of a folder of pictures: a line for each
 
 SHORT_HASH = 8  # hexadecimal digits
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """A short name each: the folder's, and where two are alike, with the folder above it."""
+    names = [path.resolve().name for path in paths]
+    return [
+        name if names.count(name) == 1 else f"{path.resolve().parent.name}/{name}"
+        for name, path in zip(names, paths, strict=True)
+    ]
 
 
 def free_path(

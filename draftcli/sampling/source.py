@@ -30,7 +30,7 @@ class DrawingSource:
         folder: where its pictures go unless somebody says otherwise: the run's folder, or the working directory.
         unet: folder of a UNet that was trained in full, or None.
         loras: LoRA files or folders, each with its scale.
-        from_run: whether it is a run, whose settings give size and prompts.
+        from_run: whether it is a run, or the recipe of one, whose settings give size and prompts.
         warnings: what people should know about it.
     """
 
@@ -64,6 +64,7 @@ def find_source(
     loras: Sequence[str],
     overrides: Sequence[str] = (),
     values: Mapping[str, Any] | None = None,
+    preset: str | None = None,
 ) -> DrawingSource:
     """Find what to draw with.
 
@@ -73,10 +74,14 @@ def find_source(
         loras: PATH or PATH=SCALE, on top of the run's own or on the model.
         overrides: KEY=VALUE, laid over the run's settings or the defaults.
         values: likewise, by dotted key.
+        preset: a recipe's name or file, instead of a run: its model before any training, with its sampling.
 
     Raises:
-        InputError: no such run or LoRA, both run and model, a setting that is not allowed.
+        InputError: no such run, recipe or LoRA, several of run, model and recipe, a setting that is not allowed.
     """
+    if preset is not None and (run is not None or model is not None):
+        other = f"the run {run}" if run is not None else f"--model {model}"
+        raise InputError(f"both --preset {preset} and {other} were given; give one of them")
     if run is not None and model is not None:
         raise InputError(
             f"both the run {run} and --model {model} were given; give one of them. For a run's LoRA on another model: "
@@ -88,6 +93,10 @@ def find_source(
         cfg = load_config(None, overrides, {"model.pretrained": model, **values}, purpose="drawing")
         warnings += without_effect(cfg, "drawing")
         return DrawingSource(cfg, model, Path(), None, files, from_run=False, warnings=tuple(warnings))
+    if preset is not None:
+        cfg = load_config(preset, overrides, values, purpose="drawing")
+        warnings += without_effect(cfg, "drawing")
+        return DrawingSource(cfg, preset, Path(), None, files, from_run=True, warnings=tuple(warnings))
     found, weights = find_run(run)
     cfg = load_config(found.config, overrides, values, purpose="drawing")
     if "model.loras" not in {text.partition("=")[0].strip() for text in overrides} | {*values}:
