@@ -31,7 +31,12 @@ from torch import Tensor
 import draftcli
 from draftcli.cli.console import literal_console
 from draftcli.preferences.train import TrainReport, TrainRequest, train_on_preferences
+from draftcli.rating.pairs import pairs_in_folder
+from draftcli.rating.server import served
+from draftcli.rating.session import RatingSession
+from draftcli.rating.storage import PREFERENCES, open_preferences
 from draftcli.toy import oracle
+from draftcli.toy.person import rate_pairs
 from draftcli.toy.world import Scene, caption, held_out_scenes, training_scenes
 
 PAIRS = (50, 100, 200, 400, 800)
@@ -145,6 +150,25 @@ def rate(person: Person, drawn: Drawn, file: Path, seed: int = 0) -> None:
             out.write(json.dumps(line) + "\n")
 
 
+def rate_on_page(person: Person, pictures: Path, output: Path, count: int, seed: int = 0) -> Path:
+    """Answer on the page of `draftp rate`, by the requests that a browser makes; returns the file of answers."""
+
+    def choose(left: Image.Image, right: Image.Image, prompt: str) -> str:
+        images = [torch.from_numpy(np.array(picture)).movedim(-1, 0)[None].float() / 255 for picture in (left, right)]
+        lead = float(person.taste(images[0], [prompt]) - person.taste(images[1], [prompt]))
+        return "left" if chance.random() < 1 / (1 + np.exp(-lead / person.doubt)) else "right"
+
+    chance = np.random.default_rng(seed)
+    pairs = pairs_in_folder(pictures, "base", count, seed)
+    (output / PREFERENCES).unlink(missing_ok=True)
+    with open_preferences(output) as preferences:
+        session = RatingSession(preferences, len(pairs), seed)
+        session.add(pairs)
+        with served(session) as address:
+            rate_pairs(address, choose, finish=False)
+    return output / PREFERENCES
+
+
 def learn(file: Path, folder: Path) -> TrainReport:
     """`draftp rewards train FILE --from toy --output FOLDER`."""
     return train_on_preferences(TrainRequest(file, folder, start="toy", overwrite=True), literal_console(quiet=True))
@@ -171,8 +195,7 @@ def circle(output: Path, name: str, pairs: int, steps: int, held_out: int = 200)
     person, folder = PEOPLE[name], output / name
     began = time.monotonic()
     drawn = draw(captions(person, training_scenes(), pairs), folder / "pictures")
-    rate(person, drawn, folder / "preferences.jsonl")
-    report = learn(folder / "preferences.jsonl", folder / "my-taste")
+    report = learn(rate_on_page(person, folder / "pictures", folder, pairs), folder / "my-taste")
     unseen = draw(captions(person, held_out_scenes(), held_out), folder / "unseen")
     reward = str(folder / "my-taste")
     figures: dict[str, Any] = {
