@@ -231,11 +231,10 @@ def tune(person: Person, reward: str, run: Path, steps: int) -> dict[str, Any]:
 def how_many_pairs(output: Path, name: str, seeds: int = 3) -> dict[str, Any]:
     """Agreement with the person on unseen captions by how many pairs the reward was trained on."""
     person, folder = PEOPLE[name], output / name
-    prompts = captions(person, training_scenes(), max(PAIRS))
-    drawn, unseen = (
-        draw(prompts, folder / "pictures"),
-        draw(captions(person, held_out_scenes(), 240), folder / "unseen"),
-    )
+    asked = captions(person, training_scenes(), max(PAIRS))
+    drawn = draw(asked, folder / "pictures", pairs=-(-max(PAIRS) // len(asked)))
+    unseen = draw(captions(person, held_out_scenes(), 240), folder / "unseen")
+    prompts = drawn.prompts
     rows = []
     for count in PAIRS:
         found = []
