@@ -16,6 +16,7 @@ COMMANDS = (
     "rate",
     "rewards list",
     "rewards check",
+    "rewards train",
     "doctor",
     "presets",
     "runs",

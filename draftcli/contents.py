@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +99,19 @@ def _places(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for section in _SECTIONS:
         rewards = settings.get(section)
         for reward, source in rewards.items() if isinstance(rewards, dict) else ():
+            if _is_trained_reward(reward):
+                yield f"{section}.{reward}", reward
             for name in _OF_A_REWARD if isinstance(source, dict) else ():
                 if isinstance(value := source.get(name), str):
                     yield f"{section}.{reward}.{name}", value
+
+
+def _is_trained_reward(name: str) -> bool:
+    """Whether a reward is named by the folder that `draftp rewards train` left; see rewards/folders.py."""
+    config = Path(name).expanduser() / "config.json"
+    with suppress(OSError, ValueError):  # too long for a path, or with a zero byte
+        return '"draftp_reward"' in config.read_text(encoding="utf-8", errors="replace")
+    return False
 
 
 def _hash_of(path: Path) -> str:

@@ -19,12 +19,16 @@ _SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # by Pillow's mode, the I
 _SRGB_GAMMA, _SRGB_PRIMARIES = 0.45455, (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 
-def open_picture(path: Path) -> Image.Image:
+def open_picture(path: Path | io.BytesIO, called: str = "") -> Image.Image:
     """The picture in a file as viewers show it, in 8-bit RGB.
 
     It is turned as EXIF says; 16 bits become 8, their white 255; an ICC profile is converted to sRGB, and one that is
     damaged or about other colours than the picture's counts for nothing, as in browsers; CMYK without a profile becomes
     RGB by the plain formula, as there; transparent parts lie on white.
+
+    Args:
+        path: of the file, or its bytes.
+        called: what messages call it; empty: by its path.
 
     Raises:
         InputError: not a picture, or not whole; several frames or pages; floats or 32-bit numbers, which have no white;
@@ -39,8 +43,8 @@ def open_picture(path: Path) -> Image.Image:
                 if reason is None:
                     return _as_shown(file)
     except Exception as error:  # Pillow reports damage in as many ways as there are formats
-        raise InputError(f"{path}: cannot be read as a picture ({first_line(error)})") from None
-    raise InputError(f"{path}: {reason}; save what is to be looked at as a plain PNG or JPEG")
+        raise InputError(f"{called or path}: cannot be read as a picture ({first_line(error)})") from None
+    raise InputError(f"{called or path}: {reason}; save what is to be looked at as a plain PNG or JPEG")
 
 
 def _refused(file: Image.Image) -> str | None:

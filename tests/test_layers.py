@@ -40,6 +40,7 @@ ALLOWED = {
         *("contents", "disk", "progress", "pages"),
     },
     "planning": {"training", "core", "rewards", "config"},
+    "preferences": {"core", "rewards", "metrics", "config", "pictures", "lines", "file_kinds", "disk", "progress"},
     "evaluation": {
         *("pages", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "lines"),
         "__init__",
@@ -55,6 +56,7 @@ ALLOWED = {
         "evaluation",
         "rating",
         "export",
+        "preferences",
         "sampling",
         "core",
         "rewards",
@@ -65,7 +67,7 @@ ALLOWED = {
         "quiet",
         "__init__",
     },
-    "toy": {"rewards", "core", "umask", "__init__"},
+    "toy": {"preferences", "rewards", "core", "umask", "__init__"},
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,7 +11,12 @@ from draftcli.cli.completion import complete_rewards
 from draftcli.cli.help import PlainCommand, PlainGroup
 from draftcli.cli.options import Debug
 
-app = typer.Typer(cls=PlainGroup, help="List the reward models, or test one.", no_args_is_help=True)
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from draftcli.preferences.train import TrainReport
+
+app = typer.Typer(cls=PlainGroup, help="List the reward models, test one, or train your own.", no_args_is_help=True)
 
 
 @app.command("list", cls=PlainCommand)
@@ -44,6 +50,7 @@ def list_rewards(
     for name, package in plug_ins().items():
         out.print(f"{name:<16}plug-in of {package}")
     out.print("Your own: package.module:object or file.py:object. `draftp rewards check NAME` tests one.")
+    out.print("Trained on your own choices: the folder written by `draftp rewards train`.")
     out.print("More: docs/rewards.md")
 
 
@@ -53,7 +60,7 @@ def check(
         str,
         typer.Argument(
             metavar="NAME",
-            help="A built-in name, package.module:object or file.py:object.",
+            help="A built-in name, package.module:object, file.py:object or the folder of a trained reward.",
             autocompletion=complete_rewards,
         ),
     ],
@@ -112,3 +119,129 @@ def check(
     differentiable = getattr(reward, "differentiable", True)
     if not (verdict.trains or (verdict.judges and not differentiable)):
         raise typer.Exit(1)
+
+
+@app.command("train", cls=PlainCommand)
+def train(
+    preferences: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PREFERENCES",
+            help="preferences.jsonl of draftp rate, another .jsonl, HPDv2's .json, Pick-a-Pic's .parquet or a folder.",
+        ),
+    ],
+    start: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="NAME|DIR",
+            help="The CLIP to train from: clip, pickscore, hpsv2_1, toy or a folder.  [default: clip]",
+        ),
+    ] = None,
+    backbone: Annotated[
+        str | None, typer.Option(metavar="ID|PATH", help="Its tokenizer and preprocessor, where they are elsewhere.")
+    ] = None,
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--train",
+            metavar="WHAT",
+            help="head: a line on its frozen features; lora, whole: the CLIP itself.  [default: head below 3000 pairs]",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of lora and whole: at most so many.  [default: 20]")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Of lora and whole: pairs a step.  [default: 16]")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="X", min=0, help="Of lora and whole: learning rate.  [default: 1e-4, whole 3e-6]"),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of lora.  [default: 16]")] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the reward goes.")] = Path("my-taste"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trained reward.")] = False,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="A known reward to compare with. Repeatable.  [default: PickScore and aesthetics that are at hand]",
+            autocompletion=complete_rewards,
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Of the split into held-out prompts.")] = 0,
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a reward on somebody's choices between two pictures, and say how well it agrees with them.
+
+    What is reported was measured on pairs whose prompts the reward has not seen. The folder that it leaves is a reward
+    by its path, wherever a reward's name goes.
+
+    **Examples**
+
+    `draftp rewards train preferences.jsonl`
+
+    `draftp rewards train preferences.jsonl --from pickscore --output taste/mine`
+
+    `draftp rewards train liked/` (a folder with chosen/ and rejected/)
+
+    `draftp rewards train pick-a-pic.parquet --from clip --train lora --device cuda`
+    """
+    from draftcli.cli.console import open_console
+    from draftcli.errors import InputError, warn
+
+    if kind not in (None, "head", "lora", "whole"):
+        raise InputError(f"--train {kind}: it can be head, lora or whole")
+    given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "rank": rank}
+    given = {name: value for name, value in given.items() if value is not None}
+    console = open_console(quiet, debug)
+    from draftcli.preferences.finetune import FineTuning
+    from draftcli.preferences.train import TrainRequest, train_on_preferences
+
+    report = train_on_preferences(
+        TrainRequest(
+            preferences=preferences,
+            output=output,
+            start=start,
+            backbone=backbone,
+            train=kind,
+            tuning=FineTuning(**given),
+            judges=tuple(judge) if judge else None,
+            device=device,
+            seed=seed,
+            overwrite=overwrite,
+        ),
+        console,
+    )
+    used = {"head": (), "whole": ("epochs", "batch_size", "lr"), "lora": given}[report.reward.trained]
+    for name in (name for name in given if name not in used):
+        warn(f"--{name.replace('_', '-')} has no effect on a {report.reward.trained}")
+    _print_trained(report, console)
+
+
+def _print_trained(report: TrainReport, console: Console) -> None:
+    from draftcli.errors import warn
+    from draftcli.preferences.agreement import advice, agreement_table
+
+    preferences, found = report.preferences, report.found
+    pairs = len(preferences.answers)
+    notes = [*preferences.left_out, *filter(None, [preferences.habit()])]
+    if not preferences.splits_prompts:
+        notes.append(f"{preferences.where}: not two prompts to keep apart: pairs were split, and others are not judged")
+    told = advice(found, pairs)
+    for text in [*notes, *(told if not found.beats_chance else [])]:
+        warn(text)
+    ties = f", {pairs - preferences.decided} of them ties" if preferences.decided < pairs else ""
+    console.print(f"{'pairs':<12} {pairs}{ties}")
+    console.print(f"{'trained':<12} a {report.reward.trained} from {report.reward.start.reward}")
+    for name, words in agreement_table(found):
+        console.print(f"{name:<12} {words}")
+    for text in told if found.beats_chance else ():
+        console.print(f"{'':<12} {text}")
+    folder = report.reward.path
+    named = folder if len(folder.parts) > 1 or folder.is_absolute() else f"./{folder}"
+    console.print(f"{'written':<12} {named}")
+    console.print(f"{'next':<12} draftp train --reward {named}=1.0")

@@ -200,8 +200,8 @@ def _set(data: dict[str, Any], keys: list[str], value: Any) -> None:
 
 
 def _split(key: str) -> list[str]:
-    """A dotted key in parts; a reward's `package.module:object` or `file.py:object` is one of them."""
-    match = re.fullmatch(r"(rewards|held_out_rewards)\.([^:]+:\w+)(?:\.(.+))?", key)
+    """A dotted key in parts; a reward's `package.module:object`, `file.py:object` or folder is one of them."""
+    match = re.fullmatch(r"(rewards|held_out_rewards)\.([^:]+:\w+|[^:]*/[^/.]+)(?:\.(.+))?", key)
     if match is None:
         return key.split(".")
     section, name, rest = match.groups()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 
 from draftcli.errors import InputError
+from draftcli.rewards.folders import RewardFolder, is_path, read_reward_folder
 
 GROUP = "draftp.rewards"
 
@@ -107,14 +108,31 @@ def known_rewards() -> dict[str, str]:
 
 def same_network(name: str, other: str) -> bool:
     """Whether two rewards are one, or stand on one network: what moves the score of one moves the features of both."""
-    stand_on = [BUILT_IN_REWARDS[reward].stands_on for reward in (name, other) if reward in BUILT_IN_REWARDS]
-    return name == other or (len(stand_on) == 2 and stand_on[0] == stand_on[1] != "")
+    stand_on = [_stands_on(name), _stands_on(other)]
+    return name == other or stand_on[0] == stand_on[1] != ""
+
+
+def _stands_on(name: str) -> str:
+    if name in BUILT_IN_REWARDS:
+        return BUILT_IN_REWARDS[name].stands_on
+    folder = reward_folder(name) if is_path(name) else None
+    return _stands_on(folder.start.reward) if folder and folder.start.pretrained is None else ""
 
 
 def check_names(names: Iterable[str]) -> None:
     """Raise InputError where a reward's name leads nowhere, without loading any weights."""
     for name in names:
-        reward_reference(name)
+        if reward_folder(name) is None:
+            reward_reference(name)
+
+
+def reward_folder(name: str) -> RewardFolder | None:
+    """The trained reward whose folder has the path `name`; None where the name is no path.
+
+    Raises:
+        InputError: there is no such folder, or no trained reward in it.
+    """
+    return read_reward_folder(name) if name not in known_rewards() and is_path(name) else None
 
 
 def reward_reference(name: str) -> str:
@@ -131,7 +149,7 @@ def reward_reference(name: str) -> str:
         hint = f", did you mean {close[0]}?" if close else ""
         raise InputError(
             f"unknown reward {name!r}{hint}; there are: {', '.join(sorted(known))}, or package.module:object, or "
-            "file.py:object"
+            "file.py:object, or the path of a folder that draftp rewards train left"
         )
     return known[name]
 

@@ -63,13 +63,20 @@ class CLIPReward(nn.Module):
 
     def embed_images(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] -> (B, D) of length 1, differentiable."""
-        pixels = self.preprocess(images.to(self.preprocess.mean.device)).to(self.clip.dtype)
-        vision = self.clip.vision_model(pixel_values=pixels)
+        return self.embed_pixels(self.preprocess(images.to(self.preprocess.mean.device)))
+
+    def embed_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S), preprocessed -> (B, D) of length 1, differentiable."""
+        vision = self.clip.vision_model(pixel_values=pixels.to(self.clip.dtype))
         return F.normalize(self.clip.visual_projection(vision.pooler_output), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Texts -> (B, D) of length 1."""
+        return self.embed_words(texts)
+
+    def embed_words(self, texts: list[str]) -> Tensor:
+        """The same, differentiable in the text tower, for who trains it."""
         # Tokenizers that say nothing of a length have 10^30.
         length = min(self.tokenizer.model_max_length, self.clip.config.text_config.max_position_embeddings)
         tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")

@@ -9,10 +9,11 @@ from torch import nn
 
 from draftcli.config import Config, RewardSource
 from draftcli.errors import InputError
-from draftcli.rewards.catalogue import check_names, reward_reference
+from draftcli.rewards.catalogue import check_names, reward_folder, reward_reference
 from draftcli.rewards.mixture import COMBINATIONS, WeightedSum
 from draftcli.rewards.protocol import Reward
 from draftcli.rewards.references import find_object, make_reward
+from draftcli.rewards.trained import trained_factory
 from draftcli.rewards.wrappers import AtWorst, InMicroBatches, PromptRelative, as_reward
 
 
@@ -98,4 +99,5 @@ def load_held_out(cfg: Config) -> WeightedSum:
 
 
 def _find(name: str) -> Any:
-    return find_object(name, reward_reference(name))
+    folder = reward_folder(name)
+    return trained_factory(name, folder) if folder else find_object(name, reward_reference(name))

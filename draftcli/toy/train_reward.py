@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, CLIPVisionConfig
 
+from draftcli.preferences.fit import preference_loss
 from draftcli.toy import oracle
 from draftcli.toy.tokenizer import MAX_TOKENS, save_tokenizer
 from draftcli.toy.train_sdxl import GUIDANCE, draw_pictures, open_pipeline, text_config
@@ -111,11 +112,11 @@ def train_reward(
         texts = embed_captions(clip, tokenizer, [judged.scenes[i] for i in rows_of_scenes])
         cosines = torch.einsum("fce,fpe->fcp", texts.unflatten(0, (batch, -1)), seen.unflatten(0, (batch, -1)))
         logits = scale(clip) * cosines
-        preference = preference_loss(logits, truth) + OWN * preference_loss(own(logits), own(truth))
+        preference = loss_over_pairs(logits, truth) + OWN * loss_over_pairs(own(logits), own(truth))
         pictures, truth = some_retouched(judged, rows_of_scenes, rng)
         _, seen = look(clip, augment(to_float(pictures.flatten(0, 1))))
         cosines = torch.einsum("se,spe->sp", texts, seen.unflatten(0, pictures.shape[:2]))
-        preference = preference + FINE * preference_loss(scale(clip) * cosines, truth.to(device()))
+        preference = preference + FINE * loss_over_pairs(scale(clip) * cosines, truth.to(device()))
         description = F.mse_loss(describe(features), described.flatten(0, 1).to(device()))
         return preference + DESCRIPTION * description + MATCHING * match(4)
 
@@ -330,15 +331,15 @@ def own(scores: Tensor) -> Tensor:
     return scores.unflatten(2, (scores.shape[1], -1)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
 
 
-def preference_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy over all pairs of a caption's pictures, logits and truth (..., P).
+def loss_over_pairs(logits: Tensor, truth: Tensor) -> Tensor:
+    """`preference_loss` over all pairs of a caption's pictures, logits and truth (..., P).
 
     A label is the share of people who would prefer the first, each erring with `DOUBT`: a single person's choice costs
     steps and teaches the same.
     """
     i, j = torch.triu_indices(logits.shape[-1], logits.shape[-1], offset=1, device=logits.device)
     better = torch.sigmoid((truth[..., i] - truth[..., j]) / DOUBT)
-    return F.binary_cross_entropy_with_logits(logits[..., i] - logits[..., j], better)
+    return preference_loss(logits[..., i] - logits[..., j], better)
 
 
 def augment(images: Tensor) -> Tensor:
