@@ -205,6 +205,7 @@ def other(key, value):
         "trainer.global_batch_size": 4, "model.quantize": "8bit", "optim.name": "adamw8bit",
         "logging.trackers": ["wandb"], "model.loras": ["style.safetensors"], "sampling.timesteps": [900, 500, 100],
         "draftp.kl_target": 0.01, "draftp.prefix_steps": 1, "draftp.prefix_sampler": "heun",
+        "draftp.reuse": 2,
     }  # fmt: skip
     if key in known:
         return known[key]
