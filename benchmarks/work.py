@@ -33,19 +33,31 @@ WAYS: dict[str, list[str]] = {
     "draftp.detach_uncond": ["draftp.detach_uncond=true"],
     "draftp.prefix_steps 12": ["draftp.prefix_steps=12"],
     "draftp.prefix_steps 10": ["draftp.prefix_steps=10"],
-    "the last two": ["draftp.prefix_steps=10", "draftp.detach_uncond=true"],
+    "draftp.reuse 2": ["draftp.reuse=2"],
+    "draftp.reuse 4": ["draftp.reuse=4"],
+    "prefix 10, reuse 2": ["draftp.prefix_steps=10", "draftp.reuse=2"],
+    "prefix 10, reuse 4": ["draftp.prefix_steps=10", "draftp.reuse=4"],
+    "prefix 10, detach_uncond": ["draftp.prefix_steps=10", "draftp.detach_uncond=true"],
     "K = 4": ["draftp.truncation_steps=4"],
     "K = 4, prefix 10": ["draftp.truncation_steps=4", "draftp.prefix_steps=10"],
     "low_variance": ["draftp.gradient={mode: low_variance, samples: 2}"],
     "low_variance, prefix 10": ["draftp.gradient={mode: low_variance, samples: 2}", "draftp.prefix_steps=10"],
     "refl": ["draftp.gradient=refl"],
+    "refl, prefix 8, reuse 4": ["draftp.gradient=refl", "draftp.prefix_steps=8", "draftp.reuse=4"],
     "refl, prefix 8": ["draftp.gradient=refl", "draftp.prefix_steps=8"],
     "random_k": ["draftp.gradient=random_k"],
     "drtune": ["draftp.gradient=drtune"],
     "sparse": ["draftp.gradient=sparse"],
     "matching": ["draftp.gradient=matching"],
 }
-OF_THE_TOY = ["as it is", "draftp.prefix_steps 10", "activations kept", "low_variance, prefix 10", "plain loop"]
+OF_THE_TOY = [
+    "as it is",
+    "draftp.prefix_steps 10",
+    "activations kept",
+    "low_variance, prefix 10",
+    "prefix 10, reuse 4",
+    "plain loop",
+]
 
 
 def figures(cfg: Config) -> dict[str, float]:

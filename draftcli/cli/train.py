@@ -157,7 +157,7 @@ def _launch(cfg: Config, processes: int, fits: bool) -> int:
     from draftcli.training.launch import launch
 
     if not fits:  # --fit chooses the micro-batch, in each process
-        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, processes)
+        check_batch_size(cfg, processes)
     return launch(processes, sys.argv[1:], int(60 * cfg.sharding.timeout_minutes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import lcm
 from typing import Literal
 
 from draftcli.config.schema import Config
@@ -38,7 +39,7 @@ def conflicts(cfg: Config) -> Iterator[str]:
     if k > steps:
         yield f"draftp.truncation_steps is {k}, sampling.steps {steps}: K can be at most {steps}"
     try:
-        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size)
+        check_batch_size(cfg)
     except InputError as error:
         yield str(error)
     if cfg.draftp.gradient_mode[0] == "low_variance" and not sharding.two_stage:
@@ -46,13 +47,7 @@ def conflicts(cfg: Config) -> Iterator[str]:
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
         yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
     yield from _conflicts_of_the_loss(cfg)
-    if cfg.draftp.prefix_steps is not None and cfg.sampling.s_churn > 0:
-        yield "draftp.prefix_steps does not go with sampling.s_churn, whose noise belongs to the run's own steps"
-    if cfg.draftp.prefix_steps is not None and cfg.sampling.sampler in NOISY:
-        yield (
-            f"draftp.prefix_steps does not go with sampling.sampler {cfg.sampling.sampler}, which adds noise in each "
-            "of the run's own steps: leave it out"
-        )
+    yield from _conflicts_before_the_gradient(cfg)
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
         yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"
     if cfg.peft.init_from is not None and cfg.peft.peft_scheme == "none":
@@ -64,6 +59,21 @@ def conflicts(cfg: Config) -> Iterator[str]:
     yield from _conflicts_of_8_bits(cfg)
     if sharding.strategy == "fsdp" and cfg.ema.decay is not None and cfg.ema.device == "cpu":
         yield "ema.device cpu does not go with sharding.strategy fsdp, which splits the average: leave it"
+
+
+def _conflicts_before_the_gradient(cfg: Config) -> Iterator[str]:
+    """Where the walk to the first step with gradient cannot be shortened, or shared between optimizer steps."""
+    draftp, sampler = cfg.draftp, cfg.sampling.sampler
+    for key, given in (("prefix_steps", draftp.prefix_steps is not None), ("reuse", draftp.reuse > 1)):
+        if given and cfg.sampling.s_churn > 0:
+            yield f"draftp.{key} does not go with sampling.s_churn, whose noise belongs to the run's own steps"
+        if given and sampler in NOISY:
+            yield (
+                f"draftp.{key} does not go with sampling.sampler {sampler}, which adds noise in each of the run's own "
+                "steps: leave it out"
+            )
+    if draftp.reuse > 1 and not cfg.sharding.two_stage:
+        yield f"draftp.reuse {draftp.reuse} needs sharding.two_stage true"
 
 
 def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
@@ -106,25 +116,26 @@ def _conflicts_of_8_bits(cfg: Config) -> Iterator[str]:
         )
 
 
-def check_batch_size(micro: int, total: int, processes: int = 1) -> None:
-    """See that a step's pictures can be shared out evenly.
+def check_batch_size(cfg: Config, processes: int = 1) -> None:
+    """See that a step's pictures can be shared out evenly: to backwards, and with draftp.reuse m to m groups.
 
     Args:
-        micro: trainer.micro_batch_size.
-        total: trainer.global_batch_size.
+        cfg: the settings.
         processes: that train together.
 
     Raises:
         InputError: they cannot; names the nearest sizes that work.
     """
-    unit = micro * processes
-    if total % unit:
-        near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
-        times = f" times {processes} processes" if processes > 1 else ""
-        raise InputError(
-            f"trainer.global_batch_size {total} is not a multiple of trainer.micro_batch_size {micro}{times}; "
-            f"the nearest that work: {', '.join(map(str, near))}"
-        )
+    micro, total, reuse = cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, cfg.draftp.reuse
+    unit = lcm(micro, reuse) * processes
+    for key, divisor in (("trainer.micro_batch_size", micro), ("draftp.reuse", reuse)):
+        if total % (divisor * processes):
+            near = sorted({max(unit, total // unit * unit), (total // unit + 1) * unit})
+            times = f" times {processes} processes" if processes > 1 else ""
+            raise InputError(
+                f"trainer.global_batch_size {total} is not a multiple of {key} {divisor}{times}; "
+                f"the nearest that work: {', '.join(map(str, near))}"
+            )
 
 
 def without_effect(cfg: Config, purpose: Purpose = "training") -> list[str]:
@@ -236,6 +247,12 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
     if not sharding.fold_lora and "fold_tolerance" in given:
         yield "sharding.fold_tolerance has no effect: fold_lora is false"
     micro = cfg.trainer.micro_batch_size
+    group = cfg.trainer.global_batch_size // cfg.draftp.reuse
+    if micro > group:
+        yield (
+            f"trainer.micro_batch_size {micro} has no effect above {group}: by draftp.reuse {cfg.draftp.reuse} so many "
+            "pictures belong together"
+        )
     if (sharding.decode_batch_size or 0) > micro:
         yield f"sharding.decode_batch_size has no effect above trainer.micro_batch_size {micro}"
     if sharding.recompute_steps is False and cfg.draftp.gradient_mode[0] == "low_variance":

@@ -90,6 +90,9 @@ class DraftpConfig(Section):
     Default: the run's own steps. In training alone: all pictures that are shown or scored are drawn as before."""
     prefix_sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "dpmpp_2m"
     """Takes those steps; heun takes two evaluations for each."""
+    reuse: Count = 1
+    """Train so many optimizer steps on each picture's walk to the first step that may carry gradient. A step then walks
+    that share of its pictures anew; the others' walks were made with weights of up to reuse - 1 steps before."""
     detach_uncond: bool = False
     """No gradient through the unconditional half of guidance: half of the backward, another gradient."""
     low_variance_samples: CountFromZero = 0

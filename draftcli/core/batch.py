@@ -4,10 +4,29 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Walked:
+    """How far an earlier optimizer step has walked B pictures (draftp.reuse).
+
+    Attributes:
+        step: the sampler step at whose noise level they are.
+        x: (B, C, H, W) latents there.
+        uses: optimizer steps that have trained on them already.
+    """
+
+    step: int
+    x: Tensor
+    uses: int = 0
+
+    def some(self, images: Sequence[int]) -> Walked:
+        """That of the pictures with these numbers."""
+        return replace(self, x=self.x[list(images)])
 
 
 @dataclass(frozen=True)
@@ -19,12 +38,14 @@ class Batch:
         seeds: B numbers; an image's noise depends on its seed and size alone.
         size: (height, width) in pixels.
         negatives: B negative prompts; None where none is given. Left out: none at all.
+        walked: where their walks go on from; None: they begin with noise.
     """
 
     prompts: Sequence[str]
     seeds: Sequence[int]
     size: tuple[int, int]
     negatives: Sequence[str | None] = ()
+    walked: Walked | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not self.negatives:
@@ -35,13 +56,13 @@ class Batch:
 
     def split(self, count: int) -> list[Batch]:
         """Consecutive batches of at most `count` pictures."""
-        cuts = [slice(i, i + count) for i in range(0, len(self), count)]
-        return [replace(self, prompts=self.prompts[c], seeds=self.seeds[c], negatives=self.negatives[c]) for c in cuts]
+        return [self.some(range(len(self))[i : i + count]) for i in range(0, len(self), count)]
 
     def some(self, images: Sequence[int]) -> Batch:
         """The batch of the pictures with these numbers, in this order."""
         prompts, seeds = [self.prompts[i] for i in images], [self.seeds[i] for i in images]
-        return Batch(prompts, seeds, self.size, [self.negatives[i] for i in images])
+        walked = None if self.walked is None else self.walked.some(images)
+        return Batch(prompts, seeds, self.size, [self.negatives[i] for i in images], walked)
 
 
 def derived_seed(*parts: object) -> int:

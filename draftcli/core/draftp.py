@@ -63,7 +63,7 @@ def training_step(
     mode: GradientMode,
     penalty: Penalty,
     sampler: Sampler,
-    batch: Batch,
+    batch: Batch | Sequence[Batch],
     work: Work,
 ) -> StepFigures:
     """One step of DRaFT+: adds d (-mean reward + beta KL) / d weights to the weights' `.grad`.
@@ -74,16 +74,17 @@ def training_step(
         mode: which steps carry gradient.
         penalty: to the base.
         sampler: the N steps from noise to image; with a prefix fewer before those with gradient.
-        batch: B images; the loss is the mean over them.
+        batch: B images, of several sizes as several batches; the loss is the mean over them.
         work: in which portions; it does not change the gradient.
     """
     executor, figures = work.executor, StepFigures()
-    parts = [(part, nets.encode(part)) for part in batch.split(work.prefix)]
+    batches = [batch] if isinstance(batch, Batch) else batch
+    parts = [(part, nets.encode(part)) for batch in batches for part in batch.split(work.prefix)]
     with nets.phase(Phase.PREFIX), nets.without_gradient():
         # x_T ~ N(0, I), then x <- x + (sigma' - sigma) eps(x, c), up to the steps to which the mode gives a gradient;
         # on to x_0 as well, where that has to be known before those steps run again
         on = work.recompute or mode.recomputes
-        rollouts = (Rollout(nets, sampler, part, cond, nets.start(part), on, work.lockstep) for part, cond in parts)
+        rollouts = (Rollout(nets, sampler, part, cond, None, on, work.lockstep) for part, cond in parts)
         pieces = [piece for rollout in rollouts for piece in mode.pieces(rollout)]
     samples = sum(map(len, pieces))
     for group in executor.groups([small for piece in pieces for small in piece.split(work.micro)]):
@@ -319,27 +320,30 @@ class DRaFTPModel:
 
         return forward
 
-    def get_loss_and_metrics(self, batch: Batch | Sequence[str], forward_only: bool = False) -> tuple[float, Metrics]:
+    def get_loss_and_metrics(
+        self, batch: Batch | Sequence[str] | Sequence[Batch], forward_only: bool = False
+    ) -> tuple[float, Metrics]:
         """The loss of a batch in micro-batches, and unless `forward_only` its gradient, added to the weights' `.grad`.
 
-        The gradient is that of the mean over the whole batch, times `grad_scaler`'s scale under fp16. It comes from
-        `training_step`; with `sharding.two_stage` false, or a `loss` of one's own, from one backward per micro-batch
-        through what `get_forward_output_and_loss_func` returns.
+        Pictures of several sizes are several batches. The gradient is that of the mean over all of them, times
+        `grad_scaler`'s scale under fp16. It comes from `training_step`; with `sharding.two_stage` false, or a `loss` of
+        one's own, from one backward per micro-batch through what `get_forward_output_and_loss_func` returns.
 
         Returns:
             loss; metrics averaged over the images ("images_and_captions": images (B, 3, H, W) in [0, 1] and prompts).
         """
-        batch = self.as_batch(batch, training=not forward_only)
+        given = [batch] if isinstance(batch, Batch) else batch
+        batches = [part for part in given if isinstance(part, Batch)]
+        batches = batches or [self.as_batch([text for text in given if isinstance(text, str)], not forward_only)]
         if self.loss is None and self.cfg.sharding.two_stage and not forward_only:
             work = Work.of(self.cfg, self.mode.recomputes, self.grad_scaler.scale)
             sampler = training_sampler(self.cfg, self.mode.first, self.sampler)
-            step = self.networks, self._reward(), self.mode, self.penalty, sampler, batch, work
+            step = self.networks, self._reward(), self.mode, self.penalty, sampler, batches, work
             metrics = training_step(*step).metrics(self.penalty.beta)
             return metrics["loss"], metrics
         forward = self.loss or self.get_forward_output_and_loss_func(validation_step=forward_only)
-        parts = [
-            (part, partial(forward, iter([part]), self)) for part in batch.split(self.cfg.trainer.micro_batch_size)
-        ]
+        micro = self.cfg.trainer.micro_batch_size
+        parts = [(part, partial(forward, iter([part]), self)) for batch in batches for part in batch.split(micro)]
         return one_backward(parts, None if forward_only else self.grad_scaler.scale)
 
     # -------------------------------------------------------------------------------------------------------- private

@@ -81,12 +81,27 @@ def training_sampler(cfg: Config, first: int, sampler: Sampler) -> Sampler:
     return replace(sampler, prefix=make_prefix(cfg, first, sampler.schedule))
 
 
-def evaluations_per_step(cfg: Config, first: int) -> list[int]:
+def evaluations_per_step(cfg: Config, first: int) -> list[float]:
     """UNet evaluations an image of one network in each of the N sampler steps; a guided step takes two.
 
-    With a prefix the steps before `first` take none but the last of them, which takes all of the prefix's. Arguments
-    and errors are those of `make_prefix`.
+    With a prefix the steps before `first` take none but the last of them, which takes all of the prefix's. Where a walk
+    to `first` serves several optimizer steps (draftp.reuse), each counts its share of it. Arguments are those of
+    `make_prefix`.
+
+    Raises:
+        InputError: as `make_prefix`, or draftp.reuse has nothing to share.
     """
+    reuse = cfg.draftp.reuse
+    if reuse > 1 and first == 0:
+        raise InputError(
+            f"draftp.reuse {reuse} has nothing to share between steps: draftp.gradient {cfg.draftp.gradient_mode[0]} "
+            "may train the first sampler step as well; set it to 1, or train later steps alone"
+        )
+    whole = _whole_evaluations(cfg, first)
+    return [*(count / reuse for count in whole[:first]), *whole[first:]]
+
+
+def _whole_evaluations(cfg: Config, first: int) -> list[int]:
     sampling = cfg.sampling
     own = [1 + sampling.is_guided(i) for i in range(sampling.steps)]
     schedule = make_schedule(sampling.steps, sampling.schedule, bool(cfg.model.zero_terminal_snr), sampling.timesteps)

@@ -29,7 +29,7 @@ class Rollout:
         sampler: how it is walked.
         batch: B images.
         cond: what the networks get for them.
-        x: (B, C, H, W) latents at the first level.
+        x: (B, C, H, W) latents at the first level; None: those of the batch's seeds, or where it has been walked to.
         recompute: whether pieces need x at each of their steps and x_0 beforehand, as RecomputedSteps does.
         lockstep: whether other processes walk beside this one with the same number of network calls (FSDP).
 
@@ -45,7 +45,7 @@ class Rollout:
         sampler: Sampler,
         batch: Batch,
         cond: Any,
-        x: Tensor,
+        x: Tensor | None = None,
         recompute: bool = False,
         lockstep: bool = False,
     ) -> None:
@@ -55,7 +55,13 @@ class Rollout:
         self.seen: dict[int, Tensor] = {}
         self.eps: dict[int, Tensor] = {}
         self._churn = churn_noise(batch)
-        self._at, self._x = 0, x
+        walked = batch.walked
+        if x is None and walked is not None:
+            self._at, self._x = walked.step, walked.x
+        else:
+            self._at, self._x = 0, nets.start(batch) if x is None else x
+        # What a mode draws is new each time that it trains on the same pictures.
+        self._again = ("use", walked.uses) if walked is not None and walked.uses else ()
 
     @property
     def steps(self) -> int:
@@ -141,12 +147,12 @@ class Rollout:
 
     def noise(self, *purpose: object) -> Tensor:
         """Unit noise (B, C, H, W) of a mode's own, from each image's seed and `purpose`: names and numbers."""
-        seeds = [derived_seed(seed, *purpose) for seed in self.batch.seeds]
+        seeds = [derived_seed(seed, *purpose, *self._again) for seed in self.batch.seeds]
         return ImageNoise(seeds)(tuple(self._x.shape)).to(self._x)
 
     def draws(self, *purpose: object) -> list[random.Random]:
         """(B,) random numbers of a mode's own, from each image's seed and `purpose`: names and numbers."""
-        return [random.Random(derived_seed(seed, *purpose)) for seed in self.batch.seeds]
+        return [random.Random(derived_seed(seed, *purpose, *self._again)) for seed in self.batch.seeds]
 
 
 def churn_noise(batch: Batch) -> ImageNoise:

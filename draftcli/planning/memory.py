@@ -74,7 +74,7 @@ def memory_plan(cfg: Config, folder: Path, ranks: int = 1) -> MemoryPlan:
     Raises:
         InputError: sharding.shard_size does not divide `ranks`, or `ranks` cannot share the batch evenly.
     """
-    check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks)
+    check_batch_size(cfg, ranks)
     images = cfg.trainer.global_batch_size // ranks
     split = cfg.sharding.strategy == "fsdp" and ranks > 1
     if not split:  # one process alone has everything whole

@@ -41,7 +41,7 @@ def plan_tables(cfg: Config, prompts: PromptSets, ranks: int = 1) -> list[PlanTa
         InputError: as `make_plan` and `memory_plan`.
     """
     plan = make_plan(cfg)
-    tables = [PlanTable(("", ""), list(_facts(cfg, plan, prompts))), _evaluations(plan), _memory(cfg, plan, ranks)]
+    tables = [PlanTable(("", ""), list(_facts(cfg, plan, prompts))), _evaluations(cfg, plan), _memory(cfg, plan, ranks)]
     tables.append(_work(cfg, plan))
     return [*tables, _shares(cfg, plan)] if cfg.sharding.strategy == "fsdp" else tables
 
@@ -60,7 +60,7 @@ def _facts(cfg: Config, plan: Plan, prompts: PromptSets) -> Iterator[tuple[str, 
     yield "run", batch
 
 
-def _evaluations(plan: Plan) -> PlanTable:
+def _evaluations(cfg: Config, plan: Plan) -> PlanTable:
     """UNet evaluations by what they are for."""
     parts = {
         "tuned, without gradient": plan.forward - plan.with_gradient,
@@ -71,7 +71,9 @@ def _evaluations(plan: Plan) -> PlanTable:
     total = sum(parts.values())
     rows = [(name, *_counts(count, plan.images)) for name, count in parts.items() if count]
     headings = ("UNet evaluations (with guidance two a sampler step)", "an image", "a step")
-    return PlanTable(headings, [*rows, ("total", *_counts(total, plan.images))])
+    reuse = cfg.draftp.reuse
+    shared = f"walks that {reuse} steps have in common are counted in shares; the first step makes all of its own"
+    return PlanTable(headings, [*rows, ("total", *_counts(total, plan.images))], shared if reuse > 1 else "")
 
 
 def _counts(count: float, images: int) -> tuple[str, str]:

@@ -173,7 +173,7 @@ def _relevant(cfg: Config, images: int, **changes: dict[str, Any]) -> Config:
     sections["sharding"]["recompute_steps"] = recomputes_steps(cfg)
     sections["trainer"] = {"micro_batch_size": images, "global_batch_size": images}
     sections["draftp"] |= {"kl_coeff": float(cfg.draftp.kl_coeff > 0), "kl_target": None, "prefix_steps": None}
-    sections["draftp"] |= {"prefix_sampler": "dpmpp_2m", "kl_gate": "none", "kl_by_reward": False}
+    sections["draftp"] |= {"prefix_sampler": "dpmpp_2m", "kl_gate": "none", "kl_by_reward": False, "reuse": 1}
     height, width = largest(cfg)
     sections["sampling"] |= {"height": height, "width": width, "sizes": [], "timesteps": []}
     sections["sampling"] |= {"guidance_interval": [0.0, 1.0]}

@@ -65,10 +65,13 @@ def _penalty(cfg: Config) -> str:
 
 
 def _prefix(cfg: Config) -> str:
-    """How training got to the steps with gradient, where that was in other steps than pictures are drawn in."""
+    """How training got to the steps with gradient, where that was not in the steps that pictures are drawn in, or not
+    for each optimizer step.
+    """
     draftp = cfg.draftp
     steps = None if draftp.prefix_steps is None else f"{draftp.prefix_steps} steps of {draftp.prefix_sampler}"
-    return "" if steps is None else f"before them {steps} instead of the run's own, "
+    shared = "" if draftp.reuse == 1 else f"each walk there shared by {draftp.reuse} optimizer steps, "
+    return ("" if steps is None else f"before them {steps} instead of the run's own, ") + shared
 
 
 def _base_loras(cfg: Config) -> list[str]:

@@ -4,7 +4,8 @@ A checkpoint holds
 
     pytorch_lora_weights.safetensors, or unet/    the trained weights, as diffusers reads them
     training/*.safetensors                        the optimizer's moments and the moving average
-    state.pt                                      step, schedule, loss scale, running statistics of the rewards: small
+    state.pt                                      step, schedule, loss scale, running statistics of the rewards, and
+                                                  the latents that draftp.reuse keeps for later steps: small
     manifest.json                                 a checksum of every file
 
 for any number of processes: another number of them reads the same, bit for bit. training/ is written by

@@ -235,7 +235,7 @@ def open_run(cfg: Config, folder: Path, ranks: Ranks) -> Iterator[Prepared]:
             make_mode(cfg)
             make_penalty(cfg.draftp)
             check_installed(cfg)
-            check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, ranks.size)
+            check_batch_size(cfg, ranks.size)
             prompts = read_prompt_sets(cfg)
             check_names([*cfg.rewards, *cfg.held_out_rewards])
             if ranks.is_main:

@@ -22,9 +22,10 @@ from draftcli.prompts import Batches, Prompt, Shuffled
 from draftcli.rewards import WeightedSum
 from draftcli.training.ema import Ema
 from draftcli.training.optimizer import make_optimizer
+from draftcli.training.walks import Walks
 
 SKIPS_ALLOWED = 3  # steps in a row without an update before the run gives up
-NEW_STATE = ("penalty",)  # what checkpoints of the first version lack
+NEW_STATE = ("penalty", "walks")  # what checkpoints of the first version lack
 NOT_FINITE = ("reward", "loss", "gradient")  # what can be wrong with a step, beside rewards that have nothing to say
 
 
@@ -62,7 +63,7 @@ class Trainer:
     ) -> None:
         cfg = self.cfg = model.cfg
         self.model, self.rewards, self.ranks = model, rewards, ranks or Ranks()
-        check_batch_size(cfg.trainer.micro_batch_size, cfg.trainer.global_batch_size, self.ranks.size)
+        check_batch_size(cfg, self.ranks.size)
         self.weights = model.trainable_parameters
         self.names = [name for name, p in model.unet.named_parameters() if p.requires_grad]
         self._index = {name: i for i, name in enumerate(self.names)}
@@ -77,7 +78,8 @@ class Trainer:
         if cfg.ema.decay is not None:
             device = torch.device("cpu") if cfg.ema.device == "cpu" else None
             self.ema = Ema(self.weights, cfg.ema.decay, device)
-        self.batches = Batches(prompts, cfg.trainer.global_batch_size, cfg.trainer.seed)
+        self.walks = Walks(model, self.ranks)
+        self.batches = Batches(prompts, cfg.trainer.global_batch_size // cfg.draftp.reuse, cfg.trainer.seed)
         sizes = [*cfg.sampling.sizes] or [(cfg.sampling.height, cfg.sampling.width)]
         self.sizes = Shuffled(sizes, cfg.trainer.seed)
         self.skipped = self._skipped_in_a_row = self._step = 0
@@ -88,12 +90,14 @@ class Trainer:
         """Whether the last step changed nothing."""
         return self._skipped_in_a_row > 0
 
-    def batch(self, step: int) -> Batch:
-        """The pictures of `step`, counted from 1: prompts and seeds by image number, one size for all."""
-        prompts = self.batches[step - 1]
-        first, seed = (step - 1) * len(prompts), self.cfg.trainer.seed
+    def batch(self, number: int) -> Batch:
+        """Pictures that belong together, counted from 1: those of step `number`, or with draftp.reuse one of its groups
+        (`Walks`). Prompts and seeds by image number, one size for all.
+        """
+        prompts = self.batches[number - 1]
+        first, seed = (number - 1) * len(prompts), self.cfg.trainer.seed
         seeds = [derived_seed(seed, "image", first + i) if p.seed is None else p.seed for i, p in enumerate(prompts)]
-        size = prompts[0].size or self.sizes[step - 1]
+        size = prompts[0].size or self.sizes[number - 1]
         return Batch([p.text for p in prompts], seeds, size, [p.negative for p in prompts])
 
     def step(self, step: int) -> dict[str, Any]:
@@ -105,8 +109,8 @@ class Trainer:
         """
         began, self._step = time.perf_counter(), step
         self.ranks.heartbeat(f"step {step}, drawing its pictures")
-        batch, scaler, of_penalty = self.batch(step), self.model.grad_scaler, self.model.penalty.figures()
-        metrics, scores, weighed = self._gradient(batch)
+        scaler, of_penalty = self.model.grad_scaler, self.model.penalty.figures()
+        metrics, scores, weighed = self._gradient(step)
         of_penalty |= self.model.penalty.weights.figures(weighed)
         scaler.unscale_(self.optimizer)
         limit = self.cfg.trainer.gradient_clip_val
@@ -127,6 +131,7 @@ class Trainer:
             if metrics["kl_penalty"] is not None:
                 self.model.penalty.end_step(metrics["kl_penalty"])
             self.model.penalty.weights.end_step(weighed)
+        self.walks.end_step(step)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         self._count(broken, searching)
@@ -144,31 +149,32 @@ class Trainer:
             "grad_norm": norm,
             "lr": rate,
             "seconds": seconds,
-            "images_per_second": len(batch) / seconds,
+            "images_per_second": self.cfg.trainer.global_batch_size / seconds,
             "memory_gib": _memory(self.model.runtime.device),
             **({"skipped": broken[0]} if broken else {}),
         }
 
-    def _gradient(self, batch: Batch) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
+    def _gradient(self, step: int) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Tensor]]:
         """Put the gradient of the whole batch into the weights: this process's part, averaged with the others'.
 
         Returns:
             the metrics of the whole batch, every reward's raw scores: (B,), with DRaFT-LV of all its samples; and
             likewise the scores by which the penalty weighs images.
         """
-        mine = self.ranks.share(len(batch))
-        part = batch.split(len(mine))[self.ranks.rank]
+        count = self.cfg.trainer.global_batch_size
+        mine = self.ranks.share(count)
         try:
+            parts = [self.walks.part(step, number, self.batch(number)) for number in self.walks.groups(step)]
             with self.ranks.all_or_none():
-                _, metrics = self.model.get_loss_and_metrics(part)
+                _, metrics = self.model.get_loss_and_metrics(parts)
                 self.ranks.heartbeat(f"step {self._step}, waiting for the others' gradients")
         except BaseException:  # the step did not happen
             self.optimizer.zero_grad(set_to_none=True)
             self.rewards.pop_scores()
             self.model.penalty.weights.pop_scores()
             raise
-        scores = _in_place(self.rewards.pop_scores(), mine, len(batch))
-        weighed = _in_place(self.model.penalty.weights.pop_scores(), mine, len(batch))
+        scores = _in_place(self.rewards.pop_scores(), mine, count)
+        weighed = _in_place(self.model.penalty.weights.pop_scores(), mine, count)
         names = [name for name, value in metrics.items() if value is not None]
         values = torch.tensor([metrics[name] for name in names], dtype=torch.float64)
         self.ranks.sum_([*scores.values(), *weighed.values()])
@@ -243,6 +249,7 @@ class Trainer:
             "grad_scaler": self.model.grad_scaler,
             "rewards": self.rewards,
             "penalty": self.model.penalty,
+            "walks": self.walks,
         }
 
     def _optimizer_state(self) -> dict[str, Any]:

@@ -206,6 +206,7 @@ def other(key, value):
         "logging.trackers": ["wandb"], "model.loras": ["style.safetensors"], "sampling.timesteps": [900, 500, 100],
         "monitor.stop": "never", "monitor.final": "last",
         "draftp.kl_target": 0.01, "draftp.prefix_steps": 1, "draftp.prefix_sampler": "heun",
+        "draftp.reuse": 2,
     }  # fmt: skip
     if key in known:
         return known[key]

@@ -76,7 +76,7 @@ class Drtune:
             for part in here.each():
                 yield self._piece(part, *chosen[part.batch.seeds[0]])
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """See `GradientMode`: every step to the stop is walked without gradient first."""
         stops = range(self.earliest, self.total)
         walked = sum(sum(per_step[: stop + 1]) for stop in stops) / self.stop

@@ -44,7 +44,7 @@ class LastK:
         """See `GradientMode`."""
         yield rollout.piece(self.first)
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """See `GradientMode`."""
         with_gradient = sum(per_step[-self.k :])
         return Evaluations(sum(per_step) - (0 if recompute else with_gradient), with_gradient)

@@ -47,7 +47,7 @@ class LowVariance(LastK):
         for j in range(self.samples):
             yield rollout.piece(last, piece.x_0 + sigma * rollout.noise("low variance", j))
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """See `GradientMode`: each sample is the last step once more, without gradient and with it."""
         first, more = super().evaluations(per_step, recompute), self.samples * per_step[-1]
         return Evaluations(first.without_gradient + more, first.with_gradient + more)

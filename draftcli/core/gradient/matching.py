@@ -69,7 +69,7 @@ class Matching:
         target = eps_base - self.scale / (1 + level.sigma) ** 3 * h / norm.clamp(min=1)
         return self.weight * (eps - target).square().mean()
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """See `GradientMode`: every step is walked without gradient first."""
         return Evaluations(sum(per_step), self.pieces_per_image * sum(per_step) / self.total)
 

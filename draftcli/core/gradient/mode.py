@@ -62,7 +62,7 @@ class GradientMode(Protocol):
         """What is to be backpropagated of one rollout. Randomness belongs to the images' seeds."""
         ...
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """What an image takes.
 
         Args:

@@ -64,7 +64,7 @@ class RandomK:
         for first, part in rollout.apart(firsts, self.total - self.low):
             yield part.piece(first)
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """See `GradientMode`."""
         with_gradient = sum(share * sum(per_step[-k:]) for k, share in self.shares().items())
         return Evaluations(sum(per_step) - (0 if recompute else with_gradient), with_gradient)

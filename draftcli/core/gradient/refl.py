@@ -44,7 +44,7 @@ class Refl:
         for stop, part in rollout.apart(stops, self.total - 1):
             yield part.piece(stop, levels=[at_once(level) for level in part.sampler.levels(stop, stop + 1)])
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """See `GradientMode`."""
         stops = range(self.first, self.total)
         before = sum(sum(per_step[:stop]) for stop in stops) / self.window

@@ -72,7 +72,7 @@ class Sparse:
         for draw, part in zip(rollout.draws("sparse"), rollout.each(), strict=True):
             yield self._piece(part, self._drawn(draw))
 
-    def evaluations(self, per_step: Sequence[int], recompute: bool) -> Evaluations:
+    def evaluations(self, per_step: Sequence[float], recompute: bool) -> Evaluations:
         """See `GradientMode`: every step is walked without gradient first."""
         if self.at is not None:
             return Evaluations(sum(per_step), sum(per_step[i] for i in self.at))
