@@ -10,7 +10,7 @@ from torch import Tensor
 
 from draftcli.core.backward import Work
 from draftcli.core.batch import Batch, Walked
-from draftcli.core.draftp import SDXLDRaFTPModel
+from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.core.phase import Phase
 from draftcli.core.prefix import training_sampler
@@ -33,7 +33,7 @@ class Walks:
         ranks: the processes that train together; each walks its share of a group.
     """
 
-    def __init__(self, model: SDXLDRaFTPModel, ranks: Ranks) -> None:
+    def __init__(self, model: DRaFTPModel, ranks: Ranks) -> None:
         self.model, self.ranks, self.reuse = model, ranks, model.cfg.draftp.reuse
         self._latents: dict[int, Tensor] = {}
 
