@@ -43,15 +43,15 @@ def open_picture(path: Path | io.BytesIO, called: str = "") -> Image.Image:
                 if reason is None:
                     return _as_shown(file)
     except Exception as error:  # Pillow reports damage in as many ways as there are formats
-        raise InputError(f"{called or path}: cannot be read as a picture ({first_line(error)})") from None
-    raise InputError(f"{called or path}: {reason}; save what is to be looked at as a plain PNG or JPEG")
+        raise InputError(f"{called or path}: cannot be read as an image ({first_line(error)})") from None
+    raise InputError(f"{called or path}: {reason}; save the image to be scored as a plain PNG or JPEG")
 
 
 def _refused(file: Image.Image) -> str | None:
     """Why viewers would not all show one and the same picture."""
     frames = getattr(file, "n_frames", 1)
     if frames > 1 and file.format != "MPO":  # a camera's JPEG with a depth or brightness map behind the picture
-        return f"it holds {frames} frames or pages, and a picture is one"
+        return f"it holds {frames} frames or pages, and an image has one"
     if file.mode == "F" or (file.mode == "I" and file.format == "TIFF"):
         return "its pixels are floats or 32-bit numbers, which do not say what white is"
     if not {"icc_profile", "srgb"} & file.info.keys() and {"gamma", "chromaticity"} <= file.info.keys():

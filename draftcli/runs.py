@@ -288,7 +288,9 @@ def find_run(name: str | None) -> tuple[Run, Path]:
         raise InputError(f"{run.config} is empty, as after a loss of power; for its weights give --model and --lora")
     weights = run.weights()
     if weights is None:
-        raise InputError(f"{run.folder} has no weights yet, neither final/ nor a checkpoint; let draftp train go on")
+        raise InputError(
+            f"{run.folder} has no weights yet, neither final/ nor a checkpoint; finish it with draftp train"
+        )
     return run, weights
 
 

@@ -27,7 +27,7 @@ LEFT_OUT = {
     "a fox --n dark --l 7.5 --s 28": ("'--l 7.5' (sampling.scale sets it for all)", "'--s 28' (sampling.steps"),
     '--prompt "a fox" --sampler_name "Euler a" --tiling': ("'--sampler_name Euler a' (sampling.sampler", "'--tiling'"),
     "a fox --ar 16:9 --v 6.1 --style raw": ("'--ar 16:9'", "'--v 6.1'", "'--style raw'"),
-    "a fox --am 0.8 --ct 3": ("left out of 1 prompt", "'--am 0.8'", "'--ct 3'"),
+    "a fox --am 0.8 --ct 3": ("removed from 1 prompt", "'--am 0.8'", "'--ct 3'"),
 }
 REFUSED = {
     "a fox --w 64": "its height is missing",
@@ -134,7 +134,7 @@ def test_negative_prompts_without_guidance_are_told():
 def test_every_command_says_it(tiny_sdxl):
     """sample draws what was meant; sample, train and its dry run each warn in one line."""
     Path("p.txt").write_text("# mine\na fox --n dark --w 64 --h 64 --d 3 --l 7.5\n")
-    comment, left_out = "warning: {} p.txt: lines that begin", "warning: {} p.txt: left out of 1 prompt"
+    comment, left_out = "warning: {} p.txt: lines that begin", "warning: {} p.txt: removed from 1 prompt"
     small = ["--prompts", "p.txt", "--prompt", "a (red:1.2) owl", "--steps", 1, "--height", 64, "--width", 64]
     drawn = draftp("sample", "--model", tiny_sdxl, *small, "--output", "out")
     assert drawn.code == 0, drawn.err
@@ -146,7 +146,7 @@ def test_every_command_says_it(tiny_sdxl):
     for more in (["--dry-run"], ["--output", "run"]):
         result = draftp("train", "--preset", preset, "--prompts", "p.txt", *more)
         assert result.code == 0, result.err
-        assert result.err.count(comment.format("data.prompts")) == result.err.count("left out of 1 prompt") == 1
+        assert result.err.count(comment.format("data.prompts")) == result.err.count("removed from 1 prompt") == 1
 
 
 def test_eval_tells_what_it_leaves_out(lora_run):

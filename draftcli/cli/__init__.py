@@ -104,5 +104,5 @@ def explain(error: BaseException) -> tuple[str, int] | None:
             "trainer.micro_batch_size (--batch-size in sample and anneal), sampling.height and width"
         ), 1
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return f"{str(error.filename)[:80]}...: no file can have so long a name", 2
+        return f"{str(error.filename)[:80]}...: the name is too long for a file", 2
     return ("interrupted", 130) if isinstance(error, KeyboardInterrupt) else None

@@ -151,7 +151,7 @@ def _print_result(result: EvaluationResult, console: Console) -> None:
     trained = ", ".join(comparison.trained) or "none of these"
     console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval")
     for warning in comparison.warnings:
-        console.print(f"look out: {warning}")
+        console.print(f"warning: {warning}")
     recommended = comparison.recommendation
     console.print(f"recommended: {recommended.column or 'nothing'}; {recommended.why}")
     for what, path in result.written.items():

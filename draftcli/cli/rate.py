@@ -24,7 +24,7 @@ def rate(
         list[str] | None,
         typer.Argument(
             metavar="RUN|FOLDER",
-            help="A run or one of its checkpoints, or two; a folder of pictures with an index.jsonl, or two.  "
+            help="A run or one of its checkpoints, or two; a folder of images with an index.jsonl, or two.  "
             "[default: the newest run]",
             autocompletion=complete_runs,
         ),
@@ -75,7 +75,7 @@ def rate(
     ] = True,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for preferences.jsonl and pictures.  [default: rate in the run's]"),
+        typer.Option(metavar="DIR", help="Folder for preferences.jsonl and images.  [default: rate in the run's]"),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the page's address, warnings and errors only.")] = False,
     debug: Debug = False,

@@ -183,7 +183,7 @@ def _fitted(cfg: Config, size: int, given: frozenset[str], ranks: int, console: 
     from draftcli.progress import busy
 
     folder, tried = configuration_folder(cfg), 0
-    asked = f"working out what fits {size / GB:.4g} GB"
+    asked = f"finding settings that fit {size / GB:.4g} GB"
     with busy(literal_console(stderr=True, quiet=console.quiet), asked) as activity:
 
         def plan(some: Config) -> MemoryPlan:
@@ -220,7 +220,7 @@ def _print_plan(cfg: Config, found: Fit | None, ranks: int, verbose: bool) -> No
     prompts = read_prompt_sets(cfg)
     for text in prompts.notes_for(cfg.sampling):
         warn(text)
-    with busy(literal_console(stderr=True), "working out a step and its memory, on tensors without data"):
+    with busy(literal_console(stderr=True), "estimating the compute and memory of a step"):
         tables = plan_tables(cfg, prompts, ranks)
     out = literal_console()
     if verbose:
@@ -240,7 +240,7 @@ def _print_result(result: TrainingResult, folder: Path, console: Console) -> Non
     from draftcli.progress import duration
 
     if result.already_done:
-        console.print(f"{folder} is finished ({result.step} steps); raise trainer.max_steps to go on")
+        console.print(f"{folder} is finished ({result.step} steps); raise trainer.max_steps to continue")
     elif result.ended_early is not None:
         console.print(f"{result.ended_early} (took {duration(result.seconds)})", soft_wrap=True)
     elif result.finished:
@@ -250,7 +250,7 @@ def _print_result(result: TrainingResult, folder: Path, console: Console) -> Non
         console.print(f"{what:<11} {' '.join(map(str, paths))}")
     if result.interrupted:
         saved = f"stopped after step {result.step}, saved" if result.step else "stopped before the first step"
-        console.print(f"{saved}; the same command again goes on")
+        console.print(f"{saved}. Run the same command to resume")
         raise typer.Exit(130)
     for label, command in zip(["next", *[""] * len(NEXT)], NEXT, strict=False):
         console.print(f"{label:<11} {command.format(quoted(folder))}")

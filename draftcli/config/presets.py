@@ -77,7 +77,7 @@ def find_preset(name: str) -> Preset:
     """
     names = preset_names()
     if name not in names:
-        raise InputError(f"unknown preset {brief(name)}{nearest(name, names)}; there are: {', '.join(names)}")
+        raise InputError(f"unknown preset {brief(name)}{nearest(name, names)}; available: {', '.join(names)}")
     path = presets_folder() / f"{name}.yaml"
     return Preset(name, path, **_header(path.read_text(encoding="utf-8")))
 

@@ -116,7 +116,7 @@ def _find(preset: str) -> Path:
     if preset in names:
         return presets_folder() / f"{preset}.yaml"
     raise InputError(
-        f"unknown preset {brief(preset)}{nearest(preset, names)}; there are: {', '.join(names)}, or give a .yaml file"
+        f"unknown preset {brief(preset)}{nearest(preset, names)}; available: {', '.join(names)}, or give a .yaml file"
     )
 
 

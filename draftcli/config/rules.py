@@ -84,7 +84,7 @@ def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
             "give kl_coeff a value above 0, such as 0.1"
         )
     if cfg.draftp.kl_gate == "held_out" and cfg.draftp.kl_by_reward:
-        yield "draftp.kl_gate held_out and kl_by_reward both say how much a picture's penalty counts: give one of them"
+        yield "draftp.kl_gate held_out and kl_by_reward both say how much an image's penalty counts: give one of them"
     if cfg.draftp.kl_gate == "held_out" and not cfg.held_out_rewards:
         yield (
             "draftp.kl_gate held_out compares the trained reward with held-out ones, and nothing is held out: name a "
@@ -228,7 +228,7 @@ def _idle_sampling(cfg: Config) -> Iterator[str]:
         yield "sampling.schedule has no effect: sampling.timesteps says which steps are taken"
     edge = max(sampling.height, sampling.width, *(edge for size in sampling.sizes for edge in size))
     if (cfg.model.vae_tile or 0) >= edge:
-        yield f"model.vae_tile {cfg.model.vae_tile} has no effect on pictures of up to {edge} pixels"
+        yield f"model.vae_tile {cfg.model.vae_tile} has no effect on images of up to {edge} pixels"
 
 
 def _idle_sharding(cfg: Config) -> Iterator[str]:
@@ -251,7 +251,7 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
     if micro > group:
         yield (
             f"trainer.micro_batch_size {micro} has no effect above {group}: by draftp.reuse {cfg.draftp.reuse} so many "
-            "pictures belong together"
+            "images belong together"
         )
     if (sharding.decode_batch_size or 0) > micro:
         yield f"sharding.decode_batch_size has no effect above trainer.micro_batch_size {micro}"

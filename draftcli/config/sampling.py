@@ -11,36 +11,36 @@ from draftcli.config.section import Edge, Section, Share
 
 
 class SamplingConfig(Section):
-    """How pictures are drawn, in training as in validation."""
+    """How images are generated, in training and in validation."""
 
     height: Edge = 1024
     """Of the images, in pixels."""
     width: Edge = 1024
     """Of the images, in pixels."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 25
-    """N, sampler steps."""
+    """N, the number of sampler steps."""
     scale: Annotated[float, Field(le=100)] = 5.0
-    """Classifier-free guidance, 1 to 100; 1 is none."""
+    """Scale of classifier-free guidance, 1 to 100; 1 turns it off."""
     sampler: Literal["euler", "heun", "ddim", "dpmpp_2m", "euler_ancestral", "lcm"] = "euler"
-    """heun takes two evaluations a step; heun and dpmpp_2m draw only, training is with the others. euler_ancestral
-    (SDXL Turbo) and lcm (LCM, Hyper, DMD2) add fresh noise after each step but the last, from the picture's seed."""
+    """heun takes two evaluations a step; heun and dpmpp_2m can generate but not train. euler_ancestral (SDXL Turbo) and
+    lcm (LCM, Hyper, DMD2) add fresh noise after each step but the last, from the image's seed."""
     schedule: Literal["trailing", "leading"] = "trailing"
     """Step grid. Trailing gives the last step, the only one with gradient when K = 1, five times more leverage."""
     timesteps: list[Annotated[int, Field(ge=0, lt=1000)]] = []
-    """The steps themselves, falling, such as [999, 759, 499, 259] of LCM; steps is then how many there are. Empty: the
-    grid of `schedule`."""
+    """The timesteps themselves in falling order, such as LCM's [999, 759, 499, 259]; `steps` is then their number.
+    Empty: the grid of `schedule`."""
     s_churn: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Fresh noise per step (Karras et al. 2022), one draw for tuned and base."""
     guidance_interval: tuple[Share, Share] = (0.0, 1.0)
-    """First and last part of the steps with guidance, [from, to) in shares of N; outside, scale 1 at half the price
-    (Kynkäänniemi et al. 2024). It changes the pictures, and other programs that draw with the LoRA must do the same."""
+    """First and last part of the steps with guidance, [from, to) in shares of N; outside it the scale is 1, at half the
+    cost (Kynkäänniemi et al. 2024). This changes the images, and other programs that use the LoRA must do the same."""
     guidance_embedding: Annotated[float, Field(ge=1, le=100)] | None = None
     """The guidance scale that the UNet itself is told, where it takes one (time_cond_proj_dim, as LCM's own UNets);
     scale is then 1. null for all other UNets."""
     negative_prompt: str | None = None
-    """What the images should not show; null: nothing in particular, as diffusers does without one."""
+    """Negative prompt; null: none, as in diffusers."""
     sizes: list[tuple[Edge, Edge]] = []
-    """(height, width) pairs that training draws from, one size a batch; empty: always height x width."""
+    """(height, width) pairs to choose from in training, one size for each batch; empty: always height x width."""
 
     @field_validator("scale")
     @classmethod

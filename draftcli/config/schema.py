@@ -27,26 +27,26 @@ class ModelConfig(Section):
     vae: LocalPath | None = None
     """Another VAE: diffusers folder, hub id or .safetensors."""
     variant: str | None = None
-    """Which files of a folder or hub id, such as `fp16`."""
+    """Variant of the files in a folder or on the hub, such as `fp16`."""
     loras: tuple[LocalPath, ...] = ()
-    """PATH or PATH=SCALE of LoRAs that are part of the base: merged into its weights when it is loaded, text encoders
-    included, and frozen. What the run trains and writes comes on top. `toy-4step` ships with draftp."""
+    """LoRAs that are part of the base, as PATH or PATH=SCALE: they are merged into its weights at load time, text
+    encoders included, and frozen. The run trains and writes its own LoRA on top. `toy-4step` ships with draftp."""
     precision: Precision = "fp32"
-    """Of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
+    """Precision of the networks' matrix products. Trained weights and latents stay in float32 (float64 with fp64)."""
     quantize: Literal["8bit"] | None = None
-    """8bit: train a LoRA on a base whose transformer blocks are kept in 8 bits, at half of bf16's memory; needs the
-    extra `bitsandbytes`. Pictures and gradient change by about a percent. sample, anneal and eval draw with the base as
-    it is."""
+    """8bit: train a LoRA on a base whose transformer blocks are stored in 8 bits, half the memory of bf16; needs the
+    extra `bitsandbytes`. Images and gradient change by about a percent. sample, anneal and eval use the original base.
+    """
     vae_precision: Precision | None = None
     """Default float32: SDXL's own VAE gives NaN in fp16."""
     vae_tile: Annotated[int, Field(ge=64, le=8192, multiple_of=8)] | None = None
-    """Decode in overlapping tiles of this many pixels, each again in backward: less memory. Pictures and gradient
-    change a little, as the decoder's norms and attention see one tile at a time."""
+    """Decode in overlapping tiles of this many pixels, and again in backward, to save memory. Images and gradient
+    change slightly, because the decoder's norms and attention see one tile at a time."""
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    """What the network predicts; default as its scheduler configuration says. sample: the picture, as SDXL-Lightning's
-    model for one step."""
+    """What the network predicts; default: as its scheduler configuration says. sample: the image itself, as in
+    SDXL-Lightning's one-step model."""
     zero_terminal_snr: bool | None = None
-    """Trained with rescaled betas; default as its scheduler configuration says."""
+    """Trained with rescaled betas; default: as its scheduler configuration says."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
     offload_text_encoders: bool = False
@@ -59,42 +59,42 @@ class DraftpConfig(Section):
     truncation_steps: Count = 1
     """K: the last K sampler steps carry gradient."""
     kl_coeff: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the KL penalty to the frozen base. With kl_kind eps its strength moves with sampling.scale."""
+    """Weight of the KL penalty to the frozen base. With kl_kind eps its effect depends on sampling.scale."""
     kl_kind: str = "eps"
-    """What the penalty compares of tuned and base, by mean squared difference. eps: the guided noise estimates, as in
-    the reference. conditional: those for the prompt alone, so that kl_coeff need not move with sampling.scale. x0: the
-    pictures predicted at each step, eps times sigma^2."""
+    """What the penalty compares between the fine-tuned model and the base, by mean squared difference. eps: the guided
+    noise estimates, as in the reference. conditional: those for the prompt alone, so that kl_coeff does not depend on
+    sampling.scale. x0: the images predicted at each step, eps times sigma^2."""
     kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Steer the coefficient so that the penalty stays near this value: after a step whose penalty was above 1.5 times
     it the coefficient grows by half, after one below 1 / 1.5 of it it shrinks as much. It begins at kl_coeff and stays
     within 100 times that, up and down. Default: the coefficient is kl_coeff throughout."""
     kl_gate: Literal["none", "held_out"] = "none"
-    """How much the penalty counts for each picture. none: as much for all. held_out: for those that rank higher by the
+    """How much the penalty counts for each image. none: as much for all. held_out: for those that rank higher by the
     trained reward than by held_out_rewards, as much more as the two ranks differ, and not for the others; 1 on average,
-    at most 6.
-    Asks held_out_rewards about each picture of the training, without gradient."""
+    at most 6. Asks held_out_rewards about each image of the training, without gradient."""
     kl_by_reward: bool = False
-    """The penalty of a picture counts twice the share of the last hundred steps' pictures whose trained reward was
-    lower: little where it is low, up to twice where it is high; 1 on average."""
+    """The penalty of an image counts twice the share of the last hundred steps' images whose trained reward was lower:
+    little where it is low, up to twice where it is high; 1 on average."""
     combine: Literal["sum", "min"] = "sum"
-    """How several rewards become one. sum: weighted. min: for each picture the reward that has gained least since the
-    first step, in units of its normalise, so that none is bought with another; weights are 1 or -1."""
+    """How several rewards are combined. sum: weighted sum. min: for each image, the reward that has gained least since
+    the first step, in units of its `normalise`, so that none rises at the expense of another; weights are 1 or -1."""
     log_kl: bool = True
-    """Measure the penalty also where kl_coeff is 0, at the price of K base evaluations an image."""
+    """Measure the penalty even if kl_coeff is 0, which costs K base evaluations per image."""
     gradient: str | dict[str, Any] = "last_k"
     """Which steps carry gradient: a mode's NAME, or {mode: NAME, option: value}. last_k (the last K), random_k {low,
     high} or {mean, std}, low_variance {samples}, refl {window}, drtune {steps, stop}, sparse {steps, late_bias, tail,
     rescale} or matching {share, scale, weight}; docs/training.md says which to take when."""
     prefix_steps: Annotated[int, Field(ge=1, le=1000)] | None = None
-    """Take so many steps, spaced by themselves, from noise to the first step that may carry gradient; 10 to 12 for 24.
-    Default: the run's own steps. In training alone: all pictures that are shown or scored are drawn as before."""
+    """Number of steps, on a grid of their own, from noise to the first step that may carry gradient; 10 to 12 replace
+    24. Default: the run's own steps. It applies to training only; all images that are shown or scored use the run's own
+    steps."""
     prefix_sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "dpmpp_2m"
-    """Takes those steps; heun takes two evaluations for each."""
+    """Sampler for those steps; heun takes two evaluations for each."""
     reuse: Count = 1
-    """Train so many optimizer steps on each picture's walk to the first step that may carry gradient. A step then walks
-    that share of its pictures anew; the others' walks were made with weights of up to reuse - 1 steps before."""
+    """Train so many optimizer steps on each image's walk to the first step that may carry gradient. A step then walks
+    that share of its images anew; the others' walks were made with weights of up to reuse - 1 steps before."""
     detach_uncond: bool = False
-    """No gradient through the unconditional half of guidance: half of the backward, another gradient."""
+    """No gradient through the unconditional half of guidance: half of the backward pass, and a different gradient."""
     low_variance_samples: CountFromZero = 0
     """DRaFT-LV: n more samples of the last step per rollout, x_0 noised again and denoised; the loss is their mean. The
     same as gradient {mode: low_variance, samples: n}."""
@@ -126,7 +126,7 @@ class PeftConfig(Section):
     rank: Count = 32
     """Inner width of the LoRA."""
     init_from: LocalPath | None = None
-    """A LoRA to go on from: rank, alpha and target_modules follow it. The base stays what it is without it."""
+    """LoRA to start from; rank, alpha and target_modules follow it. The base does not include it."""
     alpha: Annotated[float, Field(gt=0)] | None = None
     """Scale of the LoRA is alpha / rank; default alpha = rank."""
     target_modules: Annotated[list[str], Field(min_length=1)] = [
@@ -136,27 +136,28 @@ class PeftConfig(Section):
 
 
 class RelativeConfig(Section):
-    """Score a picture by its own difference between two wordings of its prompt (SRPO, arXiv 2509.06942)."""
+    """Score an image by its own difference between two wordings of its prompt (SRPO, arXiv 2509.06942)."""
 
     positive: Annotated[str, Field(min_length=1)]
     """Control words put before the prompt, such as `Natural lighting`: wanted."""
     negative: Annotated[str, Field(min_length=1)]
     """Control words put before the prompt, such as `Oil painting`: unwanted."""
     strength: Annotated[float, Field(ge=0)] = 0.0
-    """k in (1 + k) * positive - negative: how much of the plain reward stays beside the difference."""
+    """k in (1 + k) * positive - negative: how much of the plain reward is added to the difference."""
 
 
 class RewardSource(Section):
     """Where a reward comes from and how it is asked; all that a held-out reward needs."""
 
     pretrained: LocalPath | None = None
-    """Its weights: hub id, local folder or local file; default the official ones."""
+    """The reward's weights: hub id, local folder or local file; default: the official ones."""
     backbone: LocalPath | None = None
-    """What its weights stand on (the CLIP under an aesthetic head, the tokenizer's folder), where it is elsewhere."""
+    """The reward's backbone (the CLIP under an aesthetic head, the tokenizer's folder), if it is stored elsewhere."""
     relative: RelativeConfig | None = None
-    """Only for rewards that compare a picture's embedding with its prompt's: clip, pickscore, hpsv2, hpsv2_1, toy."""
+    """Only for rewards that compare an image's embedding with that of its prompt: clip, pickscore, hpsv2, hpsv2_1, toy.
+    """
     micro_batch_size: Count | None = None
-    """At most so many pictures go through it at a time; their activations are recomputed in backward. Less memory,
+    """Number of images that go through the reward at a time; their activations are recomputed in backward. Less memory,
     about a third more time, the same scores."""
 
 
@@ -164,17 +165,17 @@ class RewardConfig(RewardSource):
     """One reward's part in the sum."""
 
     weight: float = 1.0
-    """Factor of this reward in the sum that is trained on. Negative: lower scores are wanted."""
+    """Weight of this reward in the sum. Negative: lower scores are better."""
     normalise: Literal["none", "std", "range"] = "none"
-    """Divide by what the scores of the training so far span: their deviation over about the last hundred steps, or
-    largest minus smallest. The first step of a run only measures."""
+    """Divide by the spread of the scores so far: their standard deviation over about the last hundred steps, or largest
+    minus smallest. The first step of a run only collects statistics."""
     target: float | None = None
-    """Stop pushing where an image's score is above this: min(score, target)."""
+    """Stop pushing an image whose score is above this: min(score, target)."""
     robust: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Take the reward's gradient at the worst picture within this distance rather than at the picture itself (RSA-FT).
-    The distance is Euclidean over all values of a picture, 0 to 1 each: one of rho moves a value of an H x W picture by
-    rho / sqrt(3 H W) in root mean square. One more forward and backward pass of the reward; its score stays that of the
-    picture. The paper takes 0.01."""
+    """Take the reward's gradient at the worst image within this distance rather than at the image itself (RSA-FT). The
+    distance is Euclidean over all values of an image, 0 to 1 each: one of rho moves a value of an H x W image by rho /
+    sqrt(3 H W) in root mean square. One more forward and backward pass of the reward; its score stays that of the
+    image. The paper takes 0.01."""
 
 
 def _weight_alone(value: Any) -> Any:
@@ -204,10 +205,10 @@ class DataConfig(Section):
     validation_prompts: LocalPath | list[str] = []
     """Held-out prompts, likewise; empty: no validation."""
     validation_images: Count = 1
-    """Pictures per validation prompt, at seeds trainer.seed, trainer.seed + 1, ..."""
+    """Images per validation prompt, at seeds trainer.seed, trainer.seed + 1, ..."""
     validation_cache: LocalPath | None = None
-    """Folder that keeps the base's part of validations, pictures and scores, for other runs of the same base that ask
-    the same rewards about the same pictures; each run keeps its own anyway."""
+    """Folder that stores the base's images and scores of validation for other runs with the same base, rewards, prompts
+    and seeds; each run keeps its own anyway."""
 
 
 class SchedConfig(Section):
@@ -370,7 +371,7 @@ class Config(Section):
     held_out_rewards: Annotated[dict[str, RewardSource], BeforeValidator(by_name)] = Field(
         default={}, validate_default=True
     )
-    """Logged in validation, never trained on: [NAME, ...], or NAME: {pretrained, ...}."""
+    """Evaluated in validation, never trained on: [NAME, ...], or NAME: {pretrained, ...}."""
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     trainer: TrainerConfig = TrainerConfig()

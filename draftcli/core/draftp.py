@@ -146,7 +146,9 @@ class DRaFTPModel:
 
     def __init_subclass__(cls) -> None:
         if "get_forward_output_and_loss_func" in vars(cls):
-            raise TypeError(f"{cls.__name__}: training does not ask an overridden function; give an objective as loss=")
+            raise TypeError(
+                f"{cls.__name__}: training does not call an overridden function; pass an objective as loss="
+            )
 
     def __init__(
         self,
@@ -354,7 +356,7 @@ class DRaFTPModel:
 
     def _reward(self) -> RewardFunction:
         if self._reward_model is None:
-            raise InputError("there is no reward to train for: assign model.reward_model first")
+            raise InputError("there is no reward to train on: assign model.reward_model first")
         return self._reward_model
 
     def _last_steps(self) -> LastK:

@@ -33,8 +33,8 @@ def scored(reward: RewardFunction, images: Tensor, prompts: list[str]) -> Tensor
             f"a tensor of shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(scores).__name__}"
         )
         raise InputError(
-            f"model.reward_model returned {what} for {len(prompts)} pictures, not one score each, a tensor of shape "
-            f"({len(prompts)},); draftcli.get_reward_model(reward) takes more forms of scores"
+            f"model.reward_model returned {what} for {len(prompts)} images, not one score for each, a tensor of shape "
+            f"({len(prompts)},); draftcli.get_reward_model(reward) accepts more kinds of scores"
         )
     return scores
 

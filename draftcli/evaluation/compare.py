@@ -131,7 +131,7 @@ def compare(
         warnings=[
             *([caution] if caution else []),
             *(
-                f"{name}: identical pictures, those of {base}: there is no difference."
+                f"{name}: identical images, those of {base}: there is no difference."
                 for name, seen in measured.items()
                 if name != base and seen.sees_the_same(measured[base])
             ),
@@ -190,10 +190,10 @@ def warnings(
     if prompts == 1:
         lines.append(
             "Only 1 prompt: there are no intervals, so no difference is certain. "
-            f"Take at least {FEW_PROMPTS}, better 50."
+            f"Use at least {FEW_PROMPTS}, preferably 50."
         )
     elif prompts < FEW_PROMPTS:
-        lines.append(f"Only {prompts} prompts: every interval is rough. Take at least {FEW_PROMPTS}, better 50.")
+        lines.append(f"Only {prompts} prompts: every interval is rough. Use at least {FEW_PROMPTS}, preferably 50.")
     for name, figure in figures.items():
         if name == base:
             continue
@@ -221,7 +221,7 @@ def _diversity_warnings(figures: Figures) -> list[str]:
     if (features.share - 1) * (pixels.share - 1) < 0:
         lines.append(
             f"features and pixels disagree about diversity: {features.words} of the base's is left in features, "
-            f"{pixels.words} in pixels; look at the pictures, or measure in other features (--features)"
+            f"{pixels.words} in pixels; look at the images, or use other features (--features)"
         )
     return lines
 

@@ -137,7 +137,7 @@ def _plan(request: Request, sources: Sequence[DrawingSource]) -> tuple[list[Pict
     """What every run draws, and what people should know of its prompts; nothing where there are only folders."""
     if not sources:
         if request.prompts is not None:
-            raise InputError("--prompts: only folders of pictures were named, which have their own prompts")
+            raise InputError("--prompts: only image folders were given, which have their own prompts")
         return [], ()
     cfg = sources[0].cfg
     source = request.prompts or cfg.data.validation_prompts

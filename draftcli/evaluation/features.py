@@ -58,7 +58,7 @@ class Features:
             return ""
         return (
             f"Diversity is measured in features of {' and '.join(self.trained_on)}, which was or may have been trained "
-            "on: in them pictures can grow apart while they grow alike to the eye. Measure in others, such as "
+            "on: in these, images can spread out while they look more and more alike. Use others, such as "
             f"--features dinov2=FOLDER{f' ({self.why})' if self.why else ''}."
         )
 

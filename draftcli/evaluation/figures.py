@@ -67,11 +67,11 @@ def _sign(key: str, about: str) -> Metric:
     return Metric(key, key.replace("_", " "), "sign", 0, 3, about)
 
 
-COSINE = _diversity("cosine_diversity", "1 - cosine", 3, "1 - mean pairwise cosine of a prompt's pictures")
-SQUARED = _diversity("squared_diversity", "squared distance", 2, "mean squared distance of a prompt's pictures")
-VENDI = _diversity("vendi", "Vendi score", 2, "effective number of different pictures of a prompt")
+COSINE = _diversity("cosine_diversity", "1 - cosine", 3, "1 - mean pairwise cosine of a prompt's images")
+SQUARED = _diversity("squared_diversity", "squared distance", 2, "mean squared distance of a prompt's images")
+VENDI = _diversity("vendi", "Vendi score", 2, "effective number of different images of a prompt")
 PIXELS = _diversity(
-    "pixel_diversity", "pixels", 3, "mean root mean squared distance of the thumbnails of a prompt's pictures"
+    "pixel_diversity", "pixels", 3, "mean root mean squared distance of the thumbnails of a prompt's images"
 )
 DIVERSITY: dict[Metric, Callable[[np.ndarray], float]] = {
     COSINE: cosine_diversity,
@@ -81,10 +81,10 @@ DIVERSITY: dict[Metric, Callable[[np.ndarray], float]] = {
 NEIGHBOURHOODS = tuple(  # their keys are the attributes of `Neighbourhoods`
     Metric(key, key, "distance", better, 3, about)
     for key, better, about in (
-        ("recall", 1, "share of the base's pictures near a picture of this column: what of the base is still reached"),
-        ("precision", 1, "share of this column's pictures near one of the base's: how much stays on the base's ground"),
-        ("density", 0, "how many neighbourhoods of base pictures hold a picture, over k"),
-        ("coverage", 1, "share of the base's neighbourhoods that hold a picture"),
+        ("recall", 1, "share of the base's images near an image of this column: how much of the base is still covered"),
+        ("precision", 1, "share of this column's images near one of the base's: how much stays close to the base"),
+        ("density", 0, "how many neighbourhoods of base images hold an image, over k"),
+        ("coverage", 1, "share of the base's neighbourhoods that hold an image"),
     )
 )
 KERNEL = _distance("kid", "kernel", "unbiased squared MMD to the base, cubic kernel (KID where Inception's)")
@@ -94,7 +94,7 @@ DISTANCES: dict[Metric, Callable[[np.ndarray, np.ndarray], float]] = {
     _distance("fid", "Fréchet", "Fréchet distance to the base (FID where features are Inception's)"): frechet_distance,
     KERNEL: kernel_distance,
 }
-NEAR_DUPLICATES = _sign("near_duplicates", "share of pictures that look like one of another prompt")
+NEAR_DUPLICATES = _sign("near_duplicates", "share of images that look like one of another prompt")
 SIGN_METRICS = (  # but the last, their keys are those of `metrics.signs.SIGNS`
     _sign("saturation", "mean HSV saturation"),
     _sign("contrast", "standard deviation of luma"),
@@ -104,8 +104,8 @@ SIGN_METRICS = (  # but the last, their keys are those of `metrics.signs.SIGNS`
     _sign("clipped", "share of channel values at the bottom or the top of their range"),
     NEAR_DUPLICATES,
 )
-EVALUATIONS = Metric("evaluations", "UNet evaluations", "cost", -1, 0, "of one picture: steps (guided: 2) x networks")
-SECONDS = Metric("seconds", "seconds", "cost", -1, 2, "of one picture, on the machine that drew it")
+EVALUATIONS = Metric("evaluations", "UNet evaluations", "cost", -1, 0, "of one image: steps (guided: 2) x networks")
+SECONDS = Metric("seconds", "seconds", "cost", -1, 2, "of one image, on the machine that generated it")
 
 
 def metrics_of(rewards: Sequence[str]) -> list[Metric]:
@@ -220,7 +220,7 @@ def _diversities(here: Measured, base: Measured | None, groups: np.ndarray) -> d
     """One value a prompt, from the pictures of that prompt."""
     each = int(np.bincount(groups).min())
     if each < 2:
-        return {metric: Figure(why=f"needs 2 pictures a prompt, has {each}") for metric in (*DIVERSITY, PIXELS)}
+        return {metric: Figure(why=f"needs 2 images a prompt, has {each}") for metric in (*DIVERSITY, PIXELS)}
 
     def by_prompt(metric: Metric, measured: Measured) -> np.ndarray:
         if metric is PIXELS:
@@ -246,7 +246,7 @@ def _distances(here: Measured, base: Measured | None, groups: np.ndarray) -> dic
     count, width = here.features.shape
     figures: dict[Metric, Figure] = {}
     if count < ENOUGH:
-        why = f"needs {ENOUGH} pictures for k = {NEIGHBOURS}, has {count}"
+        why = f"needs {ENOUGH} images for k = {NEIGHBOURS}, has {count}"
         figures |= {metric: Figure(why=why) for metric in NEIGHBOURHOODS}
     else:
         terms = neighbourhoods(base.features, here.features, NEIGHBOURS)
@@ -254,7 +254,7 @@ def _distances(here: Measured, base: Measured | None, groups: np.ndarray) -> dic
     for metric, function in DISTANCES.items():
         needed = ENOUGH if metric is KERNEL else width + 1
         if count < needed:
-            figures[metric] = Figure(why=f"needs {needed} pictures for {width} features, has {count}")
+            figures[metric] = Figure(why=f"needs {needed} images for {width} features, has {count}")
         else:
             figures[metric] = Figure(function(base.features, here.features), n=count)
     return figures
@@ -268,7 +268,7 @@ def _figure(values: np.ndarray, groups: np.ndarray, base: np.ndarray | None) -> 
     """Mean, median, interval; against `base` also the paired difference and the win rate."""
     found = estimate(values, groups)
     if not found.n:
-        return Figure(why="nothing to say about these prompts")
+        return Figure(why="not applicable to these prompts")
     if base is None:
         return Figure(found.mean, found.median, found.low, found.high, found.n)
     against, wins = paired(base, values, groups), win_rate(base, values, groups)

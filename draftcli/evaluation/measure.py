@@ -130,7 +130,7 @@ def collect(column: Gallery, items: Sequence[Item], judges: Judges, cache: Path)
         path = cache / f"{_key(who, column, items, part)}.npz"
         kept = read_chunk(path)
         if kept is None:
-            raise DraftpError(f"{path} is damaged or gone; the same command again measures it anew")
+            raise DraftpError(f"{path} is damaged or gone; run the same command to measure it again")
         parts.append(kept)
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     return Measured(

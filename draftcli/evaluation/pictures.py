@@ -54,8 +54,8 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
         lines = text_lines(path)
     except (OSError, UnicodeDecodeError):
         raise InputError(
-            f"{folder}: no readable {INDEX} in it; a folder of pictures needs one, with a line such as "
-            '{"file": "0001.png", "prompt": "a fox", "seed": 0} for every picture'
+            f"{folder}: no readable {INDEX} in it; a folder of images needs one, with a line such as "
+            '{"file": "0001.png", "prompt": "a fox", "seed": 0} for every image'
         ) from None
     entries = []
     for number, line in enumerate(lines, 1):
@@ -71,7 +71,7 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
             raise InputError(f"{path} line {number}: expected an object with file (text), prompt (text), seed (number)")
         entries.append(entry)
     if not entries:
-        raise InputError(f"{path}: there is no picture in it")
+        raise InputError(f"{path}: it contains no images")
     return entries
 
 
@@ -106,16 +106,16 @@ def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None)
         other = chosen.setdefault(item, entry)
         if item in wanted and not _is_same_picture(entry, other):
             raise InputError(
-                f"{folder}: seed {item.seed} of {brief(item.prompt)} was drawn in several ways ({other['file']} and "
-                f"{entry['file']}), and one of them can be compared; draw each way into a folder of its own, or leave "
-                f"one line for a prompt and a seed in {INDEX}"
+                f"{folder}: seed {item.seed} of {brief(item.prompt)} was generated in several ways "
+                f"({other['file']} and {entry['file']}), and only one can be compared; use a separate folder for each, "
+                f"or keep one line for each prompt and seed in {INDEX}"
             )
         files[item] = path
     missing = [item for item in items if item not in files or not files[item].is_file()]
     if missing:
         first = missing[0]
         raise InputError(
-            f"{folder}: {len(missing)} of {len(items)} pictures are missing, the first is seed {first.seed} of "
+            f"{folder}: {len(missing)} of {len(items)} images are missing, the first is seed {first.seed} of "
             f"{first.prompt!r}; columns are compared on the same prompts and seeds"
         )
     return Gallery(name or folder.name, tuple(files[item] for item in items), source=str(folder))

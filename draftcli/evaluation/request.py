@@ -120,15 +120,15 @@ def find_compared(request: Request) -> tuple[list[DrawingSource], list[Path]]:
     if not names and not folders:
         names = [None]
     if not names and request.scales:
-        raise InputError("--lora-scale: only folders of pictures were named, so nothing can be drawn; name a run too")
+        raise InputError("--lora-scale: only image folders were given, so no images can be generated; name a run too")
     if not names and len(folders) == 1:
-        raise InputError(f"{folders[0]} alone is nothing to compare; name a second folder or a run")
+        raise InputError(f"{folders[0]} has nothing to be compared with; name a second folder or a run")
     sources: list[DrawingSource] = []
     for name in names:
         sampling = {"sampling": sources[0].cfg.sampling.model_dump()} if sources else {}
         source = find_source(name, None, (), () if sources else request.overrides, sampling)
         if request.scales and not source.loras:
-            raise InputError(f"--lora-scale: {source.name} was trained in full and has no LoRA to scale")
+            raise InputError(f"--lora-scale: {source.name} was fully fine-tuned and has no LoRA to scale")
         sources.append(source)
     return sources, folders
 
@@ -146,7 +146,7 @@ def find_judges(request: Request, sources: Sequence[DrawingSource]) -> tuple[dic
     for held_out in (*(source.cfg.held_out for source in sources), dict.fromkeys(request.rewards)):
         rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
     if not rewards:
-        raise InputError("nobody judges: folders of pictures know no reward, so name one, such as --reward pickscore")
+        raise InputError("image folders have no rewards; name one, such as --reward pickscore")
     check_names(list(rewards))
     if request.judge is not None and request.judge not in rewards:
         raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")

@@ -233,7 +233,7 @@ class SingleFile(ModelFormat):
         super().__init__(job)
         if self.base.prediction == "sample":
             raise InputError(
-                f"--format single-file: {self.base.name} predicts the picture (sample), and a single file has no mark "
+                f"--format single-file: {self.base.name} predicts the image (sample), and a single file has no mark "
                 "that tells other programs so; use --format diffusers"
             )
 

@@ -208,7 +208,7 @@ def read_changes(
         part, key = min(missing)
         raise InputError(
             f"{len(missing)} biases of the LoRA belong to layers that have none in {base.name}, the first is "
-            f"{part}.{key}; it can be drawn with (draftp sample --lora), but not merged"
+            f"{part}.{key}; images can be generated with it (draftp sample --lora), but it cannot be merged"
         )
     return changes
 

@@ -117,7 +117,7 @@ def neighbourhoods(reference: np.ndarray, samples: np.ndarray, k: int = NEIGHBOU
         ValueError: fewer than k + 1 pictures.
     """
     if min(len(reference), len(samples)) <= k:
-        raise ValueError(f"{len(reference)} and {len(samples)} pictures: neighbourhoods of {k} need at least {k + 1}")
+        raise ValueError(f"{len(reference)} and {len(samples)} images: neighbourhoods of {k} need at least {k + 1}")
     distance = cdist(reference, samples)
     reference_radius, sample_radius = _radii(reference, k), _radii(samples, k)
     in_reference = distance < reference_radius[:, None]

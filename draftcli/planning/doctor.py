@@ -96,7 +96,7 @@ def _checked(what: str, check: Callable[[DRaFTPModel], Finding], model: DRaFTPMo
 
 def _device(device: torch.device, reason: str) -> Finding:
     if device.type == "cpu":
-        return Finding("device", "warning", f"{reason}: no GPU is used; the toy trains here, SDXL would take weeks")
+        return Finding("device", "warning", f"{reason}: no GPU is used: the toy preset works, SDXL would take weeks")
     memory = f", {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB" if device.type == "cuda" else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Finding("device", "ok", f"{name}{memory}; {reason}")
@@ -116,7 +116,7 @@ def _computes(device: torch.device, dtype: torch.dtype) -> Finding:
 def _attention(runtime: Runtime) -> Finding:
     if fused := [name for name in working_attention(runtime) if name != "math"]:
         return Finding("attention", "ok", f"torch's {', '.join(fused)} (sharding.attention)")
-    return Finding("attention", "warning", "no fused kernel: memory grows with the square of a picture's pixels")
+    return Finding("attention", "warning", "no fused kernel: memory grows with the square of the number of pixels")
 
 
 def _compiles(runtime: Runtime) -> Finding:
@@ -159,8 +159,8 @@ def _hub(is_needed: bool) -> Finding:
         caller.join(HUB_TIMEOUT)
     if not reasons:
         return Finding("hub", "ok", f"{host} answers")
-    need = "this model must be in the cache already" if is_needed else "this model is a folder here"
-    return Finding("hub", "warning", f"{reasons[0]}; {need}, rewards from the hub too")
+    need = "the model must be in the cache" if is_needed else "the model is a local folder"
+    return Finding("hub", "warning", f"{reasons[0]}; {need}; rewards from the hub need it too")
 
 
 def _batch(model: DRaFTPModel) -> Batch:

@@ -95,7 +95,7 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
     if not _is_given("trainer.micro_batch_size", given):
         images = max(1, cfg.trainer.global_batch_size // ranks)
         for count in (n for n in range(2, min(LARGEST, images) + 1) if images % n == 0):
-            choice = Choice("trainer.micro_batch_size", count, "nothing: there is room")
+            choice = Choice("trainer.micro_batch_size", count, "nothing: it fits")
             after = plan(larger := _with(cfg, choice))
             if after.needed > size:
                 break
@@ -105,12 +105,12 @@ def fit(cfg: Config, size: int, plan: Callable[[Config], MemoryPlan], given: fro
 
 def _start(cfg: Config) -> Iterator[Choice]:
     """The quickest settings that make a difference to memory, at one image per backward."""
-    yield Choice("trainer.micro_batch_size", 1, "grown below, where there is room")
-    yield Choice("sharding.decode_batch_size", 1, "little: one picture keeps a GPU busy in the decoder")
+    yield Choice("trainer.micro_batch_size", 1, "increased below where it fits")
+    yield Choice("sharding.decode_batch_size", 1, "little: one image keeps a GPU busy in the decoder")
     yield Choice("sharding.two_stage", True, "nothing")
-    yield Choice("sharding.activation_checkpointing", False, "nothing: it is the quicker way")
-    yield Choice("sharding.offload", False, "nothing: it is the quicker way")
-    yield Choice("model.vae_tile", None, "nothing: it is the quicker way, and the exact one")
+    yield Choice("sharding.activation_checkpointing", False, "nothing: it is faster")
+    yield Choice("sharding.offload", False, "nothing: it is faster")
+    yield Choice("model.vae_tile", None, "nothing: it is faster, and exact")
     if cfg.peft.peft_scheme == "lora" and cfg.model.precision in ("bf16", "fp16"):
         yield Choice("sharding.fold_lora", False, "little: rounding hardly ever lets a LoRA be folded here")
 
@@ -139,7 +139,7 @@ def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
     if decodes:
         for tile in (512, 256):
             if tile < max(cfg.sampling.height, cfg.sampling.width):
-                yield Choice("model.vae_tile", tile, "tiles are decoded twice, pictures and gradient change a little")
+                yield Choice("model.vae_tile", tile, "tiles are decoded twice, images and gradient change a little")
 
 
 def _evaluations(cfg: Config, name: str) -> str:

@@ -88,10 +88,10 @@ def see(
         seen = look(torch.cat([picture for _, picture in batch]), [prompt for (_, prompt), _ in batch])
         found.update(zip((key for key, _ in batch), seen.cpu(), strict=True))
         done += len(batch)
-        activity.update(f"{what}: picture {done} of {len(asked)}")
+        activity.update(f"{what}: image {done} of {len(asked)}")
     kept = [answer.first.key not in faults and answer.second.key not in faults for answer in preferences.answers]
     if not any(kept):
-        raise InputError(f"{preferences.where}: no picture can be read; the first: {next(iter(faults.values()))}")
+        raise InputError(f"{preferences.where}: no image can be read; the first: {next(iter(faults.values()))}")
     why = f"{preferences.where}: {len(kept) - sum(kept)} of {len(kept)} pairs are left out"
     left = preferences.only(kept, [f"{why}: {next(iter(faults.values()))}"] if faults else [])
     sides = [[found[getattr(answer, side).key, answer.prompt] for answer in left.answers] for side in SIDES]

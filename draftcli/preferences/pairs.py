@@ -152,7 +152,7 @@ class Answers:
             return None
         side, count = ("left", left) if left > decided / 2 else ("right", decided - left)
         return (
-            f"{self.where}: the {side} picture was chosen in {count} of {decided} pairs, and which one is {side} was "
+            f"{self.where}: the {side} image was chosen in {count} of {decided} pairs, and which one is {side} was "
             "drawn by chance: so many are a habit of the hand rather than a taste; rate again, or look at the file"
         )
 

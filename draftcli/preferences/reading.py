@@ -47,7 +47,7 @@ def read_answers(path: Path) -> Answers:
     readers: dict[str, Callable[[Path], Answers]] = {".jsonl": _lines, ".json": _hpd, ".parquet": _pickapic}
     read = _folder if path.is_dir() else readers.get(path.suffix.lower())
     if read is None:
-        raise InputError(f"{path}: not a layout of preferences that is known; there are {LAYOUTS}")
+        raise InputError(f"{path}: not a layout of preferences that is known; available are {LAYOUTS}")
     try:
         found = read(path)
     except UnicodeDecodeError:
@@ -72,8 +72,8 @@ def _checked(found: Answers) -> Answers:
         gone = next(str(path) for path, here in there.items() if not here)
         count = f"{len(kept) - sum(kept)} of {len(kept)} pairs"
         if not any(kept):
-            raise InputError(f"{found.where}: no picture is where it says, the first is {gone}; put the pictures there")
-        found = found.only(kept, [f"{found.where}: {count} are left out, their pictures are not there: {gone}"])
+            raise InputError(f"{found.where}: no image is where it says, the first is {gone}; put the images there")
+        found = found.only(kept, [f"{found.where}: {count} are left out, their images are not there: {gone}"])
     if not found.decided:
         raise InputError(
             f"{found.where}: all {len(found.answers)} answers are ties; a taste shows in pairs of which one is better"
@@ -145,7 +145,7 @@ def _pictured(path: Path, called: str, item: Mapping[str, Any], side: str) -> Sh
     value = item.get(side)
     place = value.get("picture") if isinstance(value, Mapping) else value
     if not isinstance(place, str) or not place:
-        raise InputError(f"{path} {called}: {side} is {brief(value)}; it must say which picture, by its path")
+        raise InputError(f"{path} {called}: {side} is {brief(value)}; it must say which image, by its path")
     return _file(path.parent / place)
 
 
@@ -172,10 +172,10 @@ def _hpd_pairs(path: Path, called: str, item: Any) -> Iterator[Answer]:
     # Of both lists, larger is better from here on.
     order = item["human_preference"] if "human_preference" in item else [-r for r in _numbers(item.get("rank"))]
     if not isinstance(files, list) or not all(isinstance(file, str) for file in files) or len(files) < 2:
-        raise InputError(f"{path} {called}: image_path is {brief(files)}; it must be a list of two pictures or more")
+        raise InputError(f"{path} {called}: image_path is {brief(files)}; it must be a list of two images or more")
     if len(_numbers(order)) != len(files):
         raise InputError(
-            f"{path} {called}: human_preference or rank must have a number for each of {len(files)} pictures"
+            f"{path} {called}: human_preference or rank must have a number for each of {len(files)} images"
         )
     prompt = _prompt(path, called, item)
     shown = [_file(_in_hpd(path, file)) for file in files]
@@ -236,7 +236,7 @@ def _pickapic_pair(path: Path, called: str, cells: Mapping[str, Any]) -> Answer:
 def _in_cell(path: Path, called: str, cells: Mapping[str, Any], name: str) -> Shown:
     data = cells[name].get("bytes") if isinstance(cells[name], Mapping) else cells[name]
     if not isinstance(data, bytes):
-        raise InputError(f"{path} {called}: {name} holds {brief(data)}; it must be the bytes of a picture")
+        raise InputError(f"{path} {called}: {name} holds {brief(data)}; it must be the bytes of an image")
     return Shown(f"{path} {called} {name}", data=data)
 
 
@@ -250,12 +250,10 @@ def _folder(path: Path) -> Answers:
     alone = sorted(chosen.keys() ^ rejected.keys())
     both = [name for name in chosen if name in rejected]
     if not both:
-        raise InputError(
-            f"{path}: no picture of chosen/ has the name of one of rejected/; those of a pair are the same"
-        )
+        raise InputError(f"{path}: no image of chosen/ has the name of one of rejected/; those of a pair are the same")
     left_out = ()
     if alone:
-        left_out = (f"{path}: {len(alone)} pictures are left out, as only one side has them: {alone[0]}",)
+        left_out = (f"{path}: {len(alone)} images are left out, as only one side has them: {alone[0]}",)
     answers = [Answer(_prompt_beside(chosen[name]), _file(chosen[name]), _file(rejected[name]), 1.0, called=name)
                for name in both]  # fmt: skip
     return Answers(str(path), tuple(answers), left_out=left_out)

@@ -95,7 +95,7 @@ def train_on_preferences(request: TrainRequest, console: Console) -> TrainReport
     clip = load_start(start, f"--from {request.start or start.reward}").to(device)
     kind: Trained = request.train or ("head" if preferences.decided < MANY else "lora")
     reward = RewardFolder(request.output, kind, start, network_hash(clip.clip), clip.preprocess.fit)
-    with busy(console, f"looking at the pictures of {len(preferences.answers)} pairs", in_logs=True) as activity:
+    with busy(console, f"looking at the images of {len(preferences.answers)} pairs", in_logs=True) as activity:
         if kind == "head":
             seen = see_features(preferences, clip, activity)
             own = seen.difference[:, -1]
@@ -134,7 +134,7 @@ def labels(preferences: Answers) -> Tensor:
 def _check_groups(preferences: Answers) -> None:
     if len(np.unique(preferences.groups)) < 2:
         raise InputError(
-            f"{preferences.where}: {len(preferences.answers)} pairs that are all of one prompt and share pictures, or "
+            f"{preferences.where}: {len(preferences.answers)} pairs that are all of one prompt and share images, or "
             "one pair alone: none can be held out to see how well a reward agrees; add pairs of other prompts"
         )
 

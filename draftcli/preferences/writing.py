@@ -127,7 +127,7 @@ def _card(output: Path, reward: RewardFolder, found: Assessment, preferences: An
     rows = "\n".join(f"| {name} | {words} |" for name, words in agreement_table(found))
     bins = "\n".join(f"| {b.sure:.2f} | {b.right:.2f} | {b.n} |" for b in found.calibration)
     notes = "\n".join(f"- {text}" for text in advice(found, len(preferences.answers)))
-    prompt = "the prompt matters" if any(answer.prompt for answer in preferences.answers) else "it knows no prompts"
+    prompt = "the prompt matters" if any(answer.prompt for answer in preferences.answers) else "it has no prompts"
     return f"""---
 tags:
 - draftp
@@ -137,8 +137,8 @@ tags:
 
 # {output.resolve().name}: a reward trained on one person's preferences
 
-{WHAT[reward.trained]} `{start}`, trained on {len(preferences.answers)} choices between two pictures. It is the taste of
-whoever made them and of nobody else, on pictures of their kind; {prompt}. The difference of two scores is the
+{WHAT[reward.trained]} `{start}`, trained on {len(preferences.answers)} choices between two images. It is the taste of
+whoever made them and of nobody else, on images of their kind; {prompt}. The difference of two scores is the
 logarithm of the odds that the one is preferred.
 
 ```bash

@@ -93,7 +93,7 @@ class PromptFile(PromptSequence):
     def _read(self, index: int) -> Prompt:
         start, length = int(self._starts[index]), int(self.lengths[index])
         if self._changed_at() != self._stamp:
-            raise DraftpError(f"{self.where} was changed while it was read; the same command again takes the new file")
+            raise DraftpError(f"{self.where} was changed while it was read; run the same command to read the new file")
         self._file.seek(start)
         return self._from_bytes(self._file.read(length))[0]
 

@@ -86,7 +86,7 @@ def read_switches(text: str) -> tuple[dict[str, Any], list[str]]:
     """
     if ":" in text and _INFOTEXT.search(text):
         raise ValueError(
-            "this is the text that AUTOMATIC1111 stores with a picture; write its parts as "
+            "this is the text that AUTOMATIC1111 stores with an image; write its parts as "
             '{"prompt": "...", "negative_prompt": "..."} into a .jsonl'
         )
     if "--" not in text:
@@ -173,10 +173,10 @@ class Notation:
         if self._left_out:
             listed = [_with_setting(name, example) for name, example in self._left_out.items()]
             count = f"{self._with_left_out} prompt{'s' * (self._with_left_out != 1)}"
-            yield f"{where}: left out of {count}, as no prompt can say it: {', '.join(listed)}"
+            yield f"{where}: removed from {count}, as a prompt cannot set it: {', '.join(listed)}"
         if self._literal:
             listed = [f"{example[:40]!r} ({what})" for what, example in self._literal.items()]
-            yield f"{where}: read word for word, as draftp has no such notation: {', '.join(listed)}"
+            yield f"{where}: taken literally, because draftp has no such notation: {', '.join(listed)}"
 
 
 def _with_setting(name: str, example: str) -> str:

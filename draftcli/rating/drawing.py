@@ -42,7 +42,7 @@ class _Arrivals:
             raise _Ended
         self.rows[row].append(picture)
         drawn = sum(map(len, self.rows))
-        self.session.doing = f"{drawn} of {2 * len(self.prompts)} pictures are there."
+        self.session.doing = f"{drawn} of {2 * len(self.prompts)} images are there."
         self.session.add(self._new_pairs())
 
     def _new_pairs(self) -> Iterator[Pair]:

@@ -13,4 +13,4 @@ _TEMPLATE = Path(__file__).parent / "rate.html"
 @cache
 def rating_page() -> str:
     """Its text."""
-    return render_html(_TEMPLATE, "Which picture is better?", ["rate.js"])
+    return render_html(_TEMPLATE, "Which image is better?", ["rate.js"])

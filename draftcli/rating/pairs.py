@@ -104,7 +104,7 @@ def pairs_in_folder(folder: Path, column: str, count: int, seed: int) -> list[Pa
     for line in _lines(folder):
         found[line["prompt"]].append(RatedPicture.of(folder, line, str(line.get("weight", column))))
     if all(len(pictures) < 2 for pictures in found.values()):
-        raise InputError(f"{folder}: no prompt in {INDEX} has two pictures; a pair needs two of the same prompt")
+        raise InputError(f"{folder}: no prompt in {INDEX} has two images; a pair needs two of the same prompt")
     order = np.random.default_rng(seed)
     turns = [
         _pairs_of(prompt, [pictures[i] for i in order.permutation(len(pictures))]) for prompt, pictures in found.items()

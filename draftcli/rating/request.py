@@ -90,11 +90,11 @@ def check_rating(request: RatingRequest) -> Candidates:
         raise InputError(f"the page needs {' and '.join(missing)}: pip install 'draftp[rate]'")
     check_names(request.judges)
     if len(request.names) > 2:
-        raise InputError(f"{len(request.names)} names were given; a pair shows two pictures, so give one or two")
+        raise InputError(f"{len(request.names)} names were given; a pair shows two images, so give one or two")
     folders = [Path(name) for name in request.names if (Path(name) / INDEX).is_file()]
     if folders and len(folders) < len(request.names):
         (other,) = (name for name in request.names if Path(name) not in folders)
-        raise InputError(f"{folders[0]} is a folder of pictures and {other} is not; give two runs or two folders")
+        raise InputError(f"{folders[0]} is a folder of images and {other} is not; give two runs or two folders")
     return _of_folders(request, folders) if folders else _of_sources(request)
 
 
@@ -125,7 +125,7 @@ def _of_folders(request: RatingRequest, folders: Sequence[Path]) -> Candidates:
         "--batch-size": request.batch_size,
         "--device": None if request.judges else request.device,
     }
-    notes = [f"{option} has no effect on folders of pictures" for option, value in given.items() if value]
+    notes = [f"{option} has no effect on folders of images" for option, value in given.items() if value]
     output = request.output or folders[0] / FOLDER
     return Candidates((), folders, short_names(folders), output, request.seed or 0, notes)
 

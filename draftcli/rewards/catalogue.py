@@ -53,11 +53,11 @@ _ANALYTIC = "draftcli.rewards.analytic"
 
 BUILT_IN_REWARDS: dict[str, RewardEntry] = {
     "pickscore": RewardEntry(
-        f"{_CLIP}:pickscore", "which picture people prefer for a prompt (Pick-a-Pic)",
+        f"{_CLIP}:pickscore", "which image people prefer for a prompt (Pick-a-Pic)",
         "yuvalkirstain/PickScore_v1", "", "224, centre crop", 986.1, _VIT_H,
     ),
     "hpsv2": RewardEntry(
-        f"{_CLIP}:hpsv2", "which picture people prefer for a prompt (HPD v2)",
+        f"{_CLIP}:hpsv2", "which image people prefer for a prompt (HPD v2)",
         "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1, _VIT_H,
     ),
     "hpsv2_1": RewardEntry(
@@ -65,11 +65,11 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
         "xswu/HPSv2", "Apache-2.0", "224, padded", 986.1, _VIT_H,
     ),
     "imagereward": RewardEntry(
-        "draftcli.rewards.imagereward:imagereward", "how well a picture fits its prompt and pleases",
+        "draftcli.rewards.imagereward:imagereward", "how well an image fits its prompt, and how much it is liked",
         "THUDM/ImageReward", "Apache-2.0", "224, centre crop", 446.2, "BLIP ViT-L/16",
     ),
     "aesthetic": RewardEntry(
-        f"{_AESTHETIC}:aesthetic", "beauty, 1 to 10, whatever the prompt (LAION, v2)",
+        f"{_AESTHETIC}:aesthetic", "aesthetics, 1 to 10, ignores the prompt (LAION, v2)",
         "christophschuhmann/improved-aesthetic-predictor", "Apache-2.0", "224, centre crop", 304.9, _VIT_L,
     ),
     "aesthetic_v1": RewardEntry(
@@ -77,16 +77,16 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
         "LAION-AI/aesthetic-predictor", "MIT", "224, centre crop", 304.0, _VIT_L,
     ),
     "aesthetic_v2_5": RewardEntry(
-        f"{_AESTHETIC}:aesthetic_v2_5", "beauty, 1 to 10, by SigLIP; 5.5 and more is good",
+        f"{_AESTHETIC}:aesthetic_v2_5", "aesthetics, 1 to 10, by SigLIP; 5.5 or more is good",
         "discus0434/aesthetic-predictor-v2-5", "AGPL-3.0", "384, squashed", 429.5, "SigLIP so400m/14",
     ),
     "clip": RewardEntry(
-        f"{_CLIP}:clip_score", "how well a picture fits its prompt: cosine by any CLIP",
+        f"{_CLIP}:clip_score", "how well an image fits its prompt: cosine of any CLIP",
         "openai/clip-vit-large-patch14", "MIT", "224, centre crop", 427.6, _VIT_L,
     ),
     "brightness": RewardEntry(f"{_ANALYTIC}:brightness", "mean luma, 0 to 1"),
     "saturation": RewardEntry(f"{_ANALYTIC}:saturation", "mean of largest minus smallest channel, 0 to 1"),
-    "symmetry": RewardEntry(f"{_ANALYTIC}:symmetry", "likeness to the mirror image, at most 0"),
+    "symmetry": RewardEntry(f"{_ANALYTIC}:symmetry", "similarity to the mirror image, at most 0"),
     "compressibility": RewardEntry(f"{_ANALYTIC}:compressibility", "minus the estimated JPEG bits per pixel"),
     "toy": RewardEntry(
         "draftcli.toy.reward:toy_reward", "the toy world's learned preference, imperfect",
@@ -96,7 +96,7 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
         "draftcli.toy.reward:toy_judge", "another such preference, trained apart; to hold out",
         "ships with draftp", "Apache-2.0", "64, centre crop", 0.0, "toy judge",
     ),
-    "toy_oracle": RewardEntry("draftcli.toy.reward:toy_oracle", "the toy world's truth; for judging only"),
+    "toy_oracle": RewardEntry("draftcli.toy.reward:toy_oracle", "the toy world's exact score; for evaluation only"),
 }  # fmt: skip
 
 
@@ -148,7 +148,7 @@ def reward_reference(name: str) -> str:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         hint = f", did you mean {close[0]}?" if close else ""
         raise InputError(
-            f"unknown reward {name!r}{hint}; there are: {', '.join(sorted(known))}, or package.module:object, or "
+            f"unknown reward {name!r}{hint}; available: {', '.join(sorted(known))}, or package.module:object, or "
             "file.py:object, or the path of a folder that draftp rewards train left"
         )
     return known[name]

@@ -83,7 +83,7 @@ def check_reward(reward: Reward, size: tuple[int, int] = (256, 192)) -> Verdict:
     judges = all(f.good is not False for f in findings)
     trains = judges and bool(getattr(reward, "differentiable", True))
     if not getattr(reward, "differentiable", True):
-        findings.append(RewardFinding("gradient", None, "none, the reward says so itself: differentiable = False"))
+        findings.append(RewardFinding("gradient", None, "none, the reward declares differentiable = False"))
     elif judges:
         findings += _gradient(reward, noise)
         trains = all(f.good is not False for f in findings)
@@ -101,21 +101,21 @@ def _range(reward: Reward, noise: Tensor) -> RewardFinding:
     )
     silent = int(scores["noise"].isnan().sum())
     return RewardFinding(
-        "range", True, words + (f"; nothing to say on {silent} of {len(PROMPTS)} prompts" if silent else "")
+        "range", True, words + (f"; not applicable to {silent} of {len(PROMPTS)} prompts" if silent else "")
     )
 
 
 @torch.no_grad()
 def _determinism(reward: Reward, noise: Tensor) -> RewardFinding:
     gap = _gap(reward(noise, PROMPTS), reward(noise, PROMPTS))
-    return RewardFinding("determinism", gap == 0, f"the same pictures twice differ by {gap:.1e}")
+    return RewardFinding("determinism", gap == 0, f"the same images twice differ by {gap:.1e}")
 
 
 @torch.no_grad()
 def _batch(reward: Reward, noise: Tensor) -> RewardFinding:
     alone = torch.cat([reward(noise[i : i + 1], PROMPTS[i : i + 1]) for i in range(len(PROMPTS))])
     gap = _gap(reward(noise, PROMPTS), alone)
-    return RewardFinding("batch", gap <= ALIKE, f"a picture alone and among others differs by {gap:.1e} of its score")
+    return RewardFinding("batch", gap <= ALIKE, f"an image alone and among others differs by {gap:.1e} of its score")
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
         scores = reward(images, PROMPTS)
     if not scores.requires_grad:
         words = (
-            "blocked: the score does not depend on the picture by torch's operations alone "
+            "blocked: the score does not depend on the image by torch's operations alone "
             "(a detach, no_grad, numpy or Pillow on the way)"
         )
         return [RewardFinding("gradient", False, words)]
@@ -146,7 +146,7 @@ def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
     i = int(scores.isfinite().int().argmax())
     (gradient,) = torch.autograd.grad(scores[i], images, allow_unused=True)
     if gradient is None or not gradient.isfinite().all():
-        kind = "blocked: it does not reach the picture" if gradient is None else "not finite (NaN or infinity)"
+        kind = "blocked: it does not reach the image" if gradient is None else "not finite (NaN or infinity)"
         return [RewardFinding("gradient", False, kind)]
     largest = float(gradient[i].abs().max())
     if largest == 0:
@@ -154,7 +154,7 @@ def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
     found = [RewardFinding("gradient", True, f"finite, largest {largest:.2e} a pixel")]
     others = torch.cat([gradient[:i], gradient[i + 1 :]])
     if float(others.abs().max()) > ALIKE * largest:
-        found.append(RewardFinding("batch", False, "the score of one picture has a gradient in another"))
+        found.append(RewardFinding("batch", False, "the score of one image has a gradient in another"))
     if any(torch.equal(scores, scores.to(dtype).to(scores)) for dtype in (torch.float16, torch.bfloat16)):
         return [*found, RewardFinding("slope", None, "not compared: differences of scores of 16 bits say nothing")]
     slope, expected = _slopes(reward, noise[i : i + 1], PROMPTS[i])
@@ -162,7 +162,7 @@ def _gradient(reward: Reward, noise: Tensor) -> list[RewardFinding]:
     found.append(RewardFinding("slope", gap <= SLOPES, f"gradient {slope:.3e}, finite differences {expected:.3e}"))
     weights = {p.untyped_storage().data_ptr(): p.nbytes for p in _parameters(reward)}
     kept = sum(size for (place, _), size in saved.items() if place not in weights)
-    words = f"weights {_bytes(sum(weights.values()))}, {_bytes(kept / len(noise))} a picture while its gradient is held"
+    words = f"weights {_bytes(sum(weights.values()))}, {_bytes(kept / len(noise))} an image while its gradient is held"
     return [*found, RewardFinding("memory", None, words)]
 
 

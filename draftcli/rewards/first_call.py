@@ -44,6 +44,6 @@ def ask_once(
             raise
         except Exception as error:  # a plug-in's own troubles, in one line
             raise InputError(
-                f"reward {name} fails on {GREY_PICTURES} grey pictures, a tensor {tuple(images.shape)} with values in "
+                f"reward {name} fails on {GREY_PICTURES} grey images, a tensor {tuple(images.shape)} with values in "
                 f"[0, 1], and their prompts ({type(error).__name__}: {first_line(error)})"
             ) from error

@@ -55,7 +55,7 @@ class WeightedSum:
             silent = _silent(score, images)
             if training and images.requires_grad and not score.requires_grad and not silent.all():
                 raise InputError(
-                    f"reward {name} cannot be trained on: its score has no gradient in the picture (a detach, no_grad, "
+                    f"reward {name} cannot be trained on: its score has no gradient in the image (a detach, no_grad, "
                     f"numpy or Pillow on the way). It can be in held_out_rewards; `draftp rewards check {name}` looks"
                 )
             if training:

@@ -16,7 +16,7 @@ from torch import nn
 from draftcli.errors import InputError, first_line
 
 OPTIONS = ("pretrained", "backbone")
-FORMS = "a reward is called as reward(images, prompts), a factory or a class without arguments makes one"
+FORMS = "a reward is called as reward(images, prompts); a factory or class is called without arguments and returns one"
 
 
 def find_object(name: str, reference: str) -> Any:

@@ -46,7 +46,7 @@ class AnyReward(nn.Module):
             scores = scores[:, 0]
         if scores is None or scores.shape != (count,) or scores.is_complex():
             raise InputError(
-                f"reward {self.name} returned {_what(returned)} for {count} pictures; wanted is one score each: a "
+                f"reward {self.name} returned {_what(returned)} for {count} images; wanted is one score each: a "
                 f"float tensor of shape ({count},)"
             )
         exact = scores.dtype in (torch.float32, torch.float64)
@@ -126,7 +126,7 @@ class PromptRelative(nn.Module):
         if not all(hasattr(reward, part) for part in ("embed_images", "embed_texts", "scale")):
             name = getattr(reward, "name", type(reward).__name__)
             raise InputError(
-                f"reward {name} cannot be relative: it does not compare the embedding of a picture with that of its "
+                f"reward {name} cannot be relative: it does not compare the embedding of an image with that of its "
                 "prompt, as clip, pickscore, hpsv2, hpsv2_1 and toy do"
             )
         self.reward = reward

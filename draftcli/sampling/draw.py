@@ -99,7 +99,7 @@ def plan(prompts: Sequence[Prompt], images: int, seed: int, size: tuple[int, int
     """
     starts = [seed if prompt.seed is None else prompt.seed for prompt in prompts]
     if (last := max(starts, default=0) + images - 1) >= SEEDS:
-        raise InputError(f"the last picture would have seed {last}; seeds go from 0 to {SEEDS - 1}")
+        raise InputError(f"the last image would have seed {last}; seeds go from 0 to {SEEDS - 1}")
     return [
         Picture(prompt, start + j, prompt.size or size)
         for prompt, start in zip(prompts, starts, strict=True)

@@ -178,7 +178,7 @@ def _ensure_finite(images: Tensor, files: Sequence[File], model: DRaFTPModel) ->
     else:
         advice = "weights of the model or a LoRA are damaged or came from a training that diverged"
     raise DraftpError(
-        f"{black[0].path}: the picture is not finite (NaN) and would be black; {advice}; draftp doctor says where it "
+        f"{black[0].path}: the image is not finite (NaN) and would be black; {advice}; draftp doctor says where it "
         "begins"
     )
 

@@ -26,7 +26,7 @@ from draftcli.sampling.draw import Column, Picture
 HARMLESS = {
     "model.device": "devices differ by rounding alone",
     "model.offload_text_encoders": "it moves the text encoders between devices; what they compute stays the same",
-    "sampling.sizes": "sizes that training draws from; a picture's own size is hashed",
+    "sampling.sizes": "sizes that training draws from; an image's own size is hashed",
 }
 # Settings that can say one thing in several ways, and what is hashed instead: what they come to.
 RESOLVED = {
@@ -41,9 +41,9 @@ RESOLVED = {
     "model.vae_precision": "dtypes of the VAE's weights",
     "model.prediction_type": "what the loaded model predicts",
     "model.zero_terminal_snr": "whether the loaded model has rescaled betas",
-    "sampling.height": "the picture's size",
-    "sampling.width": "the picture's size",
-    "sampling.negative_prompt": "the picture's negative prompt, its own or this one",
+    "sampling.height": "the image's size",
+    "sampling.width": "the image's size",
+    "sampling.negative_prompt": "the image's negative prompt, its own or this one",
 }
 _SAMPLES = 256  # elements of a tensor whose positions count; all of them count in the sum
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

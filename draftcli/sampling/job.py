@@ -141,12 +141,12 @@ def run(job: Job, console: Console, progress: Callable[[str, int, int], None] | 
                     progress=advance,
                 )
         except KeyboardInterrupt:
-            raise Interrupted("interrupted; the same command again goes on") from None
+            raise Interrupted("interrupted; run the same command to resume") from None
         files = [file.path for file in written.files]
         result = DrawingResult(written.evaluations, written.drawn, len(files), {"pictures": folder}, files)
         if beside := [file.path.name for file in written.files if file.is_beside_another]:
             count = f"{len(beside)} of {result.total}"
-            text = f"beside other pictures of the same name, with a hash behind it: {count}, such as {beside[0]}"
+            text = f"other images have the same names, so these got a hash: {count}, such as {beside[0]}"
             console.print(text, highlight=False, markup=False, soft_wrap=True)
         if ranks.is_main:
             _overviews(job, model, written, result)
@@ -288,9 +288,9 @@ def _notes(names: Sequence[str], files: Sequence[File], scores: KnownScores) -> 
 def _cost(evaluations: Mapping[str, int] | None = None) -> str:
     """What the figures of UNet evaluations mean, or where nothing else shows them, those of each column."""
     if evaluations is None:
-        return "UNet evaluations are a picture's, guidance counted twice."
+        return "UNet evaluations are an image's, guidance counted twice."
     each = ", ".join(f"{name} {count}" for name, count in evaluations.items())
-    return f"UNet evaluations a picture: {each}, guidance counted twice."
+    return f"UNet evaluations an image: {each}, guidance counted twice."
 
 
 def _with_count(note: str, shown: int, there: int, what: str) -> str:

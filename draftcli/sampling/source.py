@@ -177,7 +177,7 @@ def _idle_overrides(overrides: Sequence[str]) -> list[str]:
     """What is to be said of settings that were given and that have no part in drawing."""
     keys = [text.partition("=")[0].strip() for text in overrides]
     idle = [key for key in keys if key.startswith(TRAINING_ONLY) and key != SEED]
-    return [f"{key} has no effect on drawing: it says how to train" for key in idle]
+    return [f"{key} has no effect on generation: it is a setting of training" for key in idle]
 
 
 def _precision() -> str:

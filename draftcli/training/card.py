@@ -155,7 +155,7 @@ def model_card(
         f"# {cfg.model.pretrained} tuned on {', '.join(cfg.rewards)} with DRaFT+",
         "",
         (
-            f"Made by draftp {__version__}: {step} steps of {cfg.trainer.global_batch_size} pictures, "
+            f"Made by draftp {__version__}: {step} steps of {cfg.trainer.global_batch_size} images, "
             f"{'LoRA rank ' + str(cfg.peft.rank) if lora else 'full fine-tuning'}, {make_mode(cfg).describe()}, "
             f"{_prefix(cfg)}{_penalty(cfg)}"
             + (f", started from the LoRA {Path(cfg.peft.init_from).name}" if cfg.peft.init_from else "")
@@ -184,7 +184,7 @@ def model_card(
     ]
     if validation:
         lines += [
-            f"Measured on {validation['images']} held-out pictures, base and tuned at the same seeds:",
+            f"Measured on {validation['images']} held-out images, base and tuned at the same seeds:",
             "",
             "| reward | base | tuned | difference | 95 % interval | trained on |",
             "|---|---|---|---|---|---|",
@@ -198,7 +198,7 @@ def model_card(
         f = validation["diversity"]
         lines += [
             "",
-            f"Diversity, the mean distance of two pictures in pixels: {f['base']:.4f} before, {f['tuned']:.4f} after"
+            f"Diversity, the mean distance of two images in pixels: {f['base']:.4f} before, {f['tuned']:.4f} after"
             + (f", {kept.words} of the base's." if (kept := diversity_kept(validation)) else "."),
             "",
         ]

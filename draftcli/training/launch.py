@@ -89,7 +89,7 @@ def launch(count: int, arguments: Sequence[str], patience: int) -> int:
             return failure.exitcode
         name = signal.Signals(-failure.exitcode).name
         raise DraftpError(
-            f"process {rank} was killed ({name}); the same command again goes on after the last checkpoint"
+            f"process {rank} was killed ({name}); run the same command to resume from the last checkpoint"
         ) from error
     return 0
 

@@ -37,13 +37,13 @@ class PromptSets:
         now, changes = self.facts, []
         if facts["sha256"] != now["sha256"]:
             changes.append(
-                f"data.prompts {self.source} is not what this run was started with: it had {facts['count']} prompts, "
-                f"now {now['count']}; goes on with those of now"
+                f"data.prompts {self.source} has changed since this run started: it had {facts['count']} prompts "
+                f"and now has {now['count']}; the new ones are used"
             )
         if facts.get("validation", now["validation"]) != now["validation"]:
             changes.append(
-                "data.validation_prompts are not what this run was started with: scores from before are of other "
-                "pictures, also where the best step is looked for"
+                "data.validation_prompts have changed since this run started: earlier scores, also those that choose "
+                "the best step, are of other images"
             )
         return changes
 

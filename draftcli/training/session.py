@@ -284,14 +284,14 @@ def open_session(
     with ranks.all_or_none():
         if sharding.splits_weights(cfg.sharding):
             ranks.lockstep = True
-            ranks.heartbeat("splitting the weights")
+            ranks.heartbeat("sharding the weights")
             model.configure_sharded_model()
         trainer = Trainer(model, rewards, prompts.training, ranks)
         if ranks.is_main:
             _warn_of_idle_settings(cfg, trainer)
         first = resume(cfg, run, prompts, trainer, console)
         for change in run.begin(prepared.opening) if prepared.opening else ():
-            console.print(f"since the last session {change}")
+            console.print(f"changed since the last session: {change}")
         if validation is not None:
             console.print(Monitor.of(cfg).announcement, soft_wrap=True)
             console.print(f"progress page {run.page.resolve().as_uri()} (written at each validation)", soft_wrap=True)
@@ -322,7 +322,7 @@ def _ask_once(cfg: Config, rewards: WeightedSum, held_out: WeightedSum, prompts:
 def _load_model(cfg: Config, ranks: Ranks, console: Console) -> DRaFTPModel:
     model = DRaFTPModel(cfg)
     processes = f", {ranks.size} processes" if ranks.size > 1 else ""
-    split = ", weights split over them" if sharding.splits_weights(cfg.sharding) else ""
+    split = ", weights sharded over them" if sharding.splits_weights(cfg.sharding) else ""
     console.print(f"running on {model.runtime.reason}{processes}{split}")
     return model
 

@@ -108,7 +108,7 @@ class Trainer:
                 reward had anything to say.
         """
         began, self._step = time.perf_counter(), step
-        self.ranks.heartbeat(f"step {step}, drawing its pictures")
+        self.ranks.heartbeat(f"step {step}, drawing its images")
         scaler, of_penalty = self.model.grad_scaler, self.model.penalty.figures()
         metrics, scores, weighed = self._gradient(step)
         of_penalty |= self.model.penalty.weights.figures(weighed)
@@ -287,7 +287,7 @@ def _silent(scores: Mapping[str, Tensor]) -> list[str]:
     """Why a step teaches nothing: every score (B,) of every reward is NaN. Empty where one is a number."""
     if not scores or not all(bool(score.isnan().all()) for score in scores.values()):
         return []
-    return [f"reward {', '.join(scores)} had nothing to say"]
+    return [f"reward {', '.join(scores)} gave no score"]
 
 
 def why_skipped(reason: str) -> str:

@@ -59,7 +59,7 @@ def stop_on_signal(ranks: Ranks) -> Iterator[Stop]:
         if stop and (ranks.size == 1 or (first, number) == (signal.SIGINT, signal.SIGTERM)):
             raise KeyboardInterrupt
         if not stop and ranks.is_main:
-            print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+            print("stopping after this step (Ctrl-C again to quit now)", file=sys.stderr, flush=True)
         stop.asked = True
         if number == signal.SIGTERM:
             stop.deadline = time.monotonic() + SAVE_DEADLINE

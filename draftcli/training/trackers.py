@@ -37,7 +37,7 @@ def check_trackers(cfg: LoggingConfig) -> None:
         if name not in LOGGER_TYPE_TO_CLASS:
             near = difflib.get_close_matches(name[:80], LOGGER_TYPE_TO_CLASS, n=1)
             raise InputError(
-                f"unknown logging.trackers {brief(name)}{f', did you mean {near[0]}?' if near else ''}; there are: "
+                f"unknown logging.trackers {brief(name)}{f', did you mean {near[0]}?' if near else ''}; available: "
                 f"{', '.join(sorted(LOGGER_TYPE_TO_CLASS))}"
             )
         if name in LoggerType and name not in map(str, get_available_trackers()):

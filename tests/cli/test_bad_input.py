@@ -63,7 +63,7 @@ SETTINGS = [
     ("ema.rate=0.9", "unknown setting ema.rate"),
     ("logging.wandb=''", "at least 1 character"),
     ("logging.tensorboard=maybe", "it can be true or false"),
-    ("logging.trackers=[tensorbord]", "did you mean tensorboard?; there are: aim, clearml, comet_ml,"),
+    ("logging.trackers=[tensorbord]", "did you mean tensorboard?; available: aim, clearml, comet_ml,"),
     ("logging.trackers=mlflow", "logging.trackers = 'mlflow': input should be a valid list"),
     ("data.prompts=nobody/nothing", "data.prompts nobody/nothing: "),
     ("data.validation_prompts=nowhere.jsonl", "data.validation_prompts nowhere.jsonl: cannot be read"),

@@ -173,7 +173,7 @@ def test_steps_at_a_detached_x(tiny_sdxl):
     [
         (
             {"gradient": "nonesuch"},
-            r"draftp.gradient .nonesuch.: there is no such mode; there are drtune, last_k, low_",
+            r"draftp.gradient .nonesuch.: there is no such mode; available are drtune, last_k, low_",
         ),
         ({"gradient": "mode"}, "no such mode"),
         ({"gradient": "../low_variance"}, "no such mode"),

@@ -47,7 +47,7 @@ def test_a_process_that_never_comes_is_named():
         if rank == 1:
             return 9
         with (
-            pytest.raises(DraftpError, match="not all processes of this run came in time"),
+            pytest.raises(DraftpError, match="not all processes of this run started in time"),
             open_ranks(timedelta(seconds=2)),
         ):
             pass

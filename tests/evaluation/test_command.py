@@ -57,7 +57,7 @@ def test_bare_eval_compares_the_newest_run(lora_run):
     assert data["trained"] == ["tests.example_rewards:red"]
     assert [item["prompt"] for item in data["items"]] == [prompt for prompt in DRAWN for _ in range(2)]
     assert all((output / file).is_file() for file in data["pictures"]["linear"]["files"])
-    assert "look out: Only 3 prompts" in result.out
+    assert "warning: Only 3 prompts" in result.out
 
 
 def test_what_is_there_is_not_done_again(lora_run):
@@ -250,7 +250,7 @@ WRONG = [
     (["one", "fewer", "--reward", "toy"], "fewer: 1 of 4 pictures are missing, the first is seed 0 of 'an owl'"),
     (["one", "broken", "--reward", "toy"], "index.jsonl line 1: not valid JSON"),
     (["one", "keyless", "--reward", "toy"], "line 1: expected an object with file (text), prompt (text), seed"),
-    (["one", "blank", "--reward", "toy"], "there is no picture in it"),
+    (["one", "blank", "--reward", "toy"], "it contains no images"),
     (["one", "outside", "--reward", "toy"], "'../one/0.png' lies outside the folder"),
     (["one", "torn", "--reward", "toy"], "0.png: cannot be read as a picture"),
     (["one", "moving", "--reward", "toy"], "0.png: it holds 2 frames or pages"),

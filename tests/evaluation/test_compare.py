@@ -135,7 +135,7 @@ def test_a_reward_that_says_nothing_is_said(example):
     galleries, items, measured = example
     silent = {n: replace(m, scores={**m.scores, "mute": np.full(len(items), np.nan)}) for n, m in measured.items()}
     got = compare(galleries, items, silent, ["toy"], "toy")
-    assert got.figures["tuned"].reward("mute").why == "nothing to say about these prompts"
+    assert got.figures["tuned"].reward("mute").why == "not applicable to these prompts"
     assert got.fronts["mute"] == []
 
 

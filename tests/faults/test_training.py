@@ -252,8 +252,8 @@ def test_settings_that_changed_are_said(tiny_sdxl):
     preset = recipe(tiny_sdxl)
     train(preset, "run", "--set", "trainer.max_steps=2")
     result = train(preset, "run", "--set", "trainer.keep_checkpoints=1")
-    assert "since the last session trainer.max_steps was 2, is 4" in result.out
-    assert "since the last session trainer.keep_checkpoints was 2, is 1" in result.out
+    assert "changed since the last session: trainer.max_steps was 2, is 4" in result.out
+    assert "changed since the last session: trainer.keep_checkpoints was 2, is 1" in result.out
 
 
 def test_after_running_out_of_memory_a_run_goes_on_with_less(tiny_sdxl):

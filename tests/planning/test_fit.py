@@ -64,7 +64,7 @@ def test_the_command_says_what_each_choice_costs_and_leaves_where_nothing_fits(t
     preset = recipe(tiny_sdxl, trainer={"global_batch_size": 4})
     result = draftp("train", "--preset", preset, "--fit", "24GB", "--dry-run", "--verbose")
     assert result.code == 0, result.err
-    assert "trainer.micro_batch_size=4  costs nothing: there is room" in result.out
+    assert "trainer.micro_batch_size=4  costs nothing: it fits" in result.out
     assert "micro_batch_size: 4" in result.out
     assert re.search(r"memory on a CPU, 64 x 64, estimated +GB \(10\^9 bytes\)", result.out)
     none = draftp("train", "--preset", preset, "--fit", "1MB", "--dry-run")

@@ -263,7 +263,7 @@ def test_other_settings_are_drawn_again(lora_run, change):
     (new,) = (line for line in index() if line != old)
     assert new["hash"] != old["hash"]
     assert new["file"] == f"0000-a-red-dog-s1234-tuned-{new['hash'][:8]}.png"
-    said = f"beside other pictures of the same name, with a hash behind it: 1 of 1, such as {new['file']}\n"
+    said = f"other images have the same names, so these got a hash: 1 of 1, such as {new['file']}\n"
     assert said in result.out
     assert (Path("out") / old["file"]).read_bytes() == stored
     assert len(index()) == 2
@@ -293,7 +293,7 @@ def test_an_interrupted_job_goes_on_where_it_was(lora_run, monkeypatch):
 
     monkeypatch.setattr(files, "draw_batch", interrupted)
     result = draftp(*options)
-    assert (result.code, result.err) == (130, "draftp: interrupted; the same command again goes on\n")
+    assert (result.code, result.err) == (130, "draftp: interrupted; run the same command to resume\n")
     assert len(pictures()) == len(index()) == 6
     assert not list(Path("out").glob(".*")), "no half of a picture"
     before = changed_times()

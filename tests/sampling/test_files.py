@@ -74,7 +74,7 @@ def test_a_picture_of_something_else_is_not_replaced(lora_run, tiny_sdxl, what):
     said = run(command, *commands[1], "--output", "out").out
     count = len(lines)
     assert "existed already" not in said
-    assert f"beside other pictures of the same name, with a hash behind it: {count} of {count}, such as" in said
+    assert f"other images have the same names, so these got a hash: {count} of {count}, such as" in said
     after = contents()
     assert before.items() <= after.items(), "picture, sheet and page of the first are as they were"
     assert len(after) == 2 * len(before)

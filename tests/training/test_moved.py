@@ -88,7 +88,7 @@ def test_a_run_goes_on_bit_for_bit_where_everything_was_moved(begun: Path) -> No
     assert result.code == 0, result.err
     for key in settings(begun):
         name = key.partition("=")[0]
-        assert f"since the last session {name} was" in result.out
+        assert f"changed since the last session: {name} was" in result.out
     assert result.out.count("the same files") == len(settings(begun))
     assert weights().keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights().items())
@@ -148,7 +148,7 @@ def test_prompts_that_were_edited_in_place_are_said_and_moved_ones_must_be_the_s
     (begun / "prompts.txt").write_text("a red cat\na blue dog\na fox\n")
     result = train(begun, 3)
     assert result.code == 0
-    assert "is not what this run was started with: it had 2 prompts, now 3" in result.err
+    assert "has changed since this run started: it had 2 prompts and now has 3" in result.err
     (begun / "other.txt").write_text("an owl\n")
     result = train(begun, 4, f"data.prompts={begun}/other.txt")
     assert result.code == 2

@@ -152,7 +152,7 @@ def test_who_waits_too_long_says_for_whom_and_for_what(tiny_sdxl):
     preset = recipe(tiny_sdxl, trainer=BATCH, sharding={"timeout_minutes": 0.15})
     ranks = train_in_ranks(2, preset, "run", before=lambda rank: in_call(rank == 1, 2, stuck))
     assert [code for code, _ in ranks] == [1, 9], ranks
-    assert "process 1 did not come in time (sharding.timeout_minutes)" in ranks[0][1]
+    assert "process 1 did not answer in time (sharding.timeout_minutes)" in ranks[0][1]
     assert "process 1 was last at: step 2, drawing its pictures" in ranks[0][1]
     assert "process 0 waited at: step 2, waiting for the others' gradients" in ranks[0][1]
 
@@ -271,7 +271,7 @@ def test_what_goes_wrong_in_processes_of_our_own_is_one_line(tiny_sdxl):
     code, said = told("--output", "run")
     assert code == 1
     assert said[-1] == (
-        "draftp: process 1 was killed (SIGKILL); the same command again goes on after the last checkpoint"
+        "draftp: process 1 was killed (SIGKILL); run the same command to resume from the last checkpoint"
     )
     assert "Traceback" not in "".join(said)
 

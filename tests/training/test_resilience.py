@@ -67,7 +67,7 @@ def at_call(monkeypatch, wanted: Callable[[int], bool], spoil: Callable[[torch.T
     monkeypatch.setattr(Red, "__call__", call)
 
 
-SILENT = "reward tests.example_rewards:red had nothing to say"
+SILENT = "reward tests.example_rewards:red gave no score"
 # How a score is spoilt, the line's `skipped`, and the warning.
 SPOILT = {
     "nan": (lambda score: score * torch.nan, SILENT, SILENT),
@@ -130,20 +130,20 @@ def test_prompts_that_changed_are_reported_on_resume(tiny_sdxl):
     Path("p.txt").write_text("a fox\nan owl\n")
     preset = recipe(tiny_sdxl, data={"prompts": "p.txt"})
     train(preset, "run", "--set", "trainer.max_steps=2")
-    assert "is not what this run" not in train(preset, "run", "--set", "trainer.max_steps=3").err
+    assert "has changed since this run" not in train(preset, "run", "--set", "trainer.max_steps=3").err
     Path("p.txt").write_text("a fox\nan owl\na cat\n")
     result = train(preset, "run")
-    assert "data.prompts p.txt is not what this run was started with: it had 2 prompts, now 3" in result.err
+    assert "data.prompts p.txt has changed since this run started: it had 2 prompts and now has 3" in result.err
 
 
 def test_validation_prompts_that_changed_are_reported_on_resume(tiny_sdxl):
     Path("v.txt").write_text("a fox\nan owl\n")
     preset = recipe(tiny_sdxl, data={"validation_prompts": "v.txt"}, trainer={"val_check_interval": 2})
     train(preset, "run", "--set", "trainer.max_steps=2")
-    assert "are not what this run" not in train(preset, "run", "--set", "trainer.max_steps=3").err
+    assert "have changed since this run" not in train(preset, "run", "--set", "trainer.max_steps=3").err
     Path("v.txt").write_text("a fox\na cat\n")
     result = train(preset, "run")
-    assert result.err.count("data.validation_prompts are not what this run was started with") == 1
+    assert result.err.count("data.validation_prompts have changed since this run started") == 1
 
 
 def test_prompts_past_the_tokenizers_length_are_said_once(tiny_sdxl):

@@ -70,7 +70,7 @@ def test_a_batch_that_no_reward_can_score_is_skipped_with_the_reason(tiny_sdxl):
         tiny_sdxl, rewards={CHOOSY: 1.0}, data={"prompts": ["a blue dog"]}, trainer={**BATCH, "max_steps": 2}
     )
     preset.write_text(preset.read_text().replace(f"  {RED}: 1.0\n", ""))
-    why = f"reward {CHOOSY} had nothing to say"
+    why = f"reward {CHOOSY} gave no score"
     skipped = [f"warning: step {n} was skipped: {why}" for n in (1, 2)]
     assert [line for line in train(preset, "run").splitlines() if "final/" not in line] == skipped
     assert [line["skipped"] for line in lines("run/metrics.jsonl")] == [why, why]

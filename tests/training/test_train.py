@@ -259,7 +259,7 @@ def test_a_reward_that_is_never_a_number_stops_the_run(tiny_sdxl):
     result = draftp("train", "--preset", preset, "--output", "run")
     assert result.code == 1
     *warned, last = result.err.splitlines()
-    why = "reward tests.example_rewards:broken had nothing to say"
+    why = "reward tests.example_rewards:broken gave no score"
     assert warned == [f"warning: step {n} was skipped: {why}" for n in range(1, SKIPS_ALLOWED)]
     assert last.startswith(f"draftp: {why} in {SKIPS_ALLOWED} steps in a row")
     assert "prompts that a reward can score" in last

@@ -109,7 +109,7 @@ class Ranks:
             raise failure
         if failed:
             kind = InputError if InputError.exit_code in codes else DraftpError
-            raise kind(f"{_processes(failed)} of this run failed; see above what it said")
+            raise kind(f"{_processes(failed)} of this run failed; see its message above")
 
     def heartbeat(self, what: str) -> None:
         """Note what this process is doing, for the others to read should they wait for it in vain."""
@@ -140,14 +140,14 @@ class Ranks:
             left = {r: self._board.get(f"left {r}").decode() for r in range(self.size) if r not in silent}
             last = {r: self._board.get(f"at {r}").decode() for r in silent if self._board.check([f"at {r}"])}
         except RuntimeError:  # without torchrun it is process 0 that keeps torch's store
-            return f"process 0 of this run is gone, see what it said; {here}"
+            return f"process 0 of this run is gone, see its message; {here}"
         if failed := [f"process {r} of this run failed: {why}" for r, why in left.items() if why != NOTICED]:
             return "; ".join(failed)
         where = "; ".join(f"process {r} was last at: {last.get(r, 'start')}" for r in silent)
         if silent:
-            verb = "did not come in time (sharding.timeout_minutes)" if slow else "of this run is gone"
+            verb = "did not answer in time (sharding.timeout_minutes)" if slow else "of this run is gone"
             return f"{_processes(silent)} {verb}; {where}; {here}"
-        return f"the processes of this run have lost each other; {here}"
+        return f"the processes of this run lost contact; {here}"
 
 
 def is_lost_connection(error: BaseException) -> bool:
@@ -233,12 +233,12 @@ def _meet(size: int, timeout: timedelta) -> dist.Store:
     """
     rank, me = int(os.environ["RANK"]), secrets.token_hex(8)
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-    trouble = f"process 0 cannot be reached at {where}" if rank else "not all processes of this run came"
+    trouble = f"process 0 cannot be reached at {where}" if rank else "not all processes of this run started"
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         store.set(f"here {rank}", me)
         if rank:
-            trouble = "not all processes of this run came"
+            trouble = "not all processes of this run started"
             ours = dist.PrefixStore(store.get(f"start of {me}").decode(), store)
             ours.set(f"came {rank}", "")
             return ours
@@ -248,7 +248,7 @@ def _meet(size: int, timeout: timedelta) -> dist.Store:
             until = time.monotonic() + timeout.total_seconds()
             while not ours.check([f"came {other}"]):
                 if time.monotonic() > until:
-                    raise dist.DistStoreError("what is here is of an earlier start")
+                    raise dist.DistStoreError("the files here are from an earlier start")
                 store.set(f"start of {store.get(f'here {other}').decode()}", me)
                 time.sleep(0.02)
         return ours

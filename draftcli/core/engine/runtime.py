@@ -50,7 +50,7 @@ def choose_runtime(device: str, precision: str) -> Runtime:
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         kind = next(name for name, here in available.items() if here)
-        chosen, why = _of_this_process(torch.device(kind)), f"{kind} is the fastest device here"
+        chosen, why = _of_this_process(torch.device(kind)), f"{kind} is the fastest device on this machine"
     else:
         try:
             chosen = _of_this_process(torch.device(device))
@@ -58,8 +58,10 @@ def choose_runtime(device: str, precision: str) -> Runtime:
             raise InputError(f"model.device {device!r}: allowed are auto, cpu, cuda, cuda:N and mps") from None
         here = [name for name, yes in available.items() if yes]
         if chosen.type not in here:
-            raise InputError(f"model.device {device!r} is not on this machine; here are: auto, {', '.join(here)}")
-        why = "asked for by model.device"
+            raise InputError(
+                f"model.device {device!r} is not available on this machine; available: auto, {', '.join(here)}"
+            )
+        why = "set by model.device"
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(f"model.device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     if precision == "fp64" and chosen.type == "mps":

@@ -92,7 +92,7 @@ def make_mode(cfg: Config) -> GradientMode:
     check_sampler(cfg.sampling.sampler)
     name, options = cfg.draftp.gradient_mode
     if name not in mode_names():
-        raise InputError(f"draftp.gradient {name!r}: there is no such mode; there are {', '.join(mode_names())}")
+        raise InputError(f"draftp.gradient {name!r}: there is no such mode; available are {', '.join(mode_names())}")
     # last_k.py has LastK.
     factory: Any = getattr(import_module(f"draftcli.core.gradient.{name}"), name.title().replace("_", ""))
     known = [option for option in inspect.signature(factory).parameters if option not in ("total", "k")]
@@ -169,6 +169,6 @@ def check_sampler(sampler: str) -> None:
     if sampler not in TRAINING_SAMPLERS:
         others = f"{', '.join(TRAINING_SAMPLERS[:-1])} or {TRAINING_SAMPLERS[-1]}"
         raise InputError(
-            f"sampling.sampler {sampler} draws pictures but cannot train; train with {others}, and draw with draftp "
-            f"sample --sampler {sampler}"
+            f"sampling.sampler {sampler} generates images but cannot train; train with {others}, and generate with "
+            f"draftp sample --sampler {sampler}"
         )

@@ -71,5 +71,5 @@ def _check_bias(lora: Lora, part: str, module: str, layer: nn.Module) -> None:
     if lora.parts[part][module].bias is not None and getattr(layer, "bias", None) is None:
         raise InputError(
             f"model.loras {lora.name}: it has a bias for {part}.{module}, which has none in this model, so it cannot "
-            "be merged; it can be drawn with (draftp sample --lora)"
+            "be merged; images can be generated with it (draftp sample --lora)"
         )

@@ -175,7 +175,7 @@ def find_family(name: str = "sdxl") -> Family:
         InputError: there is none.
     """
     if name not in FAMILIES:
-        raise InputError(f"model.family {name!r}: there is no such family; there are {', '.join(FAMILIES)}")
+        raise InputError(f"model.family {name!r}: there is no such family; available are {', '.join(FAMILIES)}")
     module, _, attribute = FAMILIES[name].partition(":")
     return getattr(import_module(module), attribute)()
 

@@ -78,7 +78,7 @@ OTHER_MODELS = (
     OtherModel(
         lambda f: f.refiner or f.key(r"conditioner\.embedders\.0\.model\."),
         "it is the refiner of SDXL",
-        "give the base model whose pictures it refines",
+        "give the base model whose images it refines",
     ),
     OtherModel(lambda f: f.takes(9), "it is an inpainting model", takes_loras=True),
     OtherModel(lambda f: f.takes(8), "it is an editing model, such as InstructPix2Pix", takes_loras=True),
