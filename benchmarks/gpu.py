@@ -70,7 +70,7 @@ LEVERS: list[tuple[str, str]] = [
     ("draftp.gradient=drtune", ""),
     ("draftp.gradient=sparse", ""),
     ("draftp.gradient=matching", ""),
-    ("draftp.prefix_steps=5", ""),
+    ("draftp.prefix_steps=null", ""),
     ("sharding.compile=true", ""),
 ]
 Row = dict[str, Any]

@@ -45,6 +45,7 @@ from draftcli.core.models.family import Parts
 from draftcli.core.models.loading import load_parts
 
 RECIPE = ["sampling.steps=25", "sampling.scale=5", "draftp.truncation_steps=1", "trainer.micro_batch_size=1"]
+RECIPE += ["draftp.prefix_steps=null"]  # the plain loop walks the run's own steps
 SIZES = {
     "toy": ("toy", [*RECIPE, "trainer.global_batch_size=8"]),
     "sdxl": ("sdxl-lora", [*RECIPE, "trainer.global_batch_size=8", "model.offload_text_encoders=false"]),

@@ -22,9 +22,11 @@ from draftcli.planning.plan import configuration_folder
 
 # The plain loop: every image by itself, the LoRA beside the weights, one backward, activations recomputed.
 PLAIN = ["sharding.two_stage=false", "sharding.fold_lora=false", "sharding.activation_checkpointing=true"]
+OWN = ["draftp.prefix_steps=null"]  # the run's own steps before the gradient: in all ways but the recipe as it is
 WAYS: dict[str, list[str]] = {
     "plain loop": PLAIN,
     "as it is": [],
+    "the run's own steps": [],
     "activations kept": ["sharding.activation_checkpointing=false"],
     "offloaded": ["sharding.offload=true"],
     "LoRA folded": ["model.precision=fp32", "sharding.fold_lora=true"],
@@ -97,7 +99,8 @@ def main() -> None:
     )
     plain = None
     for way, settings in WAYS.items():
-        cfg = load_config(options.preset, [*options.set, *settings])
+        own = [] if way == "as it is" else OWN
+        cfg = load_config(options.preset, [*options.set, *own, *settings])
         ledger = make_ledger(cfg, configuration_folder(cfg))
         plain = plain or ledger.total
         judging = sum(flop for phase, flop in ledger.flop.items() if phase in JUDGING_PHASES)

@@ -83,7 +83,7 @@ def find_preset(name: str) -> Preset:
 
 
 def _header(text: str) -> dict[str, str]:
-    """The summary and the fields of a preset's text; empty where one is missing."""
+    """The summary and the fields of a preset's text. Without a duration or result, these are not yet measured."""
     found: dict[str, str] = {"summary": "", "hardware": "", "duration": "", "result": "", "command": ""}
     current = "summary"
     for line in text.splitlines():
@@ -100,4 +100,4 @@ def _header(text: str) -> dict[str, str]:
             current = ""
             continue
         found[current] = f"{found[current]} {words}".strip()
-    return found
+    return {**found, **{name: found[name] or _UNKNOWN for name in ("duration", "result")}}

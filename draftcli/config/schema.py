@@ -303,7 +303,8 @@ class ShardingConfig(Section):
     a step. Default: where K is above 1 and activation_checkpointing on, with offload, and where draftp.gradient cannot
     do otherwise."""
     prefix_batch_size: Count | None = None
-    """Images drawn together where no gradient is needed; default 8, at least trainer.micro_batch_size."""
+    """Images drawn together where no gradient is needed, validation's as well; default 8, at least
+    trainer.micro_batch_size."""
     decode_batch_size: Count | None = None
     """Images per backward of decoder and reward; default trainer.micro_batch_size."""
     fold_lora: bool = True

@@ -112,7 +112,7 @@ class Work:
         return cls(
             micro=micro,
             # Whole micro-batches.
-            prefix=max(micro, (settings.prefix_batch_size or 8) // micro * micro),
+            prefix=max(micro, (settings.prefix_batch_size or 8) // micro * micro) if settings.two_stage else micro,
             decode=settings.decode_batch_size or micro,
             recompute=asked or recomputes,
             scale=scale,

@@ -298,9 +298,9 @@ class DRaFTPModel:
         cond = nets.encode(batch)
         weights, seeds = step_weights(weighing_fn or linear, self.schedule), batch.seeds if stochastic else None
         network = annealed_denoiser(nets.tuned, nets.base, (cond, nets.encode_base(batch, cond)), weights, seeds)
-        with nets.fused():
+        with nets.drawing(tuned_alone=all(weight == 1 for weight in weights)):
             x_0 = self.sampler.walk(network, nets.at_first_level(x_T), churn_noise(batch))
-        return self.decode(x_0)
+        return torch.cat([self.decode(x) for x in x_0.split(Work.of(self.cfg).decode if nets.trains else len(x_0))])
 
     # -------------------------------------------------------------------------------------------------- the objective
 
@@ -344,8 +344,8 @@ class DRaFTPModel:
             metrics = training_step(*step).metrics(self.penalty.beta)
             return metrics["loss"], metrics
         forward = self.loss or self.get_forward_output_and_loss_func(validation_step=forward_only)
-        micro = self.cfg.trainer.micro_batch_size
-        parts = [(part, partial(forward, iter([part]), self)) for batch in batches for part in batch.split(micro)]
+        small = [part for batch in batches for part in batch.split(self.cfg.trainer.micro_batch_size)]
+        parts = [(part, partial(forward, iter([part]), self)) for part in small]
         return one_backward(parts, None if forward_only else self.grad_scaler.scale)
 
     # -------------------------------------------------------------------------------------------------------- private

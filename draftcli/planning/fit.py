@@ -146,7 +146,7 @@ def _evaluations(cfg: Config, name: str) -> str:
     """The cost, in words, of a setting in `sharding` that computes something twice."""
     before, after = (count_evaluations(some) for some in (cfg, _with(cfg, Choice(f"sharding.{name}", True, ""))))
     more = sum(after.values()) - sum(before.values())
-    return f"{more or 'no'} more UNet evaluations an image, of about {before['forward']}"
+    return f"{f'{more:.4g}' if more else 'no'} more UNet evaluations an image, of about {before['forward']:.4g}"
 
 
 def _may_offload(cfg: Config) -> bool:

@@ -154,4 +154,4 @@ def _passing(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
 
 
 def _prefix_batch(cfg: Config, images: int) -> int:
-    return min(images, Work.of(cfg).prefix if cfg.sharding.two_stage else cfg.trainer.micro_batch_size)
+    return min(images, Work.of(cfg).prefix)

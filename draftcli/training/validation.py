@@ -18,6 +18,7 @@ from torch import Tensor
 
 from draftcli import __version__
 from draftcli.config import RewardSource
+from draftcli.core.backward import Work
 from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks
 from draftcli.metrics.signs import SIGNS, near_duplicates
@@ -85,6 +86,9 @@ class Validation:
         # Pictures of one prompt where there are several of each, else all of them.
         self._groups = self._prompts if images > 1 else [0] * count
         self._base: Judged | None = None
+        # Walked together as training walks them; decoded and judged in the portions of its gradient.
+        whole = cfg.trainer.global_batch_size // self.ranks.size
+        self._together, self._micro = min(Work.of(cfg).prefix, whole), cfg.trainer.micro_batch_size
 
     def __call__(
         self,
@@ -168,15 +172,16 @@ class Validation:
         with self.ranks.all_or_none(), torch.no_grad():
             done = mine.start
             pictures = self.pictures[mine.start : mine.stop]
-            for images, prompts in draw(self.model, pictures, kind, self.model.cfg.trainer.micro_batch_size):
+            for images, prompts in draw(self.model, pictures, kind, self._together):
                 rows = range(done, done + len(images))
                 judged.thumbnails[rows.start : rows.stop] = thumbnail(images).cpu()
                 pixels = images.nan_to_num(0.0).clamp(0, 1).cpu().double().numpy()
                 for column, sign in enumerate(SIGNS.values()):
-                    judged.signs[rows.start : rows.stop, column] = torch.from_numpy(sign(pixels))
+                    signs[rows.start : rows.stop, column] = torch.from_numpy(sign(pixels))
                 with self._held_out_on_device():
-                    for column, reward in enumerate(self.rewards.values()):
-                        judged.scores[rows.start : rows.stop, column] = reward(images, prompts).cpu().double()
+                    for i in range(0, len(images), self._micro):
+                        some, texts = images[i : i + self._micro], prompts[i : i + self._micro]
+                        scores[done + i : done + i + len(some)] = self._scores(some, texts)
                 for i in set(rows) & {*self._chosen}:
                     judged.shown[i] = (images[i - done].clamp(0, 1) * 255).round().byte().cpu().contiguous()
                 done = rows.stop
@@ -191,11 +196,14 @@ class Validation:
             judged.shown[i] = picture
         return judged
 
+    def _scores(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """(B, R) float64, a column for each reward."""
+        return torch.stack([reward(images, prompts).cpu().double() for reward in self.rewards.values()], dim=1)
+
     def _draw_along(self, kind: str) -> None:
         """Draw as often as the process with the most batches: using a network that is split is collective."""
-        size = self.model.cfg.trainer.micro_batch_size
         shares = [self.ranks.share(len(self.pictures), rank) for rank in range(self.ranks.size)]
-        counts = [len(list(batches(self.pictures[share.start : share.stop], size))) for share in shares]
+        counts = [len(list(batches(self.pictures[share.start : share.stop], self._together))) for share in shares]
         for _ in range(max(counts) - counts[self.ranks.rank]):
             for _ in draw(self.model, self.pictures[:1], kind, 1):
                 pass

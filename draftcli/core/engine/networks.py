@@ -60,13 +60,14 @@ class PlacedNetworks:
         base_unet: the frozen copy of full fine-tuning; None: the base is the UNet with its adapters off.
         vae: the decoder.
         schedule: noise levels of the run's N steps.
+        trains: whether `loras` is None.
 
     Raises:
         InputError: the model cannot be loaded, or the settings do not fit it.
     """
 
     def __init__(self, cfg: Config, parts: Parts | None, loras: Sequence[tuple[Lora, float]] | None) -> None:
-        self.cfg = cfg
+        self.cfg, self.trains = cfg, loras is None
         self.runtime = choose_runtime(cfg.model.device, cfg.model.precision)
         in_full = cfg.peft.peft_scheme == "none"
         split = loras is None and sharding.splits_weights(cfg.sharding)
@@ -171,11 +172,15 @@ class PlacedNetworks:
                 stack.enter_context(fused(self.unet, self.runtime.dtype))
             yield
 
-    def fused(self) -> AbstractContextManager[None]:
-        """Inside, LoRAs are added in one operation a layer in half precision, where it pays; no gradient may be asked
-        for. The base stays the base: unlike folded weights, fused layers know when their adapters are off.
+    def drawing(self, tuned_alone: bool) -> AbstractContextManager[None]:
+        """Inside, pictures are drawn as quickly as can be; no gradient may be asked for.
+
+        In half precision LoRAs are added in one operation a layer: unlike folded weights, such layers know when their
+        adapters are off. In full precision the LoRA in training is folded, where the base is not asked: `tuned_alone`.
         """
-        if self.base_unet is not None or self.cfg.sharding.compile or self.runtime.dtype not in HALF:
+        if self.runtime.dtype not in HALF:
+            return self.without_gradient() if tuned_alone and self.trains else nullcontext()
+        if self.base_unet is not None or self.cfg.sharding.compile:
             return nullcontext()
         self.residency.need(UNET)  # its matrices are copied where they are
         return fused(self.unet, self.runtime.dtype)
