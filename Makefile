@@ -99,7 +99,7 @@ docs: .venv/.installed
 	touch $@
 
 .venv/.installed-lint: .venv/.installed
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint,plots]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[lint,plots,rate]"
 	touch $@
 
 clean:

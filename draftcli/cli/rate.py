@@ -80,7 +80,7 @@ def rate(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the page's address, warnings and errors only.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Choose the better of two pictures, again and again, on a page of this machine.
+    """Choose the better of two images, again and again, on a page that only this machine serves.
 
     Pairs are drawn while you rate: two seeds of one prompt, a run beside its base (--base) or two runs at the same
     seed. The page never says which is which. Each answer is in preferences.jsonl before the next pair is shown; Ctrl-C
@@ -145,7 +145,7 @@ def _print_result(result: RatingResult, console: Console) -> None:
         f"neither, {summary.skipped} skipped"
     )
     if summary.repeated:
-        console.print(f"the same answer to {summary.steady} of {summary.repeated} pairs that were shown twice")
+        console.print(f"the same answer to {summary.steady:g} of {summary.repeated} pairs that were shown twice")
     if summary.wins is not None and summary.wins.n:
         first, second = result.columns
         console.print(f"{second} was better than {first} in {in_percent(summary.wins)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -175,7 +176,7 @@ def train(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Train a reward on somebody's choices between two pictures, and say how well it agrees with them.
+    """Train a reward on somebody's choices between two images, and report how well it agrees with them.
 
     What is reported was measured on pairs whose prompts the reward has not seen. The folder that it leaves is a reward
     by its path, wherever a reward's name goes.
@@ -230,13 +231,14 @@ def _print_trained(report: TrainReport, console: Console) -> None:
     pairs = len(preferences.answers)
     notes = [*preferences.left_out, *filter(None, [preferences.habit()])]
     if not preferences.splits_prompts:
-        notes.append(f"{preferences.where}: not two prompts to keep apart: pairs were split, and others are not judged")
+        notes.append(f"{preferences.where}: only one prompt, so pairs were held out instead of prompts")
     told = advice(found, pairs)
     for text in [*notes, *(told if not found.beats_chance else [])]:
         warn(text)
     ties = f", {pairs - preferences.decided} of them ties" if preferences.decided < pairs else ""
     console.print(f"{'pairs':<12} {pairs}{ties}")
-    console.print(f"{'trained':<12} a {report.reward.trained} from {report.reward.start.reward}")
+    kinds = {"head": "a head on", "lora": "a LoRA of", "whole": "all weights of"}
+    console.print(f"{'trained':<12} {kinds[report.reward.trained]} {report.reward.start.reward}")
     for name, words in agreement_table(found):
         console.print(f"{name:<12} {words}")
     for text in told if found.beats_chance else ():
@@ -244,4 +246,4 @@ def _print_trained(report: TrainReport, console: Console) -> None:
     folder = report.reward.path
     named = folder if len(folder.parts) > 1 or folder.is_absolute() else f"./{folder}"
     console.print(f"{'written':<12} {named}")
-    console.print(f"{'next':<12} draftp train --reward {named}=1.0")
+    console.print(f"{'next':<12} draftp train --reward {shlex.quote(f'{named}=1.0')}")

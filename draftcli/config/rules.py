@@ -85,7 +85,7 @@ def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
         )
     if cfg.draftp.kl_gate == "held_out" and cfg.draftp.kl_by_reward:
         yield "draftp.kl_gate held_out and kl_by_reward both say how much an image's penalty counts: give one of them"
-    if cfg.draftp.kl_gate == "held_out" and not cfg.held_out_rewards:
+    if cfg.draftp.kl_gate == "held_out" and not cfg.held_out:
         yield (
             "draftp.kl_gate held_out compares the trained reward with held-out ones, and nothing is held out: name a "
             "reward in held_out_rewards"

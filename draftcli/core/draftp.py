@@ -366,7 +366,8 @@ class DRaFTPModel:
     @torch.no_grad()
     def _pieces(self, mode: GradientMode, batch: Batch, x_T: Tensor, training: bool = False) -> list[Piece]:
         """What carries gradient of the pictures that start from unit noise x_T (B, C, H, W)."""
-        nets, start = self.networks, self.networks.at_first_level(x_T)
+        nets = self.networks
+        start = None if training and batch.walked is not None else nets.at_first_level(x_T)
         sampler = training_sampler(self.cfg, mode.first, self.sampler) if training else self.sampler
         return list(mode.pieces(Rollout(nets, sampler, batch, nets.encode(batch), start, mode.recomputes)))
 

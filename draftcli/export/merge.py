@@ -108,7 +108,8 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     base, family, shapes = _base(request, kind, inputs)
     _check_output(output, request.overwrite, inputs, base)
     changes = read_changes(inputs, base, family, shapes, request.scale)
-    read_base_loras(base_loras_of(inputs), changes, shapes, own_alone=kind.is_lora)
+    needed = not kind.is_lora or changes.full or request.base is None
+    read_base_loras(base_loras_of(inputs) if needed else (), changes, shapes, own_alone=kind.is_lora)
     merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
     report = MergeReport(__version__, output.stem, kind.name, family.name, base.name if base else None, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)

@@ -125,7 +125,8 @@ def _add_gradient(passing: dict[Phase, int], cfg: Config, images: int, size: int
 
 def _visitors(cfg: Config) -> Iterator[tuple[Sequence[str], frozenset[Phase]]]:
     """Parts that are on the device in some phases alone, and in which."""
-    yield ("held-out rewards",), frozenset({Phase.VALIDATION})
+    if not cfg.draftp.asks_held_out:  # else each training step asks them too, and they stay
+        yield ("held-out rewards",), frozenset({Phase.VALIDATION})
     if cfg.model.offload_text_encoders:
         yield ("text encoder", "text encoder 2"), frozenset({Phase.TEXT})
     if cfg.sharding.offload:

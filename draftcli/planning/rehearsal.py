@@ -129,7 +129,11 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
     """
     k, again = make_mode(cfg).longest, recomputes_steps(cfg)
     sampling = _guidance(cfg, range(cfg.sampling.steps - k, cfg.sampling.steps))
-    settings = _relevant(cfg, images, sampling=sampling, model={"vae_tile": None} if cfg.sharding.two_stage else {})
+    # Modes that draw their steps: the longest piece counts, as last_k's of that length.
+    draws_steps = cfg.draftp.gradient_mode[0] in ("random_k", "refl", "drtune", "sparse")
+    draftp = {"gradient": "last_k"} if draws_steps else {}
+    model = {"vae_tile": None} if cfg.sharding.two_stage else {}
+    settings = _relevant(cfg, images, draftp=draftp, sampling=sampling, model=model)
     rewards = ((), ()) if cfg.sharding.two_stage else (_named(cfg.rewards), _asked_in_training(cfg))
     if cfg.sharding.two_stage and again:
         return _steps(settings, folder, min(k, 2), *rewards)

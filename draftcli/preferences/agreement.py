@@ -152,7 +152,7 @@ def advice(found: Assessment, pairs: int) -> list[str]:
         text = f"the held-out agreement of {_words(found.agreement)} cannot be told from chance, {CHANCE}"
         needed = _needed(found.agreement, pairs)
         more = f"about {needed} pairs in all would tell {mean:.2f} from it" if needed else "more pairs may show one"
-        return [f"{text}: this reward is not to be trained on; {more}"]
+        return [f"{text}: do not train on this reward; {more}"]
     counts = sorted(found.curve)
     if len(counts) < 2:
         return []
@@ -160,7 +160,7 @@ def advice(found: Assessment, pairs: int) -> list[str]:
     gain = found.curve[whole] - found.curve[half]
     step = f"trained on {half} pairs it agrees in {found.curve[half]:.2f}, on {whole} in {found.curve[whole]:.2f}"
     if gain > STILL_RISING:
-        return [f"{step}: more pairs would still help, and {pairs} more are a step of the same kind"]
+        return [f"{step}: more pairs would still help; try {pairs} more"]
     return [f"{step}: more pairs of this kind would help little"]
 
 

@@ -30,7 +30,7 @@ from draftcli.preferences.pairs import Answers, Shown
 from draftcli.preferences.writing import TrainedReward
 from draftcli.progress import Activity
 from draftcli.rewards.clip import CLIPReward
-from draftcli.rewards.folders import ADAPTER
+from draftcli.rewards.folders import ADAPTER_FILE
 
 LEARNING_RATES = {"lora": 1e-4, "whole": 3e-6}  # whole: PickScore's own
 TARGETS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -185,7 +185,7 @@ def finetune(
     """
     split = split_groups(preferences.groups, settings.seed, preferences.where)
     network, trained = _trainable(clip, settings)
-    rate = settings.lr or LEARNING_RATES[settings.train]
+    rate = LEARNING_RATES[settings.train] if settings.lr is None else settings.lr
     optimizer = torch.optim.AdamW(trained.values(), lr=rate, betas=(0.9, 0.98), weight_decay=0.0)
     scores = PairScores(clip, preferences)
     asked = {**asked, "settings": asdict(settings)}
@@ -308,7 +308,7 @@ def _save_network(folder: Path, network: Any, clip: CLIPReward, settings: FineTu
 
         network.peft_config["default"].save_pretrained(folder)
         tensors = {name: tensor.contiguous().cpu() for name, tensor in get_peft_model_state_dict(network).items()}
-        save_file(tensors, folder / ADAPTER, metadata={"format": "pt"})
+        save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
         return
     network.save_pretrained(folder)
     clip.tokenizer.save_pretrained(folder)

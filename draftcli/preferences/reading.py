@@ -95,10 +95,11 @@ def _items(path: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
     """The lines that were not taken back, by their number from 0, and the numbers from 1 of those that are not JSON."""
     items: dict[int, dict[str, Any]] = {}
     torn: list[int] = []
-    for number, line in enumerate(text_lines(path)):
+    for number, line in enumerate(text_lines(path, errors="surrogateescape")):
         if not line.strip():
             continue
         try:
+            line.encode()  # else it was cut within a letter
             item = json.loads(line)
         except (ValueError, RecursionError):  # what was being written when the power went
             torn.append(number + 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from draftcli.preferences.agreement import Assessment, advice, agreement_table
 from draftcli.preferences.pairs import Answers
 from draftcli.rewards.folders import CONFIG, SECTION, RewardFolder
 
-CARD, REWARD_REPORT, HELD_OUT = "README.md", "report.json", "held_out.jsonl"
+CARD, REWARD_REPORT, HELD_OUT_FILE = "README.md", "report.json", "held_out.jsonl"
 WHAT = {
     "head": "A linear head (Bradley and Terry) on the frozen features of",
     "lora": "A LoRA, trained with PickScore's loss, of",
@@ -109,7 +110,7 @@ def _fill(
     }
     _write_json(folder / REWARD_REPORT, facts)
     (folder / CARD).write_text(_card(output, reward, found, preferences), encoding="utf-8")
-    with (folder / HELD_OUT).open("w", encoding="utf-8") as file:
+    with (folder / HELD_OUT_FILE).open("w", encoding="utf-8") as file:
         for row, odds in zip(trained.rows.tolist(), trained.odds.tolist(), strict=True):
             answer = preferences.answers[row]
             file.write(json_line({
@@ -142,8 +143,8 @@ whoever made them and of nobody else, on images of their kind; {prompt}. The dif
 logarithm of the odds that the one is preferred.
 
 ```bash
-draftp rewards check ./{output.name}
-draftp train --preset sdxl-lora --reward ./{output.name}=1.0
+draftp rewards check {shlex.quote(f"./{output.name}")}
+draftp train --preset sdxl-lora --reward {shlex.quote(f"./{output.name}=1.0")}
 ```
 
 ## How well it agrees

@@ -24,7 +24,7 @@ class RatingSummary:
         ties: different pairs of which neither was.
         skipped: different pairs that were skipped.
         repeated: pairs that were answered twice.
-        steady: of those, how many times the answer was the same.
+        steady: of those, how many times the answer was the same; neither beside a preference counts half.
         wins: how often the second column was better than the first, ties counting half, in [0, 1] with its interval
             over prompts; None where pairs are of one column.
     """
@@ -34,7 +34,7 @@ class RatingSummary:
     ties: int
     skipped: int
     repeated: int
-    steady: int
+    steady: float
     wins: Estimate | None
 
 
@@ -51,7 +51,7 @@ def summarise(answers: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> R
         ties=kinds.count("neither"),
         skipped=kinds.count("skip"),
         repeated=len(again),
-        steady=sum(before == after for before, after in again),
+        steady=sum(1.0 if a == b else 0.5 if None in (a, b) else 0.0 for a, b in again),  # as rewards train counts
         wins=_wins(once, columns) if len(columns) == 2 else None,
     )
 

@@ -118,7 +118,7 @@ def _draw_source(
             pictures,
             folder,
             batch_size=request.batch_size,
-            loras=named_loras(source.loras),
+            loras=named_loras(source.loras, source.base_loras),
             progress=advance,
             told=take,
         )

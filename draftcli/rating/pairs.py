@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from draftcli.errors import InputError
+from draftcli.errors import InputError, brief
 from draftcli.evaluation.pictures import read_entries
 from draftcli.prompts import Prompt, Shuffled
 from draftcli.sampling.names import INDEX
@@ -116,12 +116,9 @@ def pairs_across(folders: Sequence[Path], columns: Sequence[str], count: int, se
     """At most `count` pairs of pictures with the same prompt and seed, one out of each of two folders.
 
     Raises:
-        InputError: no index, a picture outside its folder, or nothing in common.
+        InputError: no index, a picture outside its folder, several of one prompt and seed, or nothing in common.
     """
-    first, second = (
-        {(line["prompt"], line["seed"]): RatedPicture.of(folder, line, column) for line in _lines(folder)}
-        for folder, column in zip(folders, columns, strict=True)
-    )
+    first, second = (_by_seed(folder, column) for folder, column in zip(folders, columns, strict=True))
     both = [item for item in first if item in second]
     if not both:
         raise InputError(
@@ -129,6 +126,18 @@ def pairs_across(folders: Sequence[Path], columns: Sequence[str], count: int, se
         )
     order = np.random.default_rng(seed).permutation(len(both))
     return [Pair(both[i][0], (first[both[i]], second[both[i]])) for i in order[:count]]
+
+
+def _by_seed(folder: Path, column: str) -> dict[tuple[str, int], RatedPicture]:
+    found: dict[tuple[str, int], RatedPicture] = {}
+    for line in _lines(folder):
+        item, picture = (line["prompt"], line["seed"]), RatedPicture.of(folder, line, column)
+        if found.setdefault(item, picture).path != picture.path:
+            raise InputError(
+                f"{folder}: seed {item[1]} of {brief(item[0])} was generated in several ways; keep one line for each "
+                f"prompt and seed in {INDEX}, or use a separate folder for each"
+            )
+    return found
 
 
 def _lines(folder: Path) -> Iterator[dict[str, Any]]:

@@ -88,7 +88,7 @@ async function load(pair) {
     try {
       await image.decode();
     } catch {
-      throw new Error("A picture cannot be shown: its file is gone or damaged. Skip goes on.");
+      throw new Error("An image cannot be shown: its file is missing or damaged. Press Skip to continue.");
     } finally {
       image.classList.toggle("tiny", Math.max(image.naturalWidth, image.naturalHeight) <= SMALL_EDGE);
     }

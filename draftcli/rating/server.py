@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import secrets
 import socket
 import threading
@@ -166,7 +167,8 @@ def served(session: RatingSession, port: int = 0) -> Iterator[str]:
 def _listening(port: int) -> socket.socket:
     listener = socket.socket()
     try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if os.name == "posix":  # on Windows it would share the port with whoever has it
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((HOST, port))
         listener.listen()
     except OSError as error:

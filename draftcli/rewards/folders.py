@@ -16,7 +16,7 @@ from draftcli.errors import InputError, brief
 
 Trained = Literal["head", "lora", "whole"]
 CONFIG, SECTION, WEIGHTS = "config.json", "draftp_reward", "model.safetensors"
-ADAPTER = "adapter_model.safetensors"  # of a LoRA, as peft names it
+ADAPTER_FILE = "adapter_model.safetensors"  # of a LoRA, as peft names it
 FOLDER_FORMAT = 1
 
 

@@ -123,7 +123,7 @@ class WeightedSum:
 class LeastGain(WeightedSum):
     """`draftp.combine: min`. For each image, the reward that has gained least: no reward can be bought with another.
 
-        min over rewards of weight * (min(score, target) - start) / scale,    weight 1 or -1
+        min over rewards of weight * (score - start) / scale,    weight 1 or -1, without those at their target
 
     `start` is its mean over the first step of the training, and `scale` as in `WeightedSum`. Every reward is
     normalised, as scores of different units cannot be compared. Only the least one has a gradient. One that has nothing
@@ -142,8 +142,9 @@ class LeastGain(WeightedSum):
         scale = None if spread is None else spread.scale(setting.normalise)
         if spread is None or scale is None or setting.weight == 0:
             return torch.full_like(score, math.inf)
-        reached = score if setting.target is None else score.clamp(max=setting.target)
-        return (reached - spread.first) * (setting.weight / scale)
+        gain = (score - spread.first) * (setting.weight / scale)
+        # What has reached its target is left out, as it has no gradient: the least of the others is trained.
+        return gain if setting.target is None else gain.masked_fill(score.detach() >= setting.target, math.inf)
 
 
 COMBINATIONS = {"sum": WeightedSum, "min": LeastGain}  # by draftp.combine

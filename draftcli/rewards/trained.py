@@ -14,7 +14,7 @@ from draftcli.errors import InputError, first_line
 from draftcli.rewards.catalogue import BUILT_IN_REWARDS, reward_folder, reward_reference
 from draftcli.rewards.checkpoints import fill, loading, read_checkpoint
 from draftcli.rewards.clip import CLIPReward, load_clip_reward
-from draftcli.rewards.folders import ADAPTER, WEIGHTS, RewardFolder, Start
+from draftcli.rewards.folders import ADAPTER_FILE, WEIGHTS, RewardFolder, Start
 from draftcli.rewards.references import find_object, make_reward
 
 
@@ -133,7 +133,7 @@ def _adapted(name: str, folder: RewardFolder, clip: CLIPReward) -> CLIPReward:
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from peft.tuners.lora import LoraLayer
 
-    path = _there(name, folder, ADAPTER)
+    path = _there(name, folder, ADAPTER_FILE)
     with loading(name, str(folder.path), "pretrained"):
         network: Any = inject_adapter_in_model(LoraConfig.from_pretrained(str(folder.path)), clip.clip)
     wanted = sum(".lora_" in key for key in network.state_dict())
@@ -146,9 +146,12 @@ def _adapted(name: str, folder: RewardFolder, clip: CLIPReward) -> CLIPReward:
         raise InputError(
             f"reward {name}: {path} has {len(tensors)} tensors where {wanted} are expected; train it again"
         )
-    for layer in network.modules():
-        if isinstance(layer, LoraLayer):
-            layer.merge()
+    for module in list(network.modules()):  # merged and unwrapped, so that it is a plain CLIP again
+        for child, layer in list(module.named_children()):
+            if isinstance(layer, LoraLayer):
+                layer.merge()
+                setattr(module, child, layer.get_base_layer())
+    del network.peft_config
     return CLIPReward(name, network, clip.tokenizer, clip.preprocess)
 
 

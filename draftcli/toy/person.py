@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from draftcli.pictures import open_picture
 from draftcli.toy import oracle
 
 Person = Callable[[Image.Image, Image.Image, str], str]
@@ -103,7 +104,7 @@ def _ask(address: str, what: str, given: dict[str, Any] | None = None) -> dict[s
 
 def _picture(address: str, name: str) -> Image.Image:
     with _DIRECT.open(f"{address}picture/{name}") as response:
-        return Image.open(io.BytesIO(response.read()))
+        return open_picture(io.BytesIO(response.read()), name)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from draftcli.toy.world import RESOLUTION, training_scenes
 TEACHER_STEPS = 12
 FOUR_LEVELS = (999, 749, 499, 249)  # every third of the teacher's
 RANK = 24
-TARGETS = (
+STUDENT_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
     *("conv1", "conv2", "conv_shortcut", "time_emb_proj", "conv_in", "conv_out"),
 )
@@ -92,7 +92,7 @@ def _settings(model: Path, *, scale: float, seed: int, **grid: Any) -> Any:
         **{f"sampling.{key}": value for key, value in grid.items()},
         "draftp.truncation_steps": 1,
         "peft.rank": RANK,
-        "peft.target_modules": list(TARGETS),
+        "peft.target_modules": list(STUDENT_TARGETS),
         "trainer.seed": seed,
     }
     return load_config(None, values=values)

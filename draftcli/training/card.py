@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,11 @@ def _base_loras(cfg: Config) -> list[str]:
         lines += [f"pipe.load_lora_weights({f'lora_path({place})' if _is_built_in(path) else place})"]
         lines += [f"pipe.fuse_lora(lora_scale={scale:g})", "pipe.unload_lora_weights()"]
     return lines
+
+
+def _or_nan(figures: Mapping[str, float | None]) -> dict[str, float]:
+    """Figures as validation.jsonl has them, where null stands for NaN."""
+    return {key: math.nan if value is None else value for key, value in figures.items()}
 
 
 def _is_built_in(lora: Path) -> bool:
@@ -189,13 +196,14 @@ def model_card(
             "| reward | base | tuned | difference | 95 % interval | trained on |",
             "|---|---|---|---|---|---|",
         ]
-        for name, f in validation["rewards"].items():
+        for name, figures in validation["rewards"].items():
+            f = _or_nan(figures)
             interval = f"{f['low']:+.4f} to {f['high']:+.4f}" if has_interval(f["low"], f["high"]) else "none"
             lines.append(
                 f"| {name} | {f['base']:.4f} | {f['tuned']:.4f} | {f['difference']:+.4f} | "
                 f"{interval} | {'yes' if name in cfg.rewards else 'no'} |"
             )
-        f = validation["diversity"]
+        f = _or_nan(validation["diversity"])
         lines += [
             "",
             f"Diversity, the mean distance of two images in pixels: {f['base']:.4f} before, {f['tuned']:.4f} after"

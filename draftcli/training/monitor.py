@@ -63,7 +63,7 @@ class Monitor:
         """What a run says of it at its start."""
         if self.can_stop:
             judges = f"held out: {', '.join(self.held_out)}" if self.held_out else "nothing is held out"
-            return f"monitor: ends the run where it looks like reward hacking ({judges}); monitor.stop=never goes on"
+            return f"monitor: ends the run where it looks like reward hacking ({judges}); monitor.stop=never continues"
         if self.rule.stop is None:
             return "monitor: warns and never ends the run, as held_out_rewards names nothing"
         return "monitor: warns and never ends the run (monitor.stop=never)"
@@ -100,6 +100,11 @@ class Monitor:
     def _verdicts(self, history: Sequence[ValidationLine]) -> list[Hacking | None]:
         """The verdict of the rule at each validation, as it was then."""
         standings = [self._standing(line) for line in history]
+        # What peft.init_from brought along is not this run's doing.
+        begun = (
+            {sign.name for sign in standings[0].signs if sign.is_far} if history and not history[0]["step"] else set()
+        )
+        standings = [replace(s, signs=[sign for sign in s.signs if sign.name not in begun]) for s in standings]
         trained = [self._wanted(name) for name, weight in self.weights.items() if weight]
         return [find_hacking(standings[: i + 1], trained) for i in range(len(standings))]
 

@@ -150,7 +150,7 @@ def diversity_warning(line: ValidationLine) -> str | None:
         return None
     return (
         f"step {line['step']}: {kept.words} of the base's diversity is left, measured in pixels; raise "
-        "draftp.kl_coeff, or draw with draftp anneal"
+        "draftp.kl_coeff, or generate with draftp anneal"
     )
 
 

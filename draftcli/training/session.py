@@ -345,6 +345,8 @@ def resume(cfg: Config, run: Run, prompts: PromptSets, trainer: Trainer, console
         first = state["step"]
         console.print(f"resuming {run.folder} after step {first}")
         warnings += prompts.changes_since(state["prompts"])
+        if state["prompts"]["sha256"] != prompts.facts["sha256"]:
+            trainer.walks.load_state_dict({})  # they are of other prompts
     for text in warnings if ranks.is_main else ():
         warn(text)
     if first > cfg.trainer.max_steps:

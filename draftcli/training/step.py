@@ -136,8 +136,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._count(broken, searching)
         self.consistent = True
-        if broken and self._skipped_in_a_row >= SKIPS_ALLOWED:
-            raise DraftpError(_giving_up(broken[0], step))
+        if broken and self.gave_up:
+            raise DraftpError(_giving_up(broken[0], step, self._skipped_in_a_row))
         seconds = time.perf_counter() - began
         return {
             "step": step,
@@ -194,7 +194,8 @@ class Trainer:
     @property
     def gave_up(self) -> bool:
         """Whether `step` raised because too many steps in a row were not finite, in every process alike."""
-        return self._skipped_in_a_row >= SKIPS_ALLOWED
+        # With draftp.reuse m a bad image is in m steps, and as these change nothing it stays bad.
+        return self._skipped_in_a_row >= SKIPS_ALLOWED + self.cfg.draftp.reuse - 1
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside the weights and `tensors`: small, the same in every process."""
@@ -295,12 +296,12 @@ def why_skipped(reason: str) -> str:
     return f"its {reason} was not finite" if reason in NOT_FINITE else reason
 
 
-def _giving_up(reason: str, step: int) -> str:
+def _giving_up(reason: str, step: int, skipped: int) -> str:
     if reason in NOT_FINITE:
         what, advice = f"{reason} was not finite", "a lower optim.lr, a higher draftp.kl_coeff or model.precision fp32"
     else:
         what, advice = reason, "prompts that a reward can score"
-    return f"{what} in {SKIPS_ALLOWED} steps in a row, the last is step {step}; try {advice}, in another --output"
+    return f"{what} in {skipped} steps in a row, the last is step {step}; try {advice}, in another --output"
 
 
 def _memory(device: torch.device) -> float:

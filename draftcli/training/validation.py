@@ -112,7 +112,8 @@ class Validation:
         """
         base, tuned = self._judge_both(run, step, progress, give_up_if_late)
         figures = {
-            name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy()) for i, name in enumerate(self.rewards)
+            name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy(), self._prompts)
+            for i, name in enumerate(self.rewards)
         }
         distances = [pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)]
         diversity, kept = paired(*distances), ratio(*distances)
@@ -160,9 +161,15 @@ class Validation:
     def _signs(self, base: Judged, tuned: Judged) -> dict[str, dict[str, float]]:
         """Figures of each sign, paired by picture."""
         both = (base, tuned)
-        found = {name: paired(*(one.signs[:, i].numpy() for one in both)) for i, name in enumerate(SIGNS)}
+        groups = self._prompts
+        found = {
+            name: paired(base.signs[:, i].numpy(), tuned.signs[:, i].numpy(), groups) for i, name in enumerate(SIGNS)
+        }
         small, prompts = [one.thumbnails.double().numpy() for one in both], np.array(self._prompts)
-        return {**found, "near_duplicates": paired(*(near_duplicates(some, prompts) for some in small))}
+        return {
+            **found,
+            "near_duplicates": paired(near_duplicates(small[0], prompts), near_duplicates(small[1], prompts), groups),
+        }
 
     def _judge(self, kind: str, progress: Callable[[str], None], give_up_if_late: Callable[[], None]) -> Judged:
         count, mine = len(self.pictures), self.ranks.share(len(self.pictures))

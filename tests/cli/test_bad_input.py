@@ -179,7 +179,7 @@ def test_wrong_models(tiny_sdxl):
     Path("cut.safetensors").write_bytes(b"\x10\x00")
     cases = {
         "folder": "no model_index.json",
-        "sd15": "not Stable Diffusion XL",
+        "sd15": "there is no folder unet in it",
         "cut.safetensors": "damaged: cut short at 2 bytes",
         "nowhere.safetensors": "there is no such file",
         "model.ckpt": "convert it to .safetensors",

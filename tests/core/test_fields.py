@@ -156,11 +156,11 @@ def test_another_grid_is_warned_about(fields):
 
 
 def test_the_sampler_that_the_scheduler_asks_for_is_not_warned_about():
-    check_fields("scheduler", scheduler("LCMScheduler"), "here", "lcm")
+    check_fields("scheduler", scheduler("LCMScheduler"), "here", sampler="lcm")
     with pytest.warns(UserWarning, match="asks for timestep_scaling 5.0"):
-        check_fields("scheduler", scheduler("LCMScheduler", timestep_scaling=5.0), "here", "lcm")
+        check_fields("scheduler", scheduler("LCMScheduler", timestep_scaling=5.0), "here", sampler="lcm")
     with pytest.warns(UserWarning, match="asks for TCDScheduler"):
-        check_fields("scheduler", scheduler("TCDScheduler"), "here", "lcm")
+        check_fields("scheduler", scheduler("TCDScheduler"), "here", sampler="lcm")
 
 
 @pytest.mark.filterwarnings("default::UserWarning")

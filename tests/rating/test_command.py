@@ -122,7 +122,11 @@ def test_ctrl_c_ends_the_drawing_and_keeps_what_is_there(lora_run):
 @contextmanager
 def command(*arguments):
     """`draftp rate ARGUMENTS --no-open`, running: the process and its page's address."""
-    call = [sys.executable, "-m", "draftcli", "rate", *map(str, arguments), "--no-open"]
+    # A suite that was started in the background ignores Ctrl-C, and so would its processes.
+    start = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from draftcli.cli import main; main()"
+    )
+    call = [sys.executable, "-c", start, "rate", *map(str, arguments), "--no-open"]
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         line = process.stdout.readline()
         found = re.fullmatch(r"rate at  (http://127\.0\.0\.1:\d+/[\w-]{40,}/)\n", line)
@@ -156,8 +160,8 @@ def test_killed_and_started_again_nothing_is_lost(pictures):
     with command(pictures, "--pairs", 10) as (process, address):
         assert rate_pairs(address, prefers_red, most=7, finish=False) == 7
         process.send_signal(signal.SIGINT)
-        out, err = process.stdout.read(), process.stderr.read()
-        assert (process.wait(), err) == (0, "")
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (0, "")
     assert Path("pictures/rate/preferences.jsonl").read_bytes().startswith(before)
     assert out.splitlines() == [
         "Ctrl-C here, or Finish on the page, saves and leaves",

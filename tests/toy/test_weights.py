@@ -43,7 +43,7 @@ def test_the_reward_agrees_with_the_oracle(provenance: dict) -> None:
 
 def test_weights_are_small_fp16_safetensors_and_nothing_else() -> None:
     files = [path for path in WEIGHTS_FOLDER.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 16e6
+    assert sum(path.stat().st_size for path in files) < 17e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt"}
     assert not any("fp16" in path.name for path in files)
     settings = [json.loads(path.read_text()) for path in files if path.name == "config.json"]

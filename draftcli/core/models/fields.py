@@ -207,7 +207,7 @@ def check_fields(part: str, module: Any, where: str, family: Family | None = Non
             asked.append(f"{name} {value}")
     if asked:
         warnings.warn(
-            f"{where}: the scheduler asks for {', '.join(asked)}; draftp draws with sampling.sampler on the grid of "
+            f"{where}: the scheduler asks for {', '.join(asked)}; draftp uses sampling.sampler on the grid of "
             "sampling.schedule",
             stacklevel=2,
         )

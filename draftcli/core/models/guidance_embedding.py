@@ -28,8 +28,8 @@ def guidance_embedding(scale: float, width: int) -> Tensor:
     return torch.nn.functional.pad(torch.cat([angles.sin(), angles.cos()]), (0, width % 2))
 
 
-def timestep_condition(unet: Any, x: Tensor, guidance: float | None) -> Tensor | None:
-    """What a UNet takes as `timestep_cond`.
+def timestep_condition(unet: Any, x: Tensor, guidance: float | None) -> dict[str, Tensor]:
+    """The argument by which a UNet is told the guidance scale; nothing for one that does not take it.
 
     Args:
         unet: any; one without time_cond_proj_dim takes nothing.
@@ -37,12 +37,12 @@ def timestep_condition(unet: Any, x: Tensor, guidance: float | None) -> Tensor |
         guidance: sampling.guidance_embedding.
 
     Returns:
-        (B, time_cond_proj_dim), or None.
+        `timestep_cond`: (B, time_cond_proj_dim).
     """
     width = getattr(unet.config, "time_cond_proj_dim", None)
     if width is None or guidance is None:
-        return None
-    return guidance_embedding(guidance, width).to(x).expand(len(x), -1)
+        return {}
+    return {"timestep_cond": guidance_embedding(guidance, width).to(x).expand(len(x), -1)}
 
 
 def check_guidance_embedding(width: int | None, scale: float | None, where: str) -> None:
@@ -59,7 +59,7 @@ def check_guidance_embedding(width: int | None, scale: float | None, where: str)
     if width is not None and scale is None:
         raise InputError(
             f"{where}: the guidance scale is an input of its UNet (time_cond_proj_dim {width}), as in LCM; set "
-            "sampling.guidance_embedding to the scale that it shall draw with, such as 8"
+            "sampling.guidance_embedding to the scale to generate with, such as 8"
         )
     if width is None and scale is not None:
         raise InputError(

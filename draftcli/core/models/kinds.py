@@ -144,7 +144,7 @@ def check_kind(facts: Facts, where: str, *, to_merge: bool = False) -> None:
         if (sign := other.sign(facts)) and not (to_merge and other.takes_loras):
             tuned = " or ".join(find_family(name).title for name in FAMILIES)
             advice = other.advice or (
-                f"draftp tunes text-to-image models, whose UNet takes 4 and gives 4; choose {tuned}"
+                f"draftp tunes text-to-image models, whose UNet has 4 channels in and out; choose {tuned}"
             )
             raise InputError(f"{where}: {sign}, so {other.what}; {advice}")
 

@@ -72,7 +72,7 @@ class SD1(LatentDiffusion):
         output = unet(
             seen,
             torch.tensor(timestep, device=x.device),
-            timestep_cond=timestep_condition(unet, seen, guidance),
+            **timestep_condition(unet, seen, guidance),
             encoder_hidden_states=cond.prompt_embeds,
             return_dict=False,
         )[0]

@@ -106,7 +106,7 @@ class SDXL(LatentDiffusion):
         output = unet(
             seen,
             torch.tensor(timestep, device=x.device),
-            timestep_cond=timestep_condition(unet, seen, guidance),
+            **timestep_condition(unet, seen, guidance),
             encoder_hidden_states=cond.prompt_embeds,
             added_cond_kwargs={"text_embeds": cond.text_embeds, "time_ids": cond.time_ids},
             return_dict=False,
