@@ -368,8 +368,8 @@ REFUSED = {
     "PFM": (lambda: Image.new("F", (4, 4)).save("x.pfm", "PPM"), "floats or 32-bit numbers"),
     "linear PNG": (lambda: other_colours(100000, 64000), "its colours are not sRGB, and it has no ICC profile"),
     "PNG of other primaries": (lambda: other_colours(45455, 68000), "its colours are not sRGB"),
-    "EPS": (lambda: Image.fromarray(scene()).save("x.eps"), "cannot be read as a picture"),
-    "text": (lambda: Path("x.png").write_text("a fox"), "cannot be read as a picture"),
+    "EPS": (lambda: Image.fromarray(scene()).save("x.eps"), "cannot be read as an image"),
+    "text": (lambda: Path("x.png").write_text("a fox"), "cannot be read as an image"),
 }
 
 

@@ -139,7 +139,7 @@ def test_every_command_says_it(tiny_sdxl):
     drawn = draftp("sample", "--model", tiny_sdxl, *small, "--output", "out")
     assert drawn.code == 0, drawn.err
     assert drawn.err.count(comment.format("--prompts")) == drawn.err.count(left_out.format("--prompts")) == 1
-    assert "warning: --prompt: read word for word" in drawn.err
+    assert "warning: --prompt: taken literally" in drawn.err
     lines = [json.loads(line) for line in Path("out/index.jsonl").read_text().splitlines()]
     assert ["a fox", "dark", 3] in [[line["prompt"], line["negative_prompt"], line["seed"]] for line in lines]
     preset = recipe(tiny_sdxl, trainer={"max_steps": 1, "val_check_interval": 0})
@@ -154,5 +154,5 @@ def test_eval_tells_what_it_leaves_out(lora_run):
     small = ["--num-images", 1, "--weight", "linear", "--features", "toy"]
     result = draftp("eval", lora_run, "--prompts", "p.txt", *small, "--output", "eval")
     assert result.code == 0, result.err
-    assert "warning: --prompts p.txt: read word for word" in result.err
+    assert "warning: --prompts p.txt: taken literally" in result.err
     assert "warning: 1 prompts differ from another in negative prompt, seed or size alone" in result.err

@@ -126,11 +126,11 @@ class DRaFTPModel:
     """A model being tuned, its frozen base, and the reward it is tuned for.
 
     Attributes:
-        kind: name of the only family that it takes; None: any.
+        kind: the only family that it takes; None: any.
         networks: tuned and base on this machine.
         sampler: the run's N steps.
         reward_model: assign before training: `reward_model(images (B, 3, H, W) in [0, 1], prompts) -> (B,)`.
-        grad_scaler: scales the loss under fp16, else does nothing; the trainer steps through it.
+        grad_scaler: scales the loss under fp16, else does nothing.
 
     Args:
         cfg: the settings, from `draftcli.load_config`.
@@ -146,9 +146,7 @@ class DRaFTPModel:
 
     def __init_subclass__(cls) -> None:
         if "get_forward_output_and_loss_func" in vars(cls):
-            raise TypeError(
-                f"{cls.__name__}: training does not call an overridden function; pass an objective as loss="
-            )
+            raise TypeError(f"{cls.__name__}: training calls no overridden function; pass an objective as loss=")
 
     def __init__(
         self,
@@ -308,10 +306,9 @@ class DRaFTPModel:
         """The forward pass as a function of a data iterator, and the loss as a function of its images.
 
         Returns:
-            f(data_iterator, model) -> image (B, 3, 8 H, 8 W) in [0, 1], loss_func;
-            loss_func(image) -> scalar loss, metrics "loss", "reward" and "kl_penalty" (None where it was not
-            measured), in validation also "images_and_captions". In training the images are those of all pieces
-            that the mode cuts a batch into; in validation the batch's own, with the penalty over the last K steps.
+            f(data_iterator, model) -> image (B, 3, 8 H, 8 W) in [0, 1], loss_func; loss_func(image) -> scalar loss,
+            metrics "loss", "reward" and "kl_penalty" (None: not measured), in validation also "images_and_captions".
+            In training the images are those of all the mode's pieces; in validation with the last K steps' penalty.
         """
 
         def forward(data_iterator: Iterator[Batch | Sequence[str]], model: DRaFTPModel) -> tuple[Tensor, LossFunction]:
@@ -366,10 +363,10 @@ class DRaFTPModel:
     @torch.no_grad()
     def _pieces(self, mode: GradientMode, batch: Batch, x_T: Tensor, training: bool = False) -> list[Piece]:
         """What carries gradient of the pictures that start from unit noise x_T (B, C, H, W)."""
-        nets = self.networks
-        start = None if training and batch.walked is not None else nets.at_first_level(x_T)
         sampler = training_sampler(self.cfg, mode.first, self.sampler) if training else self.sampler
-        return list(mode.pieces(Rollout(nets, sampler, batch, nets.encode(batch), start, mode.recomputes)))
+        start = None if training and batch.walked is not None else self.networks.at_first_level(x_T)
+        cond = self.networks.encode(batch)
+        return list(mode.pieces(Rollout(self.networks, sampler, batch, cond, start, mode.recomputes)))
 
     def _sized(self, batch: Batch | Sequence[str], x_T: Tensor) -> Batch:
         """The batch, of the size that the noise has."""

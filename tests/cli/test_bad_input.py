@@ -39,7 +39,7 @@ SETTINGS = [
     ("draftp.kl_target=0", "greater than 0"),
     ("draftp.kl_gate=oracle", "'none' or 'held_out'"),
     ("draftp.kl_gate=held_out", "and nothing is held out: name a reward in held_out_rewards"),
-    ("draftp={kl_gate: held_out, kl_by_reward: true}", "both say how much a picture's penalty counts: give one of"),
+    ("draftp={kl_gate: held_out, kl_by_reward: true}", "both say how much an image's penalty counts: give one of"),
     (
         "draftp={kl_target: 0.1, kl_coeff: 0}",
         "draftp.kl_target 0.1 steers the coefficient from draftp.kl_coeff on, and",

@@ -117,8 +117,9 @@ def test_the_preset_for_24_gb_has_two_names():
 @pytest.mark.parametrize("preset", preset_names())
 def test_presets_open_with_hardware_duration_result_and_command(preset):
     head = load_config_text(preset).split("\nmodel:")[0]
-    for word in ("hardware", "duration", "result", f"draftp train --preset {preset}"):
+    for word in ("hardware", f"draftp train --preset {preset}"):
         assert word in head
+    assert ("# duration " in head and "# result " in head) or "# status     not run on a GPU yet" in head
     load_config(preset)
 
 

@@ -347,12 +347,12 @@ def test_churn_is_reproducible_whatever_the_batch(tiny_sdxl):
 @both_schemes
 @pytest.mark.parametrize("churn", [0, 1.2])
 def test_annealing_with_weight_0_is_base_and_with_1_tuned(tiny_sdxl, scheme, churn):
-    """Bit for bit."""
+    """Bit for bit, but that a LoRA in training is folded where the tuned network alone is asked."""
     model = tiny_model(tiny_sdxl, 0.02 if scheme else 0.1, **scheme, sampling={"s_churn": churn})
     prompts = batch(2)
     noise = model.initial_noise(prompts)
     tuned = model.annealed_guidance(prompts, noise, weighing("draft"))
-    assert torch.equal(tuned, picture(model, prompts))
+    torch.testing.assert_close(tuned, picture(model, prompts), rtol=0, atol=1e-3 if not scheme else 0)  # of 255
     with model.base_weights():
         base = picture(model, prompts)
     assert torch.equal(model.annealed_guidance(prompts, noise, weighing("base")), base)

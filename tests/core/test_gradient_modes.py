@@ -234,7 +234,7 @@ def test_metrics_are_plain_numbers(tiny_sdxl):
 
 def test_an_overridden_objective_is_refused():
     """It would be passed over in silence: an objective of one's own is an argument."""
-    with pytest.raises(TypeError, match="give an objective as loss="):
+    with pytest.raises(TypeError, match="pass an objective as loss="):
         type("Own", (SDXLDRaFTPModel,), {"get_forward_output_and_loss_func": lambda self: None})
 
 

@@ -103,9 +103,7 @@ def test_scale_follows_where_it_is_given_alone(told):
     assert type(cfg.sampling)().guidance == type(cfg.sampling)().scale
 
 
-TOLD_BUT_NOT_SET = (
-    "time_cond_proj_dim 10), as in LCM; set sampling.guidance_embedding to the scale that it shall draw with"
-)
+TOLD_BUT_NOT_SET = "time_cond_proj_dim 10), as in LCM; set sampling.guidance_embedding to the scale to generate with"
 SET_BUT_NOT_TOLD = "sampling.guidance_embedding is 8, and the UNet of model.pretrained"
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.command import draftp
 
-CHOOSE = "draftp tunes text-to-image models, whose UNet takes 4 and gives 4; choose Stable Diffusion"
+CHOOSE = "draftp tunes text-to-image models, whose UNet has 4 channels in and out; choose Stable Diffusion"
 NO_ENCODER = {"text_encoder": [None, None], "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"]}
 XL, UNET = "StableDiffusionXLPipeline", "model.diffusion_model."
 

@@ -184,7 +184,7 @@ def test_churn_works_with_every_sampler(tiny_sdxl):
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m"])
 def test_a_sampler_that_cannot_train_says_so(tiny_sdxl, sampler):
     model = tiny_model(tiny_sdxl, sampling={"sampler": sampler})
-    with pytest.raises(InputError, match="train with euler, ddim, euler_ancestral or lcm, and draw"):
+    with pytest.raises(InputError, match="train with euler, ddim, euler_ancestral or lcm, and generate"):
         model.get_loss_and_metrics(batch(2))
 
 

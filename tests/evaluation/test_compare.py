@@ -120,14 +120,14 @@ def test_too_few_pictures_are_said_instead_of_a_number(example):
     short = [replace(g, files=g.files[: 2 * EACH]) for g in galleries]
     got = compare(short, items[: 2 * EACH], few, ["toy"], "toy")
     tuned = got.figures["tuned"].by_key
-    assert tuned["recall"] == Figure(why="needs 50 pictures for k = 5, has 10")
+    assert tuned["recall"] == Figure(why="needs 50 images for k = 5, has 10")
     assert tuned["kid"].value is None
-    assert tuned["fid"].value is not None, "10 pictures have a covariance of 8 features"
+    assert tuned["fid"].value is not None, "10 images have a covariance of 8 features"
     assert got.warnings[0].startswith("Only 2 prompts")
     one_each = {name: _every(m, EACH) for name, m in measured.items()}
     alone = [replace(g, files=g.files[::EACH]) for g in galleries]
     got = compare(alone, items[::EACH], one_each, ["toy"], "toy")
-    assert got.figures["tuned"][VENDI] == Figure(why="needs 2 pictures a prompt, has 1")
+    assert got.figures["tuned"][VENDI] == Figure(why="needs 2 images a prompt, has 1")
     assert "diversity was not measured" in got.recommendation.why
 
 
@@ -146,7 +146,7 @@ def test_a_copy_of_the_base_is_said_to_be_one_and_nothing_differs(example, promp
     seen = _first(measured[base.name], prompts * EACH)
     columns = [replace(g, files=base.files[: prompts * EACH]) for g in galleries[:2]]
     got = compare(columns, items[: prompts * EACH], {g.name: seen for g in columns}, ["toy"], "toy_oracle")
-    assert got.warnings[0] == "tuned: identical pictures, those of base: there is no difference."
+    assert got.warnings[0] == "tuned: identical images, those of base: there is no difference."
     assert all("tuned" not in warning for warning in got.warnings[1:])
     assert not any(figure.direction for figure in got.figures["tuned"].by_key.values())
     assert not any("*" in cell(got.figures["tuned"][metric]) for metric in got.metrics)

@@ -144,7 +144,7 @@ def test_what_cannot_be_told_from_chance_is_said_plainly(right, words) -> None:
     found = judged(odds, label)
     assert not found.beats_chance
     (text,) = advice(found, 100)
-    assert "cannot be told from chance, 0.5: this reward is not to be trained on" in text
+    assert "cannot be told from chance, 0.5: do not train on this reward" in text
     assert text.endswith(words), text
 
 

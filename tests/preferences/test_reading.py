@@ -61,7 +61,7 @@ def test_answers_of_the_rating_page_with_undo_skip_repeats_and_a_torn_line() -> 
     ]
     assert (found.skipped, found.decided, found.sides_by_chance) == (1, 2, True)
     assert found.left_out == ("p.jsonl: lines that are not JSON are left out: 7",)
-    assert found.steadiness() == [1.0], "the same picture again, on the other side"
+    assert found.steadiness() == [1.0], "the same image again, on the other side"
     file.rename("preferences.jsonl")
     assert told(read_answers(Path())) == told(found), "the folder of draftp rate is as good as its file"
 
@@ -100,7 +100,7 @@ def test_a_folder_of_chosen_and_rejected_with_prompts_beside() -> None:
     Path("liked/chosen/1.txt").write_text("a fox\nin the snow\n", encoding="utf-8")
     found = read_answers(Path("liked"))
     assert told(found) == [("a fox in the snow", "1.png", "1.jpg", 1.0, False), ("", "2.webp", "2.png", 1.0, False)]
-    assert found.left_out == ("liked: 2 pictures are left out, as only one side has them: 3",)
+    assert found.left_out == ("liked: 2 images are left out, as only one side has them: 3",)
 
 
 class Table:
@@ -174,9 +174,9 @@ def test_pick_a_pic_lacks_a_column(parquet) -> None:
         ([rated("left"), {"undo": 0}], "there is no answer in it"),
         ([{"prompt": "a", "image": "b"}], "an answer has prompt, left, right and answer"),
         ([rated("left", prompt=3)], "prompt is 3; it must be text"),
-        ([{**rated("left"), "left": {}}], "left is {}; it must say which picture"),
+        ([{**rated("left"), "left": {}}], "left is {}; it must say which image"),
         ([[1, 2]], "is no JSON object"),
-        ([rated("left", "x.png", "y.png")], "no picture is where it says, the first is x.png"),
+        ([rated("left", "x.png", "y.png")], "no image is where it says, the first is x.png"),
     ],
 )
 def test_what_cannot_be_learned_from_is_one_line(items, words) -> None:
@@ -192,7 +192,7 @@ def test_what_cannot_be_learned_from_is_one_line(items, words) -> None:
         ("p.txt", "a", "not a layout of preferences that is known"),
         ("p.json", "{", r"p.json: not JSON \("),
         ("p.json", "{}", "no list of answers"),
-        ("p.json", '[{"prompt": "a", "image_path": ["a.png"], "human_preference": [1]}]', "two pictures or more"),
+        ("p.json", '[{"prompt": "a", "image_path": ["a.png"], "human_preference": [1]}]', "two images or more"),
         ("p.json", '[{"prompt": "a", "image_path": ["a.png", "b.png"], "rank": [1]}]', "a number for each of 2"),
         ("p.json", "[3]", "item 0: 3 is no JSON object"),
     ],
@@ -206,7 +206,7 @@ def test_files_of_no_layout(name, content, words) -> None:
 
 @pytest.mark.parametrize(
     ("folders", "words"),
-    [(["chosen"], "has no folder rejected"), (["chosen", "rejected"], "no picture of chosen/ has the name of one")],
+    [(["chosen"], "has no folder rejected"), (["chosen", "rejected"], "no image of chosen/ has the name of one")],
 )
 def test_folders_of_no_pairs(folders, words) -> None:
     for name in folders:
@@ -218,7 +218,7 @@ def test_folders_of_no_pairs(folders, words) -> None:
 def test_pairs_without_their_pictures_are_left_out_and_counted() -> None:
     found = read_answers(lines(rated("left"), rated("right", "gone.png"), rated("left", "a.png", "gone.png")))
     assert len(found.answers) == 1
-    assert found.left_out == ("p.jsonl: 2 of 3 pairs are left out, their pictures are not there: gone.png",)
+    assert found.left_out == ("p.jsonl: 2 of 3 pairs are left out, their images are not there: gone.png",)
 
 
 @pytest.mark.parametrize(("left", "right", "is_habit"), [(95, 5, True), (5, 95, True), (55, 45, False), (5, 0, False)])
@@ -228,7 +228,7 @@ def test_one_side_far_too_often_is_a_habit_of_the_hand(left, right, is_habit) ->
     assert (warning is not None) is is_habit
     if warning:
         side, count = ("left", left) if left > right else ("right", right)
-        assert f"the {side} picture was chosen in {count} of {left + right} pairs" in warning
+        assert f"the {side} image was chosen in {count} of {left + right} pairs" in warning
 
 
 def answer(prompt: str, first: str, second: str) -> Answer:

@@ -133,7 +133,7 @@ def test_hostile_prompts_stay_text(open_page):
             page.keyboard.press("ArrowLeft")
             counted(page, done)
         assert NASTY in seen
-        assert page.title() == "Which picture is better?"
+        assert page.title() == "Which image is better?"
 
 
 def test_a_wrong_token_shows_nothing(open_page):
@@ -267,6 +267,6 @@ def test_a_picture_that_is_gone_can_be_skipped(open_page):
         for path in Path("pictures").glob("*.png"):
             path.unlink()
         page = open_page(address, expected=["404"])
-        page.get_by_text("A picture cannot be shown").wait_for()
+        page.get_by_text("An image cannot be shown").wait_for()
         page.keyboard.press("s")
         counted(page, 1)

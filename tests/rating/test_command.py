@@ -212,9 +212,9 @@ def test_settings_without_effect_and_too_few_pairs_are_said(capsys):
     rated(names=["pictures"], base=True, overrides=["sampling.steps=3"], device="cpu", pairs=5)
     warnings = capsys.readouterr().err.splitlines()
     assert warnings == [
-        "warning: --set has no effect on folders of pictures",
-        "warning: --base has no effect on folders of pictures",
-        "warning: --device has no effect on folders of pictures",
+        "warning: --set has no effect on folders of images",
+        "warning: --base has no effect on folders of images",
+        "warning: --device has no effect on folders of images",
         "warning: --pairs 5: there are 2 pairs in pictures",
     ]
 
@@ -237,7 +237,7 @@ def test_answers_are_counted_and_compared_with_themselves():
     ]  # fmt: skip
     summary = summarise(answers, ["a", "b"])
     assert (summary.answered, summary.preferences, summary.ties, summary.skipped) == (7, 2, 1, 1)
-    assert (summary.repeated, summary.steady) == (3, 2), "of q the other picture was better the second time"
+    assert (summary.repeated, summary.steady) == (3, 2), "of q the other image was better the second time"
     assert summary.wins.n == 3
     assert summary.wins.mean == pytest.approx((0.25 + 1) / 2), "prompts count alike: p has one lost and one tied, q won"
     assert summarise(answers, ["a"]).wins is None

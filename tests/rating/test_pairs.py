@@ -53,7 +53,7 @@ def test_every_two_pictures_of_a_prompt_are_a_pair_once(tmp_path, seeds):
     assert len(found) == len({*found})
     assert {*found} == {(prompt, frozenset(two)) for prompt in prompts for two in combinations(range(seeds), 2)}
     first = [picture.path for pair in pairs[: 2 * (seeds // 2)] for picture in pair.pictures]
-    assert len(first) == len({*first}), "pictures that were in no pair yet come first"
+    assert len(first) == len({*first}), "images that were in no pair yet come first"
     assert pairs_in_folder(tmp_path, "theirs", 3, seed=1) == pairs[:3]
 
 
@@ -70,7 +70,7 @@ def test_two_folders_are_compared_at_the_same_prompt_and_seed(tmp_path):
 @pytest.mark.parametrize(
     ("index", "words"),
     [
-        ('{"file": "a.png", "prompt": "x", "seed": 0}\n{"file": "b.png", "prompt": "y", "seed": 0}', "two pictures"),
+        ('{"file": "a.png", "prompt": "x", "seed": 0}\n{"file": "b.png", "prompt": "y", "seed": 0}', "two images"),
         ('{"file": "../a.png", "prompt": "x", "seed": 0}', "outside the folder"),
         ("[]", "line 1"),
     ],

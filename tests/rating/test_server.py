@@ -237,6 +237,6 @@ def test_a_picture_that_is_gone_is_said_and_skipped(pictures, tmp_path):
         pair = state(address)["pair"]
         status, text, _ = ask(address, f"picture/{pair['left']}")
         assert status == 404
-        assert b"cannot be read as a picture" in text
+        assert b"cannot be read as an image" in text
         assert ask(address, "answer", {"name": pair["name"], "answer": "skip", "seconds": 0})[0] == 200
         assert [line["answer"] for line in session.answers()] == ["skip"]

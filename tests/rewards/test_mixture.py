@@ -138,7 +138,7 @@ def test_a_score_without_gradient_is_refused_with_the_reason() -> None:
             return super().__call__(images, prompts).detach()
 
     total = WeightedSum({"a": Detached(1.0)})
-    with pytest.raises(InputError, match="no gradient in the picture"):
+    with pytest.raises(InputError, match="no gradient in the image"):
         total(IMAGES.clone().requires_grad_(), PROMPTS)
     with torch.no_grad():
         assert total(IMAGES, PROMPTS).shape == (4,)
@@ -327,7 +327,7 @@ def test_each_picture_counts_what_has_gained_least_in_it() -> None:
     torch.testing.assert_close(least_gain()(IMAGES, PROMPTS), torch.minimum(red, blue), rtol=1e-3, atol=1e-3)
     slope = gradient(least_gain(), IMAGES, PROMPTS)
     worse = (red < blue).tolist()
-    assert set(worse) == {True, False}, "some pictures of each"
+    assert set(worse) == {True, False}, "some images of each"
     for i, is_red in enumerate(worse):
         assert (slope[i, 0].abs().max() > 0, slope[i, 2].abs().max() > 0) == (is_red, not is_red)
     assert slope[:, 1].abs().max() == 0

@@ -92,7 +92,7 @@ def test_numbers_without_gradient_judge_and_do_not_train(form: str, tiny_sdxl: P
 
 
 REFUSED = [
-    ("scalar", "returned a tensor of shape (), float32 for 2 pictures; wanted is one score each: a float tensor of"),
+    ("scalar", "returned a tensor of shape (), float32 for 2 images; wanted is one score each: a float tensor of"),
     ("two_columns", "a tensor of shape (2, 2), float32"),
     ("row", "a tensor of shape (1, 2), float32"),
     ("dictionary", "a dict of 1 (Tensor)"),
@@ -131,7 +131,7 @@ def test_a_reward_that_is_assigned_as_it_is_must_give_scores(form: str, tiny_sdx
     for two_stage in (True, False):
         model = tiny_model(tiny_sdxl, sharding={"two_stage": two_stage})
         model.reward_model = getattr(odd_rewards, form)
-        with pytest.raises(InputError, match=r"model\.reward_model returned a .* for 2 pictures"):
+        with pytest.raises(InputError, match=r"model\.reward_model returned a .* for 2 images"):
             model.get_loss_and_metrics(PROMPTS)
 
 

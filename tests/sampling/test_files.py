@@ -76,7 +76,7 @@ def test_a_picture_of_something_else_is_not_replaced(lora_run, tiny_sdxl, what):
     assert "existed already" not in said
     assert f"other images have the same names, so these got a hash: {count} of {count}, such as" in said
     after = contents()
-    assert before.items() <= after.items(), "picture, sheet and page of the first are as they were"
+    assert before.items() <= after.items(), "image, sheet and page of the first are as they were"
     assert len(after) == 2 * len(before)
     assert len(index()) == 2 * count
     assert [line for line in index() if line in lines] == lines
@@ -171,7 +171,7 @@ def test_eval_does_not_choose_among_several_pictures_of_a_seed(lora_run):
     Path("elsewhere/index.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     judged = ("--reward", "toy", "--features", "toy", "--output", "report")
     for folder in ("settings", "columns", "elsewhere"):
-        words = f"{folder}: seed 1234 of 'a dog' was drawn in several ways"
+        words = f"{folder}: seed 1234 of 'a dog' was generated in several ways"
         expect(draftp("eval", "one", folder, *judged), 2, words)
         expect(draftp("eval", folder, "one", *judged), 2, words)
     run("eval", "one", "format", *judged)

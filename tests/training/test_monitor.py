@@ -185,7 +185,7 @@ def test_a_run_that_is_hacked_ends_by_itself_and_says_why(ended):
     assert run.steps()[-1]["stopped"] == stop["why"]
     assert [step for step in run.steps() if "stopped" in step] == run.steps()[-1:]
     card = (run.final / "README.md").read_text(encoding="utf-8")
-    assert f"{stop['final']} steps of 2 pictures" in card
+    assert f"{stop['final']} steps of 2 images" in card
     assert f"The run was ended by its monitor after step {last['step']}" in card
     page = run.page.read_text(encoding="utf-8")
     assert f"Ended by the monitor after step {last['step']}; final/ is of step {stop['final']}" in page

@@ -111,7 +111,7 @@ def test_when_a_process_is_killed_the_other_leaves(tiny_sdxl):
     )
     assert [code for code, _ in ranks] == [1, -signal.SIGKILL]
     assert "process 1 of this run is gone" in ranks[0][1]
-    assert "process 1 was last at: step 3, drawing its pictures" in ranks[0][1]
+    assert "process 1 was last at: step 3, drawing its images" in ranks[0][1]
     assert "process 0 waited at: step 3, waiting for the others' gradients" in ranks[0][1]
     assert [path.name for path in Path("run").glob("step-*")] == ["step-000002"]
 
@@ -153,7 +153,7 @@ def test_who_waits_too_long_says_for_whom_and_for_what(tiny_sdxl):
     ranks = train_in_ranks(2, preset, "run", before=lambda rank: in_call(rank == 1, 2, stuck))
     assert [code for code, _ in ranks] == [1, 9], ranks
     assert "process 1 did not answer in time (sharding.timeout_minutes)" in ranks[0][1]
-    assert "process 1 was last at: step 2, drawing its pictures" in ranks[0][1]
+    assert "process 1 was last at: step 2, drawing its images" in ranks[0][1]
     assert "process 0 waited at: step 2, waiting for the others' gradients" in ranks[0][1]
 
 

@@ -156,7 +156,7 @@ def test_several_processes_equal_one(alone, tiny_sdxl, tmp_path, case, way, proc
     for step in (1, 2):
         assert_close(moments(several, step), moments(one, step))
     if way != "ddp":
-        assert "weights split over them" in ranks[0][1]
+        assert "weights sharded over them" in ranks[0][1]
         parts = {file.name[: len("shard-00001")] for file in (several / "step-000002/training").iterdir()}
         assert len(parts) >= (processes if way == "fsdp" else 2), "every process wrote its part"
 
