@@ -1,4 +1,4 @@
-# make demo   environment, install, a training in the toy world (49 s on two cores), pictures in runs/toy/samples
+# make demo   environment, install, a training in the toy world (50 s on two cores), pictures in runs/toy/samples
 # make test   the test suite, without the tests marked slow
 # make demo-eval  is AIG on the Pareto front? five trainings, 15 columns, one report: 27 minutes on two busy cores
 # make browser    the report and the rating page in a headless Chromium (apt-get install chromium)

@@ -23,7 +23,7 @@ app = typer.Typer(
     cls=PlainGroup,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Fine-tune Stable Diffusion (XL, 1.x, 2.x) on differentiable rewards with DRaFT+.\n\n"
-    "To start: `draftp train --preset toy` trains a tiny SDXL on this computer (49 seconds on two cores).",
+    "To start: `draftp train --preset toy` trains a tiny SDXL on this computer (50 seconds on two cores).",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,

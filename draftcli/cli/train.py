@@ -89,7 +89,7 @@ def train(
 
     **Examples**
 
-    `draftp train --preset toy` (a tiny SDXL, on any laptop; 49 seconds on two cores)
+    `draftp train --preset toy` (a tiny SDXL, on any laptop; 50 seconds on two cores)
 
     `draftp train --preset sdxl-lora --prompts my_prompts.txt --output runs/mine`
 
