@@ -1,6 +1,5 @@
 """The rating page in a real browser: Debian's Chromium, headless, driven by Playwright. Run by `make browser`."""
 
-import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,18 +27,6 @@ def rating(output: Path, pairs: int = PAIRS, ready: int | None = None):
         session.add(found[:ready])
         with served(session) as address:
             yield address, session
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    from playwright.sync_api import sync_playwright
-
-    path = shutil.which("chromium")
-    assert path, "these tests need Debian's chromium: apt-get install chromium"
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])  # CI is root in a container
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
