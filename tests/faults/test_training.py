@@ -30,6 +30,7 @@ from draftcli.training.validation import Validation
 from tests.command import WITH_VALIDATION, draftp, in_child, recipe
 from tests.example_rewards import Red
 from tests.faults.kill import campaign, same_files
+from tests.tiny import tiny_sd1
 
 LORA = "pytorch_lora_weights.safetensors"
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits, signals and clocks are Linux's")
@@ -64,6 +65,11 @@ def exit_code(work):
 def test_killed_again_and_again_a_run_loses_nothing(tiny_sdxl):
     """`make faults` does it 200 times."""
     assert campaign(tiny_sdxl, kills=16, seed=20).kills == 16
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_a_run_of_the_other_family_loses_nothing(tmp_path):
+    assert campaign(tiny_sd1(tmp_path / "sd1"), kills=6, seed=21).kills == 6
 
 
 def test_killed_before_its_new_final_is_whole_a_run_is_not_finished(tiny_sdxl, monkeypatch):
