@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftcli.cli.completion import complete_presets, complete_rewards, complete_runs
-from draftcli.cli.sample import BatchSize, Debug, Loras, Model, Override, Prompts, Seed
+from draftcli.cli.options import BatchSize, Debug, Override, Seed
+from draftcli.cli.sample import Loras, Model, Prompts
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -127,11 +127,10 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
     Graphs that are kept grow by as much with each gradient step: beyond three they are counted at two and three. Where
     some of the steps are guided they are counted as if all were.
     """
-    k, again = make_mode(cfg).longest, recomputes_steps(cfg)
+    mode, again = make_mode(cfg), recomputes_steps(cfg)
+    k = mode.longest
     sampling = _guidance(cfg, range(cfg.sampling.steps - k, cfg.sampling.steps))
-    # Modes that draw their steps: the longest piece counts, as last_k's of that length.
-    draws_steps = cfg.draftp.gradient_mode[0] in ("random_k", "refl", "drtune", "sparse")
-    draftp = {"gradient": "last_k"} if draws_steps else {}
+    draftp = {"gradient": "last_k"} if mode.like_last_k else {}
     model = {"vae_tile": None} if cfg.sharding.two_stage else {}
     settings = _relevant(cfg, images, draftp=draftp, sampling=sampling, model=model)
     rewards = ((), ()) if cfg.sharding.two_stage else (_named(cfg.rewards), _asked_in_training(cfg))

@@ -101,9 +101,9 @@ class Monitor:
         """The verdict of the rule at each validation, as it was then."""
         standings = [self._standing(line) for line in history]
         # What peft.init_from brought along is not this run's doing.
-        begun = (
-            {sign.name for sign in standings[0].signs if sign.is_far} if history and not history[0]["step"] else set()
-        )
+        begun: set[str] = set()
+        if history and not history[0]["step"]:
+            begun = {sign.name for sign in standings[0].signs if sign.is_far}
         standings = [replace(s, signs=[sign for sign in s.signs if sign.name not in begun]) for s in standings]
         trained = [self._wanted(name) for name, weight in self.weights.items() if weight]
         return [find_hacking(standings[: i + 1], trained) for i in range(len(standings))]

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, PngImagePlugin
 
 from draftcli.lines import json_line
+from draftcli.rating.pairs import pairs_in_folder
+from draftcli.rating.server import served
+from draftcli.rating.session import RatingSession
+from draftcli.rating.storage import open_preferences
 
 NASTY = "<script>document.title = 'broken'</script><img src=x onerror=alert(1)> \"&amp;' \u202e\u0000".rstrip("\0")
 
@@ -38,6 +43,17 @@ def write_folder(
             )
     (folder / "index.jsonl").write_text("".join(map(json_line, lines)), encoding="utf-8")
     return folder
+
+
+@contextmanager
+def rating_page(pictures: Path, output: Path, pairs: int, ready: int | None = None):
+    """The page for a folder of pictures, of which the first `ready` pairs are there: its address and its session."""
+    found = pairs_in_folder(pictures, "theirs", pairs, seed=0)
+    with open_preferences(output) as preferences:
+        session = RatingSession(preferences, len(found), seed=0)
+        session.add(found[:ready])
+        with served(session) as address:
+            yield address, session
 
 
 def red(picture: Image.Image) -> float:

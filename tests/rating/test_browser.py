@@ -1,15 +1,11 @@
 """The rating page in a real browser: Debian's Chromium, headless, driven by Playwright. Run by `make browser`."""
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from draftcli.rating.pairs import pairs_in_folder
-from draftcli.rating.server import served
-from draftcli.rating.session import RatingSession
-from draftcli.rating.storage import open_preferences
-from tests.rating.example import NASTY, lines_of, write_folder
+from tests.rating.example import NASTY, lines_of, rating_page, write_folder
 
 pytestmark = pytest.mark.browser
 
@@ -18,15 +14,9 @@ KEYS = {"left": "ArrowLeft", "right": "ArrowRight", "neither": "ArrowDown", "ski
 PAIRS = 20
 
 
-@contextmanager
 def rating(output: Path, pairs: int = PAIRS, ready: int | None = None):
     """A page for the pictures in pictures/: its address and its session."""
-    found = pairs_in_folder(Path("pictures"), "theirs", pairs, seed=0)
-    with open_preferences(output) as preferences:
-        session = RatingSession(preferences, len(found), seed=0)
-        session.add(found[:ready])
-        with served(session) as address:
-            yield address, session
+    return rating_page(Path("pictures"), output, pairs, ready)
 
 
 @pytest.fixture

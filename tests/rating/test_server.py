@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import urllib.request
-from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,24 +12,15 @@ import pytest
 from PIL import Image
 
 from draftcli.rating.pairs import pairs_in_folder
-from draftcli.rating.server import served
-from draftcli.rating.session import RatingSession
-from draftcli.rating.storage import open_preferences
 from draftcli.toy.person import rate_pairs
-from tests.rating.example import NASTY, lines_of, prefers_red, red, write_folder
+from tests.rating.example import NASTY, lines_of, prefers_red, rating_page, red, write_folder
 
 PAIRS = 12
 
 
-@contextmanager
 def page(pictures: Path, output: Path, pairs: int = PAIRS, ready: int | None = None):
     """The page for a folder of pictures: its address and its session."""
-    found = pairs_in_folder(pictures, "theirs", pairs, seed=0)
-    with open_preferences(output) as preferences:
-        session = RatingSession(preferences, len(found), seed=0)
-        session.add(found[:ready])
-        with served(session) as address:
-            yield address, session
+    return rating_page(pictures, output, pairs, ready)
 
 
 @pytest.fixture

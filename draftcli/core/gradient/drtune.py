@@ -35,6 +35,7 @@ class Drtune:
 
     recomputes = True
     pieces_per_image = 1
+    like_last_k = True
     asks_base = False
     even = True
 

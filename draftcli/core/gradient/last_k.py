@@ -27,6 +27,7 @@ class LastK:
 
     recomputes = False
     pieces_per_image = 1
+    like_last_k = True
     asks_base = False
     even = True
 

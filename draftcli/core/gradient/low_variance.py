@@ -29,6 +29,7 @@ class LowVariance(LastK):
     """
 
     recomputes = True
+    like_last_k = False
 
     def __init__(self, total: int, k: int, samples: int = 2) -> None:
         super().__init__(total, k)

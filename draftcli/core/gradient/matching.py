@@ -43,6 +43,7 @@ class Matching:
     recomputes = True
     longest = 1
     first = 0
+    like_last_k = False
     asks_base = True
     even = True
 

@@ -45,6 +45,7 @@ class GradientMode(Protocol):
         recomputes: whether it needs x_0 before the steps with gradient are run (backward.py: RecomputedSteps).
         pieces_per_image: pieces that a batch is cut into, each with all of its images.
         longest: steps with gradient in the longest piece, whose graph may be kept.
+        like_last_k: whether its longest piece takes the memory of last_k's with as many steps.
         first: the earliest step that may carry gradient: up to there a prefix may take the place of the run's steps.
         asks_base: whether it needs the base whatever the penalty does.
         even: whether every image takes as many network calls as any other, whatever is drawn. FSDP needs it: each call
@@ -54,6 +55,7 @@ class GradientMode(Protocol):
     recomputes: bool
     pieces_per_image: int
     longest: int
+    like_last_k: bool
     first: int
     asks_base: bool
     even: bool

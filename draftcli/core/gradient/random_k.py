@@ -34,6 +34,7 @@ class RandomK:
 
     recomputes = False
     pieces_per_image = 1
+    like_last_k = True
     asks_base = False
 
     def __init__(

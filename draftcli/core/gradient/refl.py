@@ -29,6 +29,7 @@ class Refl:
     recomputes = False
     pieces_per_image = 1
     longest = 1
+    like_last_k = True
     asks_base = False
     even = True
 

@@ -38,6 +38,7 @@ class Sparse:
 
     recomputes = True
     pieces_per_image = 1
+    like_last_k = True
     asks_base = False
     even = True
 

@@ -188,9 +188,7 @@ def _spellings(part: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tu
     for name, shape in shapes.items():
         clean = name if part == "unet" else with_text_model(name)
         original = originals.get(name) if part == "unet" else _open_clip_name(clean)
-        bare = (
-            clean if part == "unet" else clean.removeprefix("text_model.")
-        )  # as transformers 5 has the first encoder's
+        bare = clean.removeprefix("text_model.")  # as transformers 5 has the first encoder's
         for spelling in filter(None, (name, clean, bare, original)):
             found[spelling] = found[spelling.replace(".", "_")] = (clean, shape)
             if spelling.endswith("to_out.0"):

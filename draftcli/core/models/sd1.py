@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftcli.core.batch import Batch
 from draftcli.core.models.family import Conditioning, Edition, Embedding, Parts, tokenize
-from draftcli.core.models.guidance_embedding import timestep_condition
 from draftcli.core.models.latent import LatentDiffusion
-from draftcli.core.models.original_layout import ORIGINAL_UNET, ORIGINAL_VAE, Original, original_layout
+from draftcli.core.models.original_layout import ORIGINAL_UNET, ORIGINAL_VAE, Original
 from draftcli.core.precision import wide_default
 from draftcli.errors import InputError
 
@@ -66,18 +64,6 @@ class SD1(LatentDiffusion):
         sequence, _ = embed(batch.prompts)
         return Conditioning(torch.cat([uncond, sequence]))
 
-    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning, guidance: float | None = None) -> Tensor:
-        """See `Family`; x (2 B, C, H, W) for a doubled batch."""
-        seen = x.to(cond.prompt_embeds.dtype)
-        output = unet(
-            seen,
-            torch.tensor(timestep, device=x.device),
-            **timestep_condition(unet, seen, guidance),
-            encoder_hidden_states=cond.prompt_embeds,
-            return_dict=False,
-        )[0]
-        return output.to(x.dtype)
-
     def original_layout(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Original]:
         """See `Family`.
 
@@ -90,7 +76,7 @@ class SD1(LatentDiffusion):
                 "a single file of Stable Diffusion 2 has a layer of the text encoder that a diffusers folder lacks; "
                 "take the model as a diffusers folder, and merge-lora's result with --format diffusers"
             )
-        return original_layout(part, shapes, self.original_prefixes[part])
+        return super().original_layout(part, shapes)
 
     def kohya_unet_names(self, modules: Iterable[str]) -> dict[str, str]:
         """See `Family`: diffusers' own, with whose UNet sd-scripts trains these models."""

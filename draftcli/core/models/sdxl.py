@@ -9,22 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from draftcli.core.batch import Batch
 from draftcli.core.models.family import Conditioning, Edition, Embedding, Parts, tokenize
-from draftcli.core.models.guidance_embedding import timestep_condition
 from draftcli.core.models.latent import LatentDiffusion
-from draftcli.core.models.original_layout import (
-    ORIGINAL_CODE,
-    ORIGINAL_UNET,
-    ORIGINAL_VAE,
-    Original,
-    original_layout,
-)
+from draftcli.core.models.original_layout import ORIGINAL_CODE, ORIGINAL_UNET, ORIGINAL_VAE
 from draftcli.core.models.original_names import original_unet_names
 from draftcli.core.models.size_keys import size_keys, time_ids
 from draftcli.core.precision import wide_default
@@ -99,23 +91,6 @@ class SDXL(LatentDiffusion):
             uncond_pooled = uncond_pooled.masked_fill(absent[:, None], 0)
         ids = time_ids(size_keys(len(batch), *batch.size))
         return Conditioning(torch.cat([uncond, sequence]), torch.cat([uncond_pooled, pooled]), torch.cat([ids, ids]))
-
-    def predict(self, unet: Any, x: Tensor, timestep: int, cond: Conditioning, guidance: float | None = None) -> Tensor:
-        """See `Family`; x (2 B, C, H, W) for a doubled batch."""
-        seen = x.to(cond.prompt_embeds.dtype)
-        output = unet(
-            seen,
-            torch.tensor(timestep, device=x.device),
-            **timestep_condition(unet, seen, guidance),
-            encoder_hidden_states=cond.prompt_embeds,
-            added_cond_kwargs={"text_embeds": cond.text_embeds, "time_ids": cond.time_ids},
-            return_dict=False,
-        )[0]
-        return output.to(x.dtype)
-
-    def original_layout(self, part: str, shapes: Mapping[str, tuple[int, ...]]) -> list[Original]:
-        """See `Family`."""
-        return original_layout(part, shapes, self.original_prefixes[part])
 
     def kohya_unet_names(self, modules: Iterable[str]) -> dict[str, str]:
         """See `Family`: those of the original code, with which sd-scripts trains an SDXL."""
