@@ -128,6 +128,7 @@ def test_pairs_that_are_not_drawn_yet_come_by_themselves(open_page):
         assert not session.answers()
         session.add(pairs_in_folder(Path("pictures"), "theirs", PAIRS, seed=0))
         page.locator("#pair").wait_for()
+        counted(page, 0)  # its pictures are there: until then a key has no effect
         page.keyboard.press("ArrowLeft")
         counted(page, 1)
 
