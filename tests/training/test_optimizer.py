@@ -131,7 +131,11 @@ def test_schedules_are_those_of_diffusers_but_no_step_has_learning_rate_zero(nam
             schedule.step()
         return found
 
-    ours = rates(lambda optimizer: make_schedule(optimizer, SchedConfig(name=name, warmup_steps=warmup), 10))
+    ours = rates(
+        lambda optimizer: make_schedule(
+            optimizer, SchedConfig.model_validate({"name": name, "warmup_steps": warmup}), 10
+        )
+    )
     theirs = rates(lambda optimizer: get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10))
     assert ours[:warmup] == pytest.approx([0.5 * step / (warmup + 1) for step in range(1, warmup + 1)])
     assert ours[warmup:] == pytest.approx(theirs[warmup:])
