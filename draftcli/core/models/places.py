@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from draftcli.built_in import BUILT_IN_LORAS, BUILT_IN_MODELS
 from draftcli.config import ModelConfig
 from draftcli.errors import InputError
 from draftcli.runs import split_scale
@@ -45,16 +46,13 @@ class BuiltInModel:
 
 BUILT_IN = {
     "toy": BuiltInModel(
-        Path(__file__).parents[2] / "toy" / "weights" / "model",
+        BUILT_IN_MODELS["toy"],
         features="draftcli.toy.features:reading",
         reads="draftcli.toy.prompts:reads",
         knows='one coloured shape on a plain background, such as "a small red star on the left of a white background"',
         elsewhere="sdxl-lora",
     )
 }
-
-# LoRAs that ship with the package, for `model.loras`: folders as diffusers writes them.
-BUILT_IN_LORAS = {"toy-4step": Path(__file__).parents[2] / "toy" / "weights" / "toy-4step"}
 
 
 def lora_path(name: str) -> str:
