@@ -42,14 +42,9 @@ def read_answers(path: Path) -> Answers:
         InputError: there is no such file, it is of none of the layouts, a line is not as it should be, or it holds no
             answer that anything can be learned from.
     """
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder; preferences are {LAYOUTS}")
     if (path / PREFERENCES).is_file():
         path = path / PREFERENCES
-    readers: dict[str, Callable[[Path], Answers]] = {".jsonl": _lines, ".json": _hpd, ".parquet": _pickapic}
-    read = _folder if path.is_dir() else readers.get(path.suffix.lower())
-    if read is None:
-        raise InputError(f"{path}: not a layout of preferences that is known; available are {LAYOUTS}")
+    read = reader_of(path)
     try:
         found = read(path)
     except UnicodeDecodeError:
@@ -57,6 +52,21 @@ def read_answers(path: Path) -> Answers:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     return _checked(found)
+
+
+def reader_of(path: Path) -> Callable[[Path], Answers]:
+    """What reads the layout of a file or folder, which is not opened for it.
+
+    Raises:
+        InputError: there is no such file, or its name is of none of the layouts.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder; preferences are {LAYOUTS}")
+    readers: dict[str, Callable[[Path], Answers]] = {".jsonl": _lines, ".json": _hpd, ".parquet": _pickapic}
+    read = _folder if path.is_dir() else readers.get(path.suffix.lower())
+    if read is None:
+        raise InputError(f"{path}: not a layout of preferences that is known; available are {LAYOUTS}")
+    return read
 
 
 def _checked(found: Answers) -> Answers:

@@ -21,10 +21,10 @@ from draftcli.preferences.fit import fit_head
 from draftcli.preferences.looking import Seen, ask, see_features, see_scores
 from draftcli.preferences.pairs import Answers
 from draftcli.preferences.reading import read_answers
+from draftcli.preferences.request import check_training
 from draftcli.preferences.start import find_start, judges_at_hand
-from draftcli.preferences.writing import TrainedReward, check_output, write_reward
+from draftcli.preferences.writing import TrainedReward, write_reward
 from draftcli.progress import busy
-from draftcli.rewards.catalogue import check_names
 from draftcli.rewards.clip import CLIPReward
 from draftcli.rewards.folders import WEIGHTS, RewardFolder, Start, Trained
 from draftcli.rewards.trained import load_start, network_hash
@@ -84,12 +84,12 @@ def train_on_preferences(request: TrainRequest, console: Console) -> TrainReport
             loaded, or something else is where the reward would go.
         DraftpError: the folder cannot be written.
     """
-    check_output(request.output, request.overwrite)
+    judges = request.judges or ()
+    check_training(request.preferences, request.start, judges, request.device, request.output, request.overwrite)
     preferences = read_answers(request.preferences)
     _check_groups(preferences)
     start = find_start(request.start, request.backbone, preferences)
-    check_names(request.judges or ())
-    device = choose_runtime(request.device, "fp32").device
+    device = choose_runtime(request.device, "fp32", "--device").device
     clip = load_start(start, f"--from {request.start or start.reward}").to(device)
     kind: Trained = request.train or ("head" if preferences.decided < MANY else "lora")
     reward = RewardFolder(request.output, kind, start, network_hash(clip.clip), clip.preprocess.fit)
