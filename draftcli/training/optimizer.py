@@ -33,7 +33,7 @@ def make_optimizer(weights: Sequence[Tensor], settings: OptimConfig) -> torch.op
     return bitsandbytes("optim.name adamw8bit").optim.AdamW8bit(weights, **options, min_8bit_size=SMALLEST)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, settings: SchedConfig, steps: int) -> LambdaLR:
+def learning_rates(optimizer: torch.optim.Optimizer, settings: SchedConfig, steps: int) -> LambdaLR:
     """The learning rate of each optimizer step, of `steps` in all, by diffusers' schedules.
 
     Those begin at 0, and a step without learning rate would be wasted: they are entered one step in, at

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from draftcli.config import OptimConfig, SchedConfig, check_config
 from draftcli.errors import InputError
-from draftcli.training.optimizer import SMALLEST, make_optimizer, make_schedule, moment_bytes
+from draftcli.training.optimizer import SMALLEST, make_optimizer, learning_rates, moment_bytes
 from tests.command import draftp, recipe
 from tests.ranks import train_in_ranks
 
@@ -132,7 +132,7 @@ def test_schedules_are_those_of_diffusers_but_no_step_has_learning_rate_zero(nam
         return found
 
     ours = rates(
-        lambda optimizer: make_schedule(
+        lambda optimizer: learning_rates(
             optimizer, SchedConfig.model_validate({"name": name, "warmup_steps": warmup}), 10
         )
     )
