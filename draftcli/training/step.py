@@ -20,7 +20,7 @@ from draftcli.errors import DraftpError
 from draftcli.prompts import Batches, Prompt, Shuffled
 from draftcli.rewards import WeightedSum
 from draftcli.training.ema import Ema
-from draftcli.training.optimizer import make_optimizer, learning_rates
+from draftcli.training.optimizer import learning_rates, make_optimizer
 from draftcli.training.walks import Walks
 
 SKIPS_ALLOWED = 3  # steps in a row without an update before the run gives up

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from draftcli.config import OptimConfig, SchedConfig, check_config
 from draftcli.errors import InputError
-from draftcli.training.optimizer import SMALLEST, make_optimizer, learning_rates, moment_bytes
+from draftcli.training.optimizer import SMALLEST, learning_rates, make_optimizer, moment_bytes
 from tests.command import draftp, recipe
 from tests.ranks import train_in_ranks
 
