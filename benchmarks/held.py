@@ -42,7 +42,7 @@ from lab import (
     write_json,
 )
 
-JUDGE = "compressibility"  # imperfect, and knows nothing of captions
+JUDGE = "toy_judge"  # imperfect, but not fooled by all that fools the learned reward
 FIXED = (0, 3, 12, 30)  # draftp.kl_coeff; that of the recipe is 12
 TARGET = 0.02
 GATED = [f"held_out_rewards=[{JUDGE}]", "draftp.kl_gate=held_out"]
