@@ -25,7 +25,7 @@ class RewardEntry:
         reference: `package.module:object` of its factory.
         measures: in a few words.
         weights: where the official ones are fetched; empty: it has none, or they ship with draftp.
-        licence: of the weights as their authors state it; empty: not known.
+        licence: of the weights as their authors state it; of the code where only that was read; empty: not known.
         sees: the picture as the reward sees it.
         parameters: that stay in memory, in millions.
         stands_on: the network that its weights were made on, or are read with; empty: none.
@@ -49,6 +49,7 @@ class RewardEntry:
 _VIT_H, _VIT_L = "CLIP ViT-H/14", "CLIP ViT-L/14"
 _CLIP = "draftcli.rewards.clip"
 _AESTHETIC = "draftcli.rewards.aesthetic"
+_ICTHP = "draftcli.rewards.icthp"
 _ANALYTIC = "draftcli.rewards.analytic"
 
 BUILT_IN_REWARDS: dict[str, RewardEntry] = {
@@ -67,6 +68,14 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
     "imagereward": RewardEntry(
         "draftcli.rewards.imagereward:imagereward", "how well an image fits its prompt, and how much it is liked",
         "THUDM/ImageReward", "Apache-2.0", "224, centre crop", 446.2, "BLIP ViT-L/16",
+    ),
+    "ict": RewardEntry(
+        f"{_ICTHP}:ict", "how much of its prompt an image contains, without a penalty for detail",
+        "8y/ICT", "code MIT, weights' card not read", "224, centre crop", 986.1, _VIT_H,
+    ),
+    "hp": RewardEntry(
+        f"{_ICTHP}:hp", "how much an image is liked, 0 to 1, ignores the prompt",
+        "8y/HP", "code MIT, weights' card not read", "224, centre crop", 633.3, _VIT_H,
     ),
     "aesthetic": RewardEntry(
         f"{_AESTHETIC}:aesthetic", "aesthetics, 1 to 10, ignores the prompt (LAION, v2)",
