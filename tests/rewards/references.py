@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPConfig
 
@@ -25,6 +26,11 @@ def pictures(height: int, width: int, count: int = 3) -> Tensor:
     """(count, 3, height, width), smooth and random, in steps of 1 / 255."""
     small = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     return F.interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1).mul(255).round() / 255
+
+
+def as_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures of 8 bits."""
+    return [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in images]
 
 
 def seeded(make: Any, seed: int = 0) -> Any:

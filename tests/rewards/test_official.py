@@ -30,6 +30,7 @@ from tests.rewards.references import (
     STD,
     OfficialImageReward,
     OpenClip,
+    as_pil,
     as_transformers,
     bert_tokenizer,
     clip_backbone,
@@ -270,10 +271,6 @@ def test_a_backbone_of_another_kind_or_not_whole_is_refused(cases: dict[str, Cas
 
 
 SIZES = [(96, 96), (96, 145), (150, 97), (56, 32), (20, 31)]
-
-
-def as_pil(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in images]
 
 
 @pytest.mark.parametrize("size", SIZES)
