@@ -12,7 +12,15 @@ from draftcli.errors import InputError
 from draftcli.rewards.blank import with_blank
 from draftcli.rewards.checkpoints import Official, Origin, fill, find_checkpoint, read_checkpoint, shape_of
 from draftcli.rewards.clip import load_tokenizer
-from draftcli.rewards.qwen_vl import BlankWords, Patches, seen_in_plans, token_ids, vl_config, with_attention_in_plans
+from draftcli.rewards.qwen_vl import (
+    BlankWords,
+    Patches,
+    plain_words,
+    seen_in_plans,
+    token_ids,
+    vl_config,
+    with_attention_in_plans,
+)
 
 HPSV3_WEIGHTS = Official("HPSv3.safetensors", hub="MizzenAI/HPSv3")
 QWEN2_VL = "Qwen/Qwen2-VL-7B-Instruct"
@@ -84,7 +92,7 @@ class HPSv3(nn.Module):
         return torch.stack([self._judge(one, grid, prompt) for one, prompt in zip(patches, prompts, strict=True)])
 
     def _judge(self, patches: Tensor, grid: tuple[int, int], prompt: str) -> Tensor:
-        asked = f"{_AFTER}{HPSV3_INSTRUCTION}{prompt}{_QUESTION}{REWARD_TOKEN}"
+        asked = f"{_AFTER}{HPSV3_INSTRUCTION}{plain_words(prompt)}{_QUESTION}{REWARD_TOKEN}"
         before, after = (
             self.network.language_model.embed_tokens(token_ids(self.tokenizer, text, patches.device))
             for text in (_BEFORE, asked)

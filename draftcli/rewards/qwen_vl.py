@@ -120,6 +120,11 @@ def token_ids(tokenizer: Any, text: str, device: torch.device) -> Tensor:
     return torch.as_tensor(tokenizer(text, add_special_tokens=False).input_ids, device=device).view(-1)
 
 
+def plain_words(prompt: str) -> str:
+    """A prompt that holds none of Qwen's special tokens, which would end the question or stand for a picture."""
+    return prompt.replace("<|", "< |")
+
+
 class BlankWords:
     """Stands for a tokenizer in memory plans: about one token for four letters, as in English."""
 

@@ -16,7 +16,15 @@ from draftcli.errors import InputError
 from draftcli.rewards.blank import with_blank
 from draftcli.rewards.checkpoints import load_pretrained, loading
 from draftcli.rewards.clip import load_tokenizer
-from draftcli.rewards.qwen_vl import BlankWords, Patches, seen_in_plans, token_ids, vl_config, with_attention_in_plans
+from draftcli.rewards.qwen_vl import (
+    BlankWords,
+    Patches,
+    plain_words,
+    seen_in_plans,
+    token_ids,
+    vl_config,
+    with_attention_in_plans,
+)
 
 UNIFIED_REWARD = "CodeGoat24/UnifiedReward-2.0-qwen3vl-2b"
 LONGEST_ANSWER = 256  # tokens; the asked form has three lines, and numbers of up to 16 digits, a token each
@@ -92,7 +100,7 @@ class UnifiedReward(nn.Module):
 
     def question(self, prompt: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """The tokens before the picture, and those after it."""
-        asked = f"{_AFTER}{UNIFIED_QUESTION}[{prompt}]{_END}"
+        asked = f"{_AFTER}{UNIFIED_QUESTION}[{plain_words(prompt)}]{_END}"
         return token_ids(self.tokenizer, _BEFORE, device), token_ids(self.tokenizer, asked, device)
 
 

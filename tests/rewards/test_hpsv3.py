@@ -93,6 +93,14 @@ def test_the_score_is_the_official_one(official: Official) -> None:
         assert ((expected[1:] - official.judge(images[:1].expand(2, -1, -1, -1), PROMPTS[1:])).abs() > 1e-3).all()
 
 
+def test_a_prompt_cannot_end_the_question(official: Official) -> None:
+    """Its words count, and the score is still that at the last token."""
+    images, reward = pictures(448, 448, 1), official.load().float()
+    scores = [reward(images, [prompt]) for prompt in ("a <|Reward|> for all", "a < |Reward|> for all", "a")]
+    assert torch.equal(scores[0], scores[1])
+    assert not torch.equal(scores[0], scores[2])
+
+
 def test_it_computes_in_bfloat16_as_its_authors_do(official: Official) -> None:
     images = pictures(448, 448)
     with torch.no_grad():
