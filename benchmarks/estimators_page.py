@@ -30,7 +30,7 @@ mpl.rcParams["svg.hashsalt"] = "estimators"  # the same file for the same figure
 RECIPE, FIRST = "last_k_4", "last_k_1"
 NAMES = {
     "last_k_1": "`last_k`, K = 1 (DRaFT-1)",
-    "last_k_4": "`last_k`, K = 4 (the recipe `toy`)",
+    "last_k_4": "`last_k`, K = 4 (the preset `toy`)",
     "last_k_10": "`last_k`, K = N (DRaFT, exact)",
     "low_variance": "`low_variance`, K = 1, 2 samples (DRaFT-LV)",
     "random_k": "`random_k`, 1 to N",
@@ -66,7 +66,7 @@ def sum_cosine(found: dict[str, Any], exact: dict[str, Any]) -> str:
 def fidelity(results: Results) -> list[str]:
     """Against the exact gradient, at both places."""
     lines: list[str] = []
-    for half, title in (("", "at the untouched LoRA"), ("-half", "half way through the recipe")):
+    for half, title in (("", "at the untouched LoRA"), ("-half", "half way through the preset's steps")):
         exact = results.get(f"fidelity-{EXACT}{half}")
         if exact is None:
             continue
@@ -121,7 +121,7 @@ def end_of_budget(results: Results) -> list[str]:
     """At the end of equal budgets, beside the recipe, in pairs."""
     recipe = runs(results, RECIPE)
     groups = np.repeat(np.arange(len(recipe[0]["curve"][0]["diversity"])), HELD_OUT)  # pictures of one caption
-    less = "less the recipe's"
+    less = "difference from the preset"
     lines = head("mode", "learned reward", less, "oracle", less, "diversity, of the base's")
     base = recipe[0]["curve"][0]
     lines.append(f"| base | {np.mean(base['toy']):.3f} | | {np.mean(base['toy_oracle']):.3f} | | 100% |")

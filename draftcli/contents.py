@@ -9,18 +9,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from draftcli.built_in import BUILT_IN_LORAS, BUILT_IN_MODELS
+
 WHOLE = 2**26  # bytes: larger files are known by their size and by PIECES pieces of PIECE bytes, spread over them
 PIECES, PIECE = 256, 2**16
 BASE_LORAS = "model.loras"
-BUILT_IN_NAMES = ("toy",)  # which a folder of that name does not replace
-_BUILT_IN_LORAS = {name: Path(__file__).parent / "toy" / "weights" / name for name in ("toy-4step",)}
 _SINGLE = ("model.pretrained", "model.config", "model.vae", "data.prompts", "data.validation_prompts")
 _SECTIONS, _OF_A_REWARD = ("rewards", "held_out_rewards"), ("pretrained", "backbone")
 
 
 def contents_of(settings: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     """Hashes of the files of this machine that settings name, by dotted key; what the hub has is not among them."""
-    paths = {key: Path(value).expanduser() for key, value in _places(settings) if value not in BUILT_IN_NAMES}
+    paths = {key: Path(value).expanduser() for key, value in _places(settings) if value not in BUILT_IN_MODELS}
     found = {key: fingerprints(path) for key, path in paths.items() if path.exists()}
     if isinstance(start := (settings.get("peft") or {}).get("init_from"), str):
         found["peft.init_from"] = _of_lora(Path(start).expanduser())
@@ -36,9 +36,9 @@ def base_loras_contents(loras: Any) -> dict[str, str]:
     texts = [text for text in loras if isinstance(text, str)] if isinstance(loras, list | tuple) else []
     found: dict[str, str] = {}
     for i, text in enumerate(texts, 1):
-        is_name = text in _BUILT_IN_LORAS or Path(text).expanduser().exists()
+        is_name = text in BUILT_IN_LORAS or Path(text).expanduser().exists()
         name, _, scale = (text, "", "1") if is_name else text.rpartition("=")
-        for file, digest in _of_lora(_BUILT_IN_LORAS.get(name, Path(name).expanduser())).items():
+        for file, digest in _of_lora(BUILT_IN_LORAS.get(name, Path(name).expanduser())).items():
             found[f"LoRA {i} of {len(texts)} x {_as_number(scale)} {file}".rstrip()] = digest
     return found
 

@@ -18,7 +18,8 @@ ALLOWED = {
     "changes": set(),
     "quiet": set(),
     "progress": set(),
-    "contents": set(),
+    "built_in": set(),
+    "contents": {"built_in"},
     "lines": set(),
     "config": set(),
     "prompts": {"config", "file_kinds"},
@@ -30,14 +31,14 @@ ALLOWED = {
     "run_lines": set(),
     "run_states": {"disk", "lines", "runs"},
     "spread": set(),
-    "core": {"config", "runs", "umask", "file_kinds", "spread"},
+    "core": {"built_in", "config", "runs", "umask", "file_kinds", "spread"},
     "rewards": {"config", "file_kinds", "spread"},
     "metrics": {"core"},
     "sampling": {"pages", "pictures", "metrics", "core", "config", "prompts", "runs", "lines", "__init__"},
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.
     "training": {
         *("export", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "__init__"),
-        *("contents", "disk", "progress", "pages"),
+        *("built_in", "contents", "disk", "progress", "pages"),
     },
     "planning": {"training", "core", "rewards", "config"},
     "preferences": {"core", "rewards", "metrics", "config", "pictures", "lines", "file_kinds", "disk", "progress"},
@@ -45,9 +46,10 @@ ALLOWED = {
         *("pages", "pictures", "sampling", "metrics", "core", "rewards", "config", "prompts", "runs", "lines"),
         "__init__",
     },
+    # What it writes is defined where it is read: what an answer is, and how answers agree with rewards.
     "rating": {
         *("pages", "pictures", "evaluation", "sampling", "metrics", "core", "rewards", "config", "prompts"),
-        *("disk", "lines"),
+        *("preferences", "disk", "lines", "progress"),
     },
     "export": {"core", "config", "runs", "file_kinds", "__init__"},
     "cli": {

@@ -208,13 +208,9 @@ def batch(
 
 
 def _unet() -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
-        sample_size=8,
+    return _small_unet(
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
         attention_head_dim=(2, 4),
         use_linear_projection=True,
         cross_attention_dim=sum(WIDTHS),
@@ -222,27 +218,25 @@ def _unet() -> UNet2DConditionModel:
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=WIDTHS[1] + 6 * 8,
     )
-    return _amplified(unet)
 
 
 def _unet_sd1(version: int) -> UNet2DConditionModel:
     """1.x projects by convolutions, 2.x by linear layers and with another number of heads at each level."""
     only_in_2: dict[str, Any] = {"use_linear_projection": True, "upcast_attention": True, "attention_head_dim": (2, 4)}
-    unet = UNet2DConditionModel(
-        sample_size=8,
+    return _small_unet(
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        norm_num_groups=8,
         cross_attention_dim=WIDTHS[0],
         **({"attention_head_dim": 2} if version == 1 else only_in_2),
     )
-    return _amplified(unet)
 
 
 @torch.no_grad()
-def _amplified(unet: UNet2DConditionModel) -> UNet2DConditionModel:
+def _small_unet(**settings: Any) -> UNet2DConditionModel:
+    """With louder attention and embeddings, which random weights leave almost without effect."""
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, **settings
+    )
     for name, parameter in unet.named_parameters():
         if name.endswith(("to_out.0.weight", "add_embedding.linear_2.weight", "time_emb_proj.weight")):
             parameter.mul_(3)

@@ -83,7 +83,7 @@ def merge_lora(
     from draftcli.export.arguments import check_arguments, check_options
 
     check_options(format_, scale, dtype, verify)
-    check_arguments(inputs or (), base)
+    check_arguments(inputs or (), base, config)
     console = open_console(quiet, debug)
     from draftcli.export.merge import MergeRequest, merge
 

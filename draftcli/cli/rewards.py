@@ -73,7 +73,7 @@ def check(
         typer.Option(metavar="ID|PATH", help="The reward's backbone model, if it is not bundled with its weights."),
     ] = None,
     size: Annotated[str, typer.Option(metavar="HEIGHTxWIDTH", help="Size of the test images.")] = "256x192",
-    device: Annotated[str, typer.Option(metavar="NAME", help="cpu, cuda, cuda:N or mps.")] = "cpu",
+    device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")] = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the verdict only.")] = False,
     debug: Debug = False,
 ) -> None:
@@ -98,19 +98,23 @@ def check(
     if not (match := re.fullmatch(r"(\d+)x(\d+)", size)) or "0" in match.groups():
         raise InputError(f"--size {size}: expected HEIGHTxWIDTH, such as 1024x768")
     from draftcli.cli.console import open_console
-    from draftcli.rewards import check_names
+    from draftcli.config import RewardSource, check_device_name
+    from draftcli.rewards import check_sources
 
-    check_names([name])
+    source = RewardSource(pretrained=pretrained, backbone=backbone)
+    check_sources({name: source})
+    check_device_name(device, "--device")
     console = open_console(False, debug)
     from torch import nn
 
-    from draftcli.config import RewardSource
+    from draftcli.core.engine.runtime import choose_runtime
     from draftcli.rewards.check import check_reward
     from draftcli.rewards.registry import load_from
 
-    reward = load_from(name, RewardSource(pretrained=pretrained, backbone=backbone))
+    where = choose_runtime(device, "fp32", "--device").device
+    reward = load_from(name, source)
     if isinstance(reward, nn.Module):
-        reward.to(device)
+        reward.to(where)
     verdict = check_reward(reward, (int(match[1]), int(match[2])))
     if not quiet:
         for finding in verdict.findings:
@@ -196,6 +200,9 @@ def train(
 
     if kind not in (None, "head", "lora", "whole"):
         raise InputError(f"--train {kind}: it can be head, lora or whole")
+    from draftcli.preferences.request import check_training
+
+    check_training(preferences, start, tuple(judge or ()), device, output, overwrite)
     given = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "rank": rank}
     given = {name: value for name, value in given.items() if value is not None}
     console = open_console(quiet, debug)

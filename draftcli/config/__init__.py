@@ -11,6 +11,7 @@ from draftcli.config.listing import (
     settings_schema,
     settings_sections,
 )
+from draftcli.config.outside import check_device_name, check_source, is_hub_id, is_single_file
 from draftcli.config.presets import Preset, find_preset, list_presets
 from draftcli.config.reading import (
     check_config,
@@ -66,11 +67,15 @@ __all__ = [
     "all_settings",
     "check_batch_size",
     "check_config",
+    "check_device_name",
+    "check_source",
     "conflicts",
     "dump_config",
     "expand_home",
     "find_preset",
     "find_settings",
+    "is_hub_id",
+    "is_single_file",
     "list_presets",
     "load_config",
     "parse_reward",

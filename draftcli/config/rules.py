@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from math import lcm
 from typing import Literal
 
+from draftcli.config.outside import is_single_file
 from draftcli.config.schema import Config
 from draftcli.errors import InputError
 
@@ -218,6 +219,8 @@ def _idle_prefix(cfg: Config) -> Iterator[str]:
 
 def _idle_sampling(cfg: Config) -> Iterator[str]:
     sampling = cfg.sampling
+    if cfg.model.config is not None and not is_single_file(cfg.model.pretrained):
+        yield f"model.config has no effect: {cfg.model.pretrained} is no single file and has a configuration of its own"
     if sampling.scale == 1 and sampling.negative_prompt is not None:
         yield "sampling.negative_prompt has no effect at sampling.scale 1"
     if sampling.scale == 1 and cfg.draftp.detach_uncond:

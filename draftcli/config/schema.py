@@ -218,7 +218,7 @@ class SchedConfig(Section):
     name: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "constant_with_warmup"
     """How the learning rate changes; linear and cosine fall to 0 at trainer.max_steps."""
     warmup_steps: CountFromZero = 0
-    """Steps in which the learning rate rises from 0 to optim.lr; constant has none."""
+    """Steps in which the learning rate rises to optim.lr; constant has none."""
 
 
 class OptimConfig(Section):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
     """The lines of a folder's index.jsonl, each with at least "file", "prompt" and "seed".
 
     Raises:
-        InputError: there is none, or a line is not what it should be.
+        InputError: there is none, a line is not what it should be, or a picture lies outside the folder.
     """
     path = folder / INDEX
     try:
@@ -69,6 +69,8 @@ def read_entries(folder: Path) -> list[dict[str, Any]]:
         whole = isinstance(entry, dict) and all(isinstance(entry.get(key), kind) for key, kind in kinds)
         if not whole or not _is_text(entry["file"] + entry["prompt"]):
             raise InputError(f"{path} line {number}: expected an object with file (text), prompt (text), seed (number)")
+        if not (folder / entry["file"]).resolve().is_relative_to(folder.resolve()):
+            raise InputError(f"{path}: {entry['file']!r} lies outside the folder")
         entries.append(entry)
     if not entries:
         raise InputError(f"{path}: it contains no images")
@@ -90,27 +92,38 @@ def items_of(entries: Sequence[dict[str, Any]]) -> list[Item]:
     return sorted(found, key=lambda item: (order[item.prompt], item.seed))
 
 
+def entries_by_item(folder: Path, wanted: Container[Item] | None = None) -> dict[Item, dict[str, Any]]:
+    """The line of a folder's index.jsonl for every item; of several about the same picture the last.
+
+    Args:
+        folder: with an index.jsonl.
+        wanted: the items of which there must be no two pictures; None: all.
+
+    Raises:
+        InputError: as `read_entries`, or an item is there in several ways.
+    """
+    first: dict[Item, dict[str, Any]] = {}
+    found: dict[Item, dict[str, Any]] = {}
+    for entry in read_entries(folder):
+        item = Item(entry["prompt"], entry["seed"])
+        other = first.setdefault(item, entry)
+        if (wanted is None or item in wanted) and not _is_same_picture(entry, other):
+            raise InputError(
+                f"{folder}: seed {item.seed} of {brief(item.prompt)} was generated in several ways "
+                f"({other['file']} and {entry['file']}), and only one can be compared; use a separate folder for each, "
+                f"or keep one line for each prompt and seed in {INDEX}"
+            )
+        found[item] = entry
+    return found
+
+
 def folder_gallery(folder: Path, items: Sequence[Item], name: str | None = None) -> Gallery:
     """The pictures of a folder made elsewhere, one for each of `items`.
 
     Raises:
         InputError: a picture is missing, is outside the folder, or is there in several ways.
     """
-    wanted, files = set(items), dict[Item, Path]()
-    chosen: dict[Item, dict[str, Any]] = {}
-    for entry in read_entries(folder):
-        path = folder / entry["file"]
-        if not path.resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{folder / INDEX}: {entry['file']!r} lies outside the folder")
-        item = Item(entry["prompt"], entry["seed"])
-        other = chosen.setdefault(item, entry)
-        if item in wanted and not _is_same_picture(entry, other):
-            raise InputError(
-                f"{folder}: seed {item.seed} of {brief(item.prompt)} was generated in several ways "
-                f"({other['file']} and {entry['file']}), and only one can be compared; use a separate folder for each, "
-                f"or keep one line for each prompt and seed in {INDEX}"
-            )
-        files[item] = path
+    files = {item: folder / entry["file"] for item, entry in entries_by_item(folder, set(items)).items()}
     missing = [item for item in items if item not in files or not files[item].is_file()]
     if missing:
         first = missing[0]

@@ -21,7 +21,7 @@ from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Item
 from draftcli.evaluation.plot import Point, clear_front, forest, scatter
 from draftcli.evaluation.verdict import EvaluationVerdict
-from draftcli.metrics.statistics import has_interval
+from draftcli.metrics.statistics import has_interval, or_nan
 from draftcli.pages.embed import EMBEDDED_IMAGES, embedded, is_small
 from draftcli.pages.numbers import signed, significant
 from draftcli.pages.page import render_html
@@ -168,7 +168,7 @@ def reward_points(comparison: ColumnComparison, reward: str) -> list[Point]:
             continue
         else:
             x = (100 * kept.share, 100 * kept.low, 100 * kept.high)
-            low, high = scale * _or_nan(change.difference_low), scale * _or_nan(change.difference_high)
+            low, high = scale * or_nan(change.difference_low), scale * or_nan(change.difference_high)
             y = (scale * change.difference, low, high)
         points.append(
             Point(
@@ -186,11 +186,7 @@ def reward_points(comparison: ColumnComparison, reward: str) -> list[Point]:
 def _is_positive(comparison: ColumnComparison, reward: str) -> bool:
     """Whether the base's mean is above 0 for certain, so that a share of it means something."""
     figure = comparison.figures[comparison.base].reward(reward)
-    return figure.value is not None and figure.value > 0 and _or_nan(figure.low) > 0
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value
+    return figure.value is not None and figure.value > 0 and or_nan(figure.low) > 0
 
 
 def _groups(comparison: ColumnComparison, about: About) -> list[dict[str, Any]]:

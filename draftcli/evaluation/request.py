@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from draftcli.config import RewardSource
+from draftcli.config import RewardSource, check_source, expand_home
 from draftcli.core.models.places import check_model_files
 from draftcli.core.weighings import named_weighing
 from draftcli.errors import InputError
 from draftcli.prompts import find_prompts
-from draftcli.rewards import check_names
+from draftcli.rewards import check_names, check_sources
 from draftcli.sampling.names import INDEX
 from draftcli.sampling.source import DrawingSource, find_source
 
@@ -100,9 +100,11 @@ def check_request(request: Request) -> None:
         named_weighing(kind)
     sources, _ = find_compared(request)
     find_judges(request, sources)
-    features = (request.features or "dinov2").partition("=")[0]
+    features, _, weights = (request.features or "dinov2").partition("=")
     if features != "dinov2":
         check_names([features])
+    if weights:
+        check_source(f"--features {features}", expand_home(weights), "a folder or a hub id such as OWNER/NAME")
     for source in sources:
         check_model_files(source.cfg.model)
     if request.prompts is not None and sources:
@@ -147,7 +149,7 @@ def find_judges(request: Request, sources: Sequence[DrawingSource]) -> tuple[dic
         rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
     if not rewards:
         raise InputError("image folders have no rewards; name one, such as --reward pickscore")
-    check_names(list(rewards))
+    check_sources(rewards)
     if request.judge is not None and request.judge not in rewards:
         raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")
     return rewards, trained

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from draftcli.config import Precision
-from draftcli.core.models.places import checked_file, is_single_file
+from draftcli.config import Precision, check_source, is_single_file
+from draftcli.core.models.places import BUILT_IN, checked_file
 from draftcli.errors import InputError
 from draftcli.runs import find_run, split_scale
 
@@ -39,8 +39,8 @@ def check_options(format_: str, scale: float, dtype: str | None, verify: str) ->
         raise InputError(f"--scale {scale:g} would change nothing; give a finite number that is not 0")
 
 
-def check_arguments(inputs: Sequence[str], base: str | None) -> None:
-    """See that the inputs and the base are there; nothing means the newest run.
+def check_arguments(inputs: Sequence[str], base: str | None, config: str | None = None) -> None:
+    """See that the inputs, the base and its configuration are there; no inputs mean the newest run.
 
     Raises:
         InputError: one is not, a scale is no number, or there is no run.
@@ -51,6 +51,10 @@ def check_arguments(inputs: Sequence[str], base: str | None) -> None:
         find_run(None)
     if base is not None and is_single_file(base):
         checked_file(base, "--base")
+    elif base is not None and base not in BUILT_IN:
+        check_source("--base", base, "a diffusers folder, a hub id such as OWNER/NAME or a .safetensors file")
+    if config is not None:
+        check_source("--config", config, "a diffusers folder or a hub id such as OWNER/NAME")
 
 
 def parse_input(text: str) -> tuple[str, float]:

@@ -23,7 +23,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from draftcli.metrics.statistics import direction, has_interval
+from draftcli.metrics.statistics import direction, has_interval, or_nan
 
 NAN = math.nan
 LARGE_DRIFT = 0.25  # relative change of a sign that is far
@@ -117,10 +117,10 @@ class Standing:
     def of_validation(cls, line: Mapping[str, Any]) -> Standing:
         """From a line of validation.jsonl, where null stands for NaN."""
         rewards = {
-            name: RewardMean(*(_number(figures[key]) for key in ("tuned", "low", "high")))
+            name: RewardMean(*(or_nan(figures[key]) for key in ("tuned", "low", "high")))
             for name, figures in line["rewards"].items()
         }
-        return cls(f"step {line['step']}", rewards, _number(line.get("training_reward")), sign_changes(line))
+        return cls(f"step {line['step']}", rewards, or_nan(line.get("training_reward")), sign_changes(line))
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,7 @@ def sign_changes(line: Mapping[str, Any]) -> list[SignChange]:
     """What a line of validation.jsonl says of signs, diversity first; lines of older versions have diversity alone."""
     figures = {"diversity": line.get("diversity"), **(line.get("signs") or {})}
     keys = ("base", "tuned", "low", "high")
-    return [SignChange(name, *(_number(f.get(key)) for key in keys)) for name, f in figures.items() if f]
+    return [SignChange(name, *(or_nan(f.get(key)) for key in keys)) for name, f in figures.items() if f]
 
 
 def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collection[str]) -> Fall | None:
@@ -217,7 +217,3 @@ def _signs_that_convict(now: Standing, trained: Collection[str]) -> tuple[tuple[
 
 def _mean(standing: Standing, name: str) -> float:
     return standing.rewards[name].mean if name in standing.rewards else NAN
-
-
-def _number(value: float | None) -> float:
-    return NAN if value is None else value

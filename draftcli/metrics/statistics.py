@@ -54,6 +54,11 @@ def estimate(values: Values, groups: Sequence[int] | np.ndarray | None = None) -
     return Estimate(float(means.mean()), float(np.median(values[valid])), *_interval(means), int(valid.sum()))
 
 
+def or_nan(value: float | None) -> float:
+    """A number of a file of figures, which have null where a number is NaN, as JSON knows no NaN."""
+    return math.nan if value is None else value
+
+
 def has_interval(low: float | None, high: float | None) -> bool:
     """Whether two bounds are an interval, from which something follows.
 

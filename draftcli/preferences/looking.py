@@ -15,6 +15,7 @@ from draftcli.errors import InputError
 from draftcli.preferences.pairs import Answers, Shown
 from draftcli.progress import Activity
 from draftcli.rewards.clip import CLIPReward
+from draftcli.rewards.registry import get_reward_model
 from draftcli.rewards.trained import head_features
 
 BATCH = 16
@@ -48,6 +49,11 @@ class Seen:
     def difference(self) -> Tensor:
         """(n, ...) of the first minus of the second."""
         return self.first - self.second
+
+    @property
+    def label(self) -> Tensor:
+        """(n,) float64, the share of the preference that the first picture of each answer has."""
+        return torch.tensor([answer.label for answer in self.preferences.answers], dtype=torch.float64)
 
 
 @torch.no_grad()
@@ -124,6 +130,18 @@ def see_features(preferences: Answers, clip: CLIPReward, activity: Activity) -> 
         return head_features(clip, pixels, clip.embed_texts(prompts)).double()
 
     return see(preferences, look, lambda picture: clip.preprocess(picture.to(device)), activity, "looking")
+
+
+def ask(name: str, preferences: Answers, device: torch.device, activity: Activity) -> Seen:
+    """`see_scores` of a reward by its name.
+
+    Raises:
+        InputError: the reward cannot be loaded, or no picture be read.
+    """
+    reward = get_reward_model(name)
+    if isinstance(reward, torch.nn.Module):
+        reward.to(device)
+    return see_scores(preferences, reward, device, activity, f"asking {name}")
 
 
 def see_scores(preferences: Answers, reward: Any, device: torch.device, activity: Activity, what: str) -> Seen:

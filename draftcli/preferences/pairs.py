@@ -111,7 +111,7 @@ class Answers:
         """
         prompts = {answer.prompt for answer in self.answers}
         if len(prompts) > 1 and "" not in prompts:
-            return _numbered([answer.prompt for answer in self.answers])
+            return numbered([answer.prompt for answer in self.answers])
         return _linked([answer.pictures | ({answer.prompt} if len(prompts) > 1 else set()) - {""}
                         for answer in self.answers])  # fmt: skip
 
@@ -157,7 +157,8 @@ class Answers:
         )
 
 
-def _numbered(names: Sequence[str]) -> np.ndarray:
+def numbered(names: Sequence[str]) -> np.ndarray:
+    """(n,) a number for each name, the same for the same one, from 0 in the order in which they come."""
     numbers: dict[str, int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], int)
 
@@ -175,4 +176,4 @@ def _linked(sets: Sequence[frozenset[str]]) -> np.ndarray:
     for first, members in zip(firsts, sets, strict=True):
         for member in members:
             leader[find(member)] = find(first)
-    return _numbered([find(first) for first in firsts])
+    return numbered([find(first) for first in firsts])

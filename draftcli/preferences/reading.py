@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ LAYOUTS = (
     "preferences.jsonl of draftp rate, a .jsonl of {prompt, chosen, rejected}, a .parquet with Pick-a-Pic's columns, "
     "HPDv2's .json, or a folder with chosen/ and rejected/"
 )
+PREFERENCES = "preferences.jsonl"
 LABELS = {"left": 1.0, "right": 0.0, "neither": 0.5}
 SKIP = "skip"
-RATED = "preferences.jsonl"
+ANSWERS = (*LABELS, SKIP)  # that a line of preferences.jsonl can have
 PICKAPIC = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm"}
 
@@ -40,14 +42,9 @@ def read_answers(path: Path) -> Answers:
         InputError: there is no such file, it is of none of the layouts, a line is not as it should be, or it holds no
             answer that anything can be learned from.
     """
-    if not path.exists():
-        raise InputError(f"{path}: there is no such file or folder; preferences are {LAYOUTS}")
-    if (path / RATED).is_file():
-        path = path / RATED
-    readers: dict[str, Callable[[Path], Answers]] = {".jsonl": _lines, ".json": _hpd, ".parquet": _pickapic}
-    read = _folder if path.is_dir() else readers.get(path.suffix.lower())
-    if read is None:
-        raise InputError(f"{path}: not a layout of preferences that is known; available are {LAYOUTS}")
+    if (path / PREFERENCES).is_file():
+        path = path / PREFERENCES
+    read = reader_of(path)
     try:
         found = read(path)
     except UnicodeDecodeError:
@@ -55,6 +52,21 @@ def read_answers(path: Path) -> Answers:
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror or error})") from None
     return _checked(found)
+
+
+def reader_of(path: Path) -> Callable[[Path], Answers]:
+    """What reads the layout of a file or folder, which is not opened for it.
+
+    Raises:
+        InputError: there is no such file, or its name is of none of the layouts.
+    """
+    if not path.exists():
+        raise InputError(f"{path}: there is no such file or folder; preferences are {LAYOUTS}")
+    readers: dict[str, Callable[[Path], Answers]] = {".jsonl": _lines, ".json": _hpd, ".parquet": _pickapic}
+    read = _folder if path.is_dir() else readers.get(path.suffix.lower())
+    if read is None:
+        raise InputError(f"{path}: not a layout of preferences that is known; available are {LAYOUTS}")
+    return read
 
 
 def _checked(found: Answers) -> Answers:
@@ -83,41 +95,61 @@ def _checked(found: Answers) -> Answers:
 
 def _lines(path: Path) -> Answers:
     """A .jsonl of either kind."""
-    items, torn = _items(path)
-    rated = [item["answer"] for item in items.values() if "answer" in item]
-    answers = [_of_line(path, f"line {n + 1}", item) for n, item in items.items() if item.get("answer") != SKIP]
-    left_out = (f"{path}: lines that are not JSON are left out: {', '.join(map(str, torn[:5]))}",) if torn else ()
-    by_chance = len(rated) == len(items)
-    return Answers(str(path), tuple(answers), rated.count(SKIP), sides_by_chance=by_chance, left_out=left_out)
-
-
-def _items(path: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
-    """The lines that were not taken back, by their number from 0, and the numbers from 1 of those that are not JSON."""
-    items: dict[int, dict[str, Any]] = {}
-    torn: list[int] = []
-    for number, line in enumerate(text_lines(path, errors="surrogateescape")):
-        if not line.strip():
-            continue
-        try:
-            line.encode()  # else it was cut within a letter
-            item = json.loads(line)
-        except (ValueError, RecursionError):  # what was being written when the power went
-            torn.append(number + 1)
-            continue
+    found, torn = json_lines(path)
+    items: dict[int, dict[str, Any]] = {}  # without those that were taken back
+    for number, item in found.items():
         if not isinstance(item, dict):
             raise InputError(f"{path} line {number + 1}: {brief(item)} is no JSON object")
         if "undo" in item:
             items.pop(_undone(path, number, item["undo"]), None)
         else:
             items[number] = item
-    return items, torn
+    numbers = ", ".join(str(number + 1) for number in torn[:5])
+    left_out = (f"{path}: lines that are not JSON are left out: {numbers}",) if torn else ()
+    return replace(answers_in(path, items), left_out=left_out)
+
+
+def json_lines(path: Path) -> tuple[dict[int, Any], list[int]]:
+    """What the lines of a .jsonl hold, by their number from 0, and the numbers of those that are not JSON.
+
+    Blank lines are in neither. A line that is not JSON may be one that was being written when the power went.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    found: dict[int, Any] = {}
+    torn: list[int] = []
+    for number, line in enumerate(text_lines(path, errors="surrogateescape")):
+        if not line.strip():
+            continue
+        try:
+            line.encode()  # else it was cut within a letter
+            found[number] = json.loads(line)
+        except (ValueError, RecursionError):
+            torn.append(number)
+    return found, torn
+
+
+def answers_in(path: Path, items: Mapping[int, Mapping[str, Any]]) -> Answers:
+    """What lines of a .jsonl say, none of which was taken back.
+
+    Args:
+        path: of the file, beside which the pictures are.
+        items: the lines, by their number from 0.
+
+    Raises:
+        InputError: a line is not as it should be.
+    """
+    rated = [item["answer"] for item in items.values() if "answer" in item]
+    answers = [_of_line(path, f"line {n + 1}", item) for n, item in items.items() if item.get("answer") != SKIP]
+    return Answers(str(path), tuple(answers), rated.count(SKIP), sides_by_chance=len(rated) == len(items))
 
 
 def _of_line(path: Path, called: str, item: Mapping[str, Any]) -> Answer:
     if "answer" in item:
         sides, label = ("left", "right"), item["answer"]
         if not isinstance(label, str) or label not in LABELS:
-            raise InputError(f"{path} {called}: answer is {brief(label)}; it can be {', '.join([*LABELS, SKIP])}")
+            raise InputError(f"{path} {called}: answer is {brief(label)}; it can be {', '.join(ANSWERS)}")
     elif {"chosen", "rejected"} <= item.keys():
         sides, label = ("chosen", "rejected"), "left"
     else:

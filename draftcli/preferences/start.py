@@ -10,8 +10,9 @@ import torch
 from draftcli.core.models.places import BUILT_IN
 from draftcli.errors import InputError
 from draftcli.preferences.pairs import Answers
+from draftcli.preferences.request import check_start_name
 from draftcli.rewards.aesthetic import SIGLIP, V2, V2_5, VIT_L
-from draftcli.rewards.catalogue import check_names, known_rewards
+from draftcli.rewards.catalogue import known_rewards
 from draftcli.rewards.folders import Start, is_path, read_reward_folder
 
 DEFAULT = "clip"
@@ -33,12 +34,10 @@ def find_start(name: str | None, backbone: str | None, preferences: Answers) -> 
     """
     if name is None:
         return Start(_of_the_prompts(preferences) or DEFAULT, backbone=backbone)
+    check_start_name(name)
     if not is_path(name) or name in known_rewards():
-        check_names([name])
         return Start(name, backbone=backbone)
     folder = Path(name).expanduser().resolve()
-    if not folder.is_dir():
-        raise InputError(f"--from {name}: there is no such folder")
     try:
         read_reward_folder(str(folder))
     except InputError:

@@ -5,30 +5,28 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from draftcli.config import RewardSource
 from draftcli.core.engine.runtime import choose_runtime
 from draftcli.errors import InputError
 from draftcli.preferences.agreement import Assessment, assess
 from draftcli.preferences.finetune import FineTuning, finetune, forget_state
 from draftcli.preferences.fit import fit_head
-from draftcli.preferences.looking import Seen, see_features, see_scores
+from draftcli.preferences.looking import Seen, ask, see_features, see_scores
 from draftcli.preferences.pairs import Answers
 from draftcli.preferences.reading import read_answers
+from draftcli.preferences.request import check_training
 from draftcli.preferences.start import find_start, judges_at_hand
-from draftcli.preferences.writing import TrainedReward, check_output, write_reward
+from draftcli.preferences.writing import TrainedReward, write_reward
 from draftcli.progress import busy
-from draftcli.rewards.catalogue import check_names
 from draftcli.rewards.clip import CLIPReward
 from draftcli.rewards.folders import WEIGHTS, RewardFolder, Start, Trained
-from draftcli.rewards.registry import load_from
 from draftcli.rewards.trained import load_start, network_hash
 
 MANY = 3000  # pairs from which on a LoRA is trained where nothing else is asked for
@@ -86,12 +84,12 @@ def train_on_preferences(request: TrainRequest, console: Console) -> TrainReport
             loaded, or something else is where the reward would go.
         DraftpError: the folder cannot be written.
     """
-    check_output(request.output, request.overwrite)
+    judges = request.judges or ()
+    check_training(request.preferences, request.start, judges, request.device, request.output, request.overwrite)
     preferences = read_answers(request.preferences)
     _check_groups(preferences)
     start = find_start(request.start, request.backbone, preferences)
-    check_names(request.judges or ())
-    device = choose_runtime(request.device, "fp32").device
+    device = choose_runtime(request.device, "fp32", "--device").device
     clip = load_start(start, f"--from {request.start or start.reward}").to(device)
     kind: Trained = request.train or ("head" if preferences.decided < MANY else "lora")
     reward = RewardFolder(request.output, kind, start, network_hash(clip.clip), clip.preprocess.fit)
@@ -112,7 +110,7 @@ def train_on_preferences(request: TrainRequest, console: Console) -> TrainReport
     del clip
     for name in judges_at_hand(start) if request.judges is None else request.judges:
         judged[name] = _judge(name, preferences, device, console)
-    label, rows = labels(preferences), torch.from_numpy(trained.rows)
+    label, rows = seen.label, torch.from_numpy(trained.rows)
     found = assess(
         trained.odds,
         label[rows],
@@ -124,11 +122,6 @@ def train_on_preferences(request: TrainRequest, console: Console) -> TrainReport
     write_reward(request.output, reward, trained, found, preferences)
     forget_state(_state(request.output))
     return TrainReport(preferences, reward, found)
-
-
-def labels(preferences: Answers) -> Tensor:
-    """(n,) float64, the share of the preference that the first picture of each answer has."""
-    return torch.tensor([answer.label for answer in preferences.answers], dtype=torch.float64)
 
 
 def _check_groups(preferences: Answers) -> None:
@@ -162,7 +155,7 @@ def _state(output: Path) -> Path:
 
 def _head(seen: Seen, seed: int) -> TrainedReward:
     preferences = seen.preferences
-    fit = fit_head(seen.first, seen.second, labels(preferences), preferences.groups, seed)
+    fit = fit_head(seen.first, seen.second, seen.label, preferences.groups, seed)
 
     def save(folder: Path) -> None:
         tensors = {"weight": fit.weights[None].float(), "bias": torch.tensor([fit.offset]).float()}
@@ -175,8 +168,5 @@ def _head(seen: Seen, seed: int) -> TrainedReward:
 
 def _judge(name: str, preferences: Answers, device: torch.device, console: Console) -> Tensor:
     """(n,) how much better it finds the first picture of each pair."""
-    reward: Any = load_from(name, RewardSource())
-    if isinstance(reward, nn.Module):
-        reward.to(device)
     with busy(console, f"asking {name}", in_logs=True) as activity:
-        return see_scores(preferences, reward, device, activity, f"asking {name}").difference
+        return ask(name, preferences, device, activity).difference

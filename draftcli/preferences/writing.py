@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from draftcli.disk import disk_errors, write_aside
-from draftcli.errors import InputError
 from draftcli.lines import json_line
 from draftcli.preferences.agreement import Assessment, advice, agreement_table
 from draftcli.preferences.pairs import Answers
@@ -46,27 +45,6 @@ class TrainedReward:
     curve: dict[int, Tensor]
     settings: dict[str, Any]
     states: dict[str, Any]
-
-
-def check_output(output: Path, overwrite: bool) -> None:
-    """See that the folder may be written.
-
-    Raises:
-        InputError: something is there, and it is not a trained reward that may be replaced.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    try:
-        known = SECTION in json.loads((output / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        known = False
-    if not known:
-        raise InputError(f"--output {output}: something else is there; take another folder")
-    if not overwrite:
-        raise InputError(
-            f"--output {output}: a trained reward is there; add --overwrite to replace it, or take another folder. A "
-            "run that was trained on it will not go on with another one"
-        )
 
 
 def write_reward(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from draftcli.errors import warn
 from draftcli.metrics.statistics import Estimate, estimate, has_interval
-
-_BATCH = 8  # pictures of one size that a judge looks at together
-_OTHER_SIDE = {"left": "right", "right": "left"}
+from draftcli.preferences.pairs import Answers, numbered
+from draftcli.preferences.reading import PREFERENCES, SKIP, answers_in
+from draftcli.progress import Activity
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,14 @@ def summarise(answers: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> R
     """Count what lines of preferences.jsonl say, those of one session."""
     once = [line for line in answers if not line["repeats"]]
     kinds = [line["answer"] for line in once]
-    first = {_pictures(line): _better(line) for line in once}
-    again = [(first[_pictures(line)], _better(line)) for line in answers
-             if line["repeats"] and line["answer"] != "skip" and _pictures(line) in first]  # fmt: skip
+    again = _read(answers, Path()).steadiness()
     return RatingSummary(
         answered=len(answers),
         preferences=kinds.count("left") + kinds.count("right"),
         ties=kinds.count("neither"),
-        skipped=kinds.count("skip"),
+        skipped=kinds.count(SKIP),
         repeated=len(again),
-        steady=sum(1.0 if a == b else 0.5 if None in (a, b) else 0.0 for a, b in again),  # as rewards train counts
+        steady=sum(again),
         wins=_wins(once, columns) if len(columns) == 2 else None,
     )
 
@@ -61,7 +59,8 @@ def agreement_with(
 ) -> Estimate:
     """How often a reward scores the better picture higher, equal scores counting half, with its interval over prompts.
 
-    Ties, skipped and repeated pairs are left out, and those that the reward has no score for.
+    Ties, skipped and repeated pairs are left out, and those that the reward has no score for. A warning says where
+    pictures cannot be read; their pairs are left out, too.
 
     Args:
         answers: lines of preferences.jsonl.
@@ -70,15 +69,21 @@ def agreement_with(
         device: that it runs on; None: the fastest one here.
 
     Raises:
-        InputError: the reward cannot be loaded, or a picture not be read.
+        InputError: the reward cannot be loaded, or no picture be read.
     """
-    decided = [line for line in answers if line["answer"] in _OTHER_SIDE and not line["repeats"]]
-    scores = _scores(decided, folder, judge, device)
-    values = []
-    for line in decided:
-        better, worse = (scores[line["prompt"], line[side]["picture"]] for side in _sides(line["answer"]))
-        values.append(math.nan if math.isnan(better + worse) else (better > worse) + (better == worse) / 2)
-    return estimate(values, _prompt_numbers(decided))
+    from draftcli.core.engine.runtime import choose_runtime
+    from draftcli.preferences.agreement import agrees
+    from draftcli.preferences.looking import ask
+
+    decided = [line for line in answers if line["answer"] in ("left", "right") and not line["repeats"]]
+    if not decided:
+        return estimate([])
+    where = choose_runtime(device or "auto", "fp32").device
+    seen = ask(judge, _read(decided, folder), where, Activity())
+    for text in seen.preferences.left_out:
+        warn(text)
+    prompts = [answer.prompt for answer in seen.preferences.answers]
+    return estimate(agrees(seen.difference, seen.label), numbered(prompts))
 
 
 def in_percent(share: Estimate) -> str:
@@ -89,59 +94,12 @@ def in_percent(share: Estimate) -> str:
     return f"{text} (95 % interval {100 * share.low:.0f} to {100 * share.high:.0f} %)"
 
 
-def _sides(answer: str) -> tuple[str, str]:
-    return answer, _OTHER_SIDE[answer]
-
-
-def _scores(lines: Sequence[Mapping[str, Any]], folder: Path, judge: str, device: str | None) -> dict[Any, float]:
-    """By prompt and picture, each looked at once."""
-    import numpy as np
-    import torch
-
-    from draftcli.core.engine.runtime import choose_runtime
-    from draftcli.evaluation.pictures import read_picture
-    from draftcli.rewards import get_reward_model
-
-    reward, where = get_reward_model(judge), choose_runtime(device or "auto", "fp32").device
-    if isinstance(reward, torch.nn.Module):
-        reward.to(where)
-    wanted = list(dict.fromkeys((line["prompt"], line[side]["picture"]) for line in lines for side in _OTHER_SIDE))
-    scores: dict[Any, float] = {}
-    group: list[tuple[tuple[str, str], np.ndarray]] = []
-
-    def look() -> None:
-        if group:
-            images = torch.from_numpy(np.stack([pixels for _, pixels in group])).to(where)
-            with torch.no_grad():
-                found = reward(images, [prompt for (prompt, _), _ in group]).tolist()
-            scores.update({key: score for (key, _), score in zip(group, found, strict=True)})
-        group.clear()
-
-    for key in wanted:
-        pixels = read_picture(folder / key[1])
-        if len(group) == _BATCH or (group and group[0][1].shape != pixels.shape):
-            look()
-        group.append((key, pixels))
-    look()
-    return scores
+def _read(lines: Sequence[Mapping[str, Any]], folder: Path) -> Answers:
+    return answers_in(folder / PREFERENCES, dict(enumerate(lines)))
 
 
 def _wins(lines: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> Estimate:
-    values = {columns[0]: 0.0, columns[1]: 1.0, "": 0.5}
-    counted = [line for line in lines if line["answer"] != "skip"]
-    won = [values[line[line["answer"]]["column"] if line["answer"] in _OTHER_SIDE else ""] for line in counted]
-    return estimate(won, _prompt_numbers(counted))
-
-
-def _prompt_numbers(lines: Sequence[Mapping[str, Any]]) -> list[int]:
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(line["prompt"] for line in lines))}
-    return [numbers[line["prompt"]] for line in lines]
-
-
-def _pictures(line: Mapping[str, Any]) -> frozenset[str]:
-    return frozenset((line["left"]["picture"], line["right"]["picture"]))
-
-
-def _better(line: Mapping[str, Any]) -> str | None:
-    """The picture that was better; None for neither."""
-    return line[line["answer"]]["picture"] if line["answer"] in _OTHER_SIDE else None
+    values = {columns[0]: 0.0, columns[1]: 1.0}
+    counted = [line for line in lines if line["answer"] != SKIP]
+    won = [0.5 if line["answer"] == "neither" else values[line[line["answer"]]["column"]] for line in counted]
+    return estimate(won, numbered([line["prompt"] for line in counted]))

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from draftcli.errors import InputError, brief
-from draftcli.evaluation.pictures import read_entries
+from draftcli.errors import InputError
+from draftcli.evaluation.pictures import entries_by_item, read_entries
 from draftcli.prompts import Prompt, Shuffled
 from draftcli.sampling.names import INDEX
 
@@ -101,7 +101,7 @@ def pairs_in_folder(folder: Path, column: str, count: int, seed: int) -> list[Pa
         InputError: no index, a picture outside the folder, or no prompt with two pictures.
     """
     found = defaultdict[str, list[RatedPicture]](list)
-    for line in _lines(folder):
+    for line in read_entries(folder):
         found[line["prompt"]].append(RatedPicture.of(folder, line, str(line.get("weight", column))))
     if all(len(pictures) < 2 for pictures in found.values()):
         raise InputError(f"{folder}: no prompt in {INDEX} has two images; a pair needs two of the same prompt")
@@ -118,33 +118,17 @@ def pairs_across(folders: Sequence[Path], columns: Sequence[str], count: int, se
     Raises:
         InputError: no index, a picture outside its folder, several of one prompt and seed, or nothing in common.
     """
-    first, second = (_by_seed(folder, column) for folder, column in zip(folders, columns, strict=True))
+    first, second = (
+        {item: RatedPicture.of(folder, line, column) for item, line in entries_by_item(folder).items()}
+        for folder, column in zip(folders, columns, strict=True)
+    )
     both = [item for item in first if item in second]
     if not both:
         raise InputError(
             f"{folders[0]} and {folders[1]} have no prompt with the same seed in common; pairs are compared at one seed"
         )
     order = np.random.default_rng(seed).permutation(len(both))
-    return [Pair(both[i][0], (first[both[i]], second[both[i]])) for i in order[:count]]
-
-
-def _by_seed(folder: Path, column: str) -> dict[tuple[str, int], RatedPicture]:
-    found: dict[tuple[str, int], RatedPicture] = {}
-    for line in _lines(folder):
-        item, picture = (line["prompt"], line["seed"]), RatedPicture.of(folder, line, column)
-        if found.setdefault(item, picture).path != picture.path:
-            raise InputError(
-                f"{folder}: seed {item[1]} of {brief(item[0])} was generated in several ways; keep one line for each "
-                f"prompt and seed in {INDEX}, or use a separate folder for each"
-            )
-    return found
-
-
-def _lines(folder: Path) -> Iterator[dict[str, Any]]:
-    for line in read_entries(folder):
-        if not (folder / line["file"]).resolve().is_relative_to(folder.resolve()):
-            raise InputError(f"{folder / INDEX}: {line['file']!r} lies outside the folder")
-        yield line
+    return [Pair(both[i].prompt, (first[both[i]], second[both[i]])) for i in order[:count]]
 
 
 def _pairs_of(prompt: str, pictures: Sequence[RatedPicture]) -> Iterator[Pair]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from draftcli.config import check_device_name
 from draftcli.core.models.places import check_model_files
 from draftcli.errors import InputError
 from draftcli.prompts import PromptList, PromptSequence, find_prompts, read_prompts
@@ -89,6 +90,8 @@ def check_rating(request: RatingRequest) -> Candidates:
     if missing := [name for name in _PACKAGES if find_spec(name) is None]:
         raise InputError(f"the page needs {' and '.join(missing)}: pip install 'draftp[rate]'")
     check_names(request.judges)
+    if request.device is not None:
+        check_device_name(request.device, "--device")
     if len(request.names) > 2:
         raise InputError(f"{len(request.names)} names were given; a pair shows two images, so give one or two")
     folders = [Path(name) for name in request.names if (Path(name) / INDEX).is_file()]

@@ -29,9 +29,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from draftcli.errors import DraftpError, InputError
 from draftcli.pictures import open_picture
+from draftcli.preferences.reading import ANSWERS
 from draftcli.rating.page import rating_page
 from draftcli.rating.session import NotShown, RatingSession
-from draftcli.rating.storage import ANSWERS
 
 HOST = "127.0.0.1"
 _LARGEST = 4096  # bytes of what a page sends

@@ -6,7 +6,6 @@ counted from 0, no longer counts.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +15,9 @@ from typing import Any
 
 from draftcli.disk import disk_errors, lock_file
 from draftcli.errors import DraftpError, InputError
-from draftcli.lines import json_line, text_lines
+from draftcli.lines import json_line
+from draftcli.preferences.reading import ANSWERS, PREFERENCES, json_lines
 
-PREFERENCES = "preferences.jsonl"
-ANSWERS = ("left", "right", "neither", "skip")
 _LOCK = ".lock"
 
 
@@ -32,15 +30,11 @@ def read_preferences(path: Path) -> dict[int, dict[str, Any]]:
         InputError: the file cannot be read.
     """
     try:
-        lines = text_lines(path, errors="replace")
+        lines, _ = json_lines(path)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     answers: dict[int, dict[str, Any]] = {}
-    for number, text in enumerate(lines):
-        try:
-            line = json.loads(text)
-        except (ValueError, RecursionError):
-            continue
+    for number, line in lines.items():
         if not isinstance(line, dict):
             continue
         if type(line.get("undo")) is int:

@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from draftcli.rewards.catalogue import check_names, known_rewards
+    from draftcli.rewards.catalogue import check_names, check_sources, known_rewards
     from draftcli.rewards.mixture import WeightedSum
     from draftcli.rewards.protocol import Reward
     from draftcli.rewards.registry import get_reward_model, load_held_out, load_reward
@@ -23,6 +23,7 @@ __all__ = [
     "Reward",
     "WeightedSum",
     "check_names",
+    "check_sources",
     "get_reward_model",
     "known_rewards",
     "load_held_out",
@@ -33,6 +34,7 @@ _HOME = {
     "Reward": "protocol",
     "WeightedSum": "mixture",
     "check_names": "catalogue",
+    "check_sources": "catalogue",
     "get_reward_model": "registry",
     "known_rewards": "catalogue",
     "load_held_out": "registry",

@@ -6,10 +6,14 @@ Nothing heavy is imported here. Parameters are what stays in memory, counted; a 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
 
+from draftcli.config import RewardSource, is_hub_id
 from draftcli.errors import InputError
 from draftcli.rewards.folders import RewardFolder, is_path, read_reward_folder
 
@@ -140,10 +144,33 @@ def _stands_on(name: str) -> str:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise InputError where a reward's name leads nowhere, without loading any weights."""
+    """Raise InputError where a reward's name leads nowhere, without importing it or loading any weights."""
     for name in names:
         if reward_folder(name) is None:
-            reward_reference(name)
+            _check_module(name, reward_reference(name).rpartition(":")[0])
+
+
+def check_sources(rewards: Mapping[str, RewardSource]) -> None:
+    """As `check_names`; also where a built-in reward's weights or backbone are neither a path that is there nor a
+    hub id. Other rewards understand by these words what they like.
+    """
+    check_names(rewards)
+    for name, source in rewards.items():
+        for place in (source.pretrained, source.backbone) if name in BUILT_IN_REWARDS else ():
+            if place and not Path(place).exists() and not is_hub_id(place):
+                raise InputError(f"reward {name}: {place} is no file, no folder and no hub id")
+
+
+def _check_module(name: str, module: str) -> None:
+    """See that the file, or the package that holds the module, is there; neither is run for it."""
+    if module.endswith(".py"):
+        path = Path(module).expanduser()
+        if not path.is_file():
+            raise InputError(f"reward {name}: cannot import {module!r} (there is no file {path})")
+        return
+    package = module.partition(".")[0]
+    if not package or (find_spec(package) or PathFinder.find_spec(package, [str(Path.cwd())])) is None:
+        raise InputError(f"reward {name}: cannot import {module!r} (there is no package {package!r})")
 
 
 def reward_folder(name: str) -> RewardFolder | None:

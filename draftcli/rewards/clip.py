@@ -237,7 +237,18 @@ def load_hps(name: str, file: str, pretrained: str | None, backbone: str) -> CLI
     # An older open_clip kept the text's causal mask among its tensors.
     fill(name, path, clip, tensors, _open_clip_origin, unused=["attn_mask"])
     tokenizer = load_tokenizer(name, backbone, "backbone", config.text_config.vocab_size)
+    straighten_quotes(tokenizer)
     return CLIPReward(name, clip, tokenizer, Preprocess(config.vision_config.image_size, "pad"), bare_cosine=True)
+
+
+def straighten_quotes(tokenizer: Any) -> None:
+    """Let a tokenizer of transformers read curly quotation marks as straight ones, which open_clip's does by ftfy."""
+    from tokenizers import Regex
+    from tokenizers.normalizers import Replace, Sequence
+
+    marks = [("[\u02bc\u2018-\u201b]", "'"), ("[\u201c-\u201f]", '"')]
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = Sequence([*(Replace(Regex(curly), straight) for curly, straight in marks), backend.normalizer])
 
 
 def _open_clip_config(name: str, path: Path, tensors: Mapping[str, Tensor]) -> Any:

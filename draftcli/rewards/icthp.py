@@ -14,7 +14,17 @@ from draftcli.errors import InputError
 from draftcli.rewards.aesthetic import scoring_head
 from draftcli.rewards.blank import with_blank
 from draftcli.rewards.checkpoints import Official, fill, find_checkpoint, read_checkpoint
-from draftcli.rewards.clip import HUGE, LARGE, VIT_H, CLIPReward, blank_clip, clip_config, clip_pixels, load_tokenizer
+from draftcli.rewards.clip import (
+    HUGE,
+    LARGE,
+    VIT_H,
+    CLIPReward,
+    blank_clip,
+    clip_config,
+    clip_pixels,
+    load_tokenizer,
+    straighten_quotes,
+)
 from draftcli.rewards.pixels import Preprocess
 
 ICT_WEIGHTS = Official("pytorch_model.bin", hub="8y/ICT")
@@ -66,6 +76,7 @@ def ict(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
         clip = CLIPModel(config)
     fill(name, path, clip, tensors, unused=_TABLES)
     tokenizer = load_tokenizer(name, backbone, "backbone", config.text_config.vocab_size)
+    straighten_quotes(tokenizer)  # the authors take open_clip's
     preprocess = Preprocess(config.vision_config.image_size, *clip_pixels(name, backbone, "backbone"))
     return CLIPReward(name, clip, tokenizer, preprocess, bare_cosine=True)
 

@@ -1,7 +1,7 @@
 """The official preprocessing of the reward models, on tensors, so that the gradient reaches every pixel.
 
 The official routes resize 8-bit pictures with Pillow (or a tensor with torchvision): bicubic, antialiased. Here it is
-torch's bicubic with antialias=True, pinned: the same filter, without the rounding to 8 bits.
+torch's bicubic with antialias=True, pinned: the same filter, with Pillow's saturation, without its rounding to 8 bits.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Preprocess(nn.Module):
         images, size = images.to(self.mean), self.size
         height, width = images.shape[-2:]
         if self.fit == "squash":
-            images = saturated(resize(images, size, size))
+            images = resize_saturating(images, size, size)
         elif self.fit == "pad":
             # HPSv2 resizes a float tensor, which saturates nowhere.
             longest = max(height, width)
@@ -57,7 +57,7 @@ class Preprocess(nn.Module):
             images = F.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
         else:
             shortest = min(height, width)
-            images = saturated(resize(images, height * size // shortest, width * size // shortest))
+            images = resize_saturating(images, height * size // shortest, width * size // shortest)
             down, right = images.shape[-2] - size, images.shape[-1] - size
             top, left = (round(down / 2), round(right / 2)) if self.fit == "crop_even" else (down // 2, right // 2)
             images = images[..., top : top + size, left : left + size]
@@ -74,6 +74,7 @@ def resize(images: Tensor, height: int, width: int) -> Tensor:
     return resized.to(images.device)
 
 
-def saturated(images: Tensor) -> Tensor:
-    """Bicubic overshoots at edges; the official routes are at 8 bits there, which saturate."""
-    return images.clamp(0, 1)
+def resize_saturating(images: Tensor, height: int, width: int) -> Tensor:
+    """`resize` as Pillow does it at 8 bits: across, then down. Bicubic overshoots at edges, and each pass saturates."""
+    across = resize(images, images.shape[-2], width).clamp(0, 1)
+    return resize(across, height, width).clamp(0, 1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from draftcli.errors import InputError
 from draftcli.rewards.checkpoints import loading
-from draftcli.rewards.pixels import OPENAI_MEAN, OPENAI_STD, resize, saturated
+from draftcli.rewards.pixels import OPENAI_MEAN, OPENAI_STD, resize_saturating
 
 LARGEST_RATIO = 200  # of a picture's sides, as Qwen's preprocessing allows
 
@@ -56,7 +56,7 @@ class Patches(nn.Module):
         """
         tall, wide = images.shape[-2:]
         height, width = fitted_sides(tall, wide, self.patch * self.merge, self.least, self.most)
-        images = (saturated(resize(images.to(self.mean), height, width)) - self.mean) / self.std
+        images = (resize_saturating(images.to(self.mean), height, width) - self.mean) / self.std
         rows, columns = height // self.patch, width // self.patch
         blocks = images.unflatten(-1, (columns // self.merge, self.merge, self.patch))
         blocks = blocks.unflatten(2, (rows // self.merge, self.merge, self.patch))

@@ -1,8 +1,8 @@
 """Make the toy world's weights: `python -m draftcli.toy.make_weights --output DIR`.
 
 The stages, each saved when done and skipped when its result is already there: the autoencoder, SDXL (UNet and text
-encoders), the learned reward, a second one from another seed, to be held out, and the LoRA that draws in 4 steps. What
-was run and measured is written to DIR/provenance.json after every stage.
+encoders), the learned reward, a second judge to be held out, and the LoRA that draws in 4 steps. What was run and
+measured is written to DIR/provenance.json after every stage.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from diffusers import StableDiffusionXLPipeline
 
 from draftcli.toy import oracle
 from draftcli.toy.train_four_steps import train_four_steps
+from draftcli.toy.train_judge import train_judge
 from draftcli.toy.train_reward import train_reward
 from draftcli.toy.train_sdxl import GUIDANCE, SAMPLER_STEPS, draw_pictures, open_pipeline, train_sdxl
 from draftcli.toy.train_vae import train_vae
@@ -57,9 +58,8 @@ def make_weights(output: Path, seed: int = 0, quick: bool = False) -> None:
     few = {"families": 2, "batch": 2, "check": 8} if quick else {}
     _stage(output, "reward", reward / "model.safetensors", seed,
            lambda: train_reward(model, reward, seed, reward_steps, **few))  # fmt: skip
-    # From another start, on other pictures: with the same seed it would be fooled by the very same things.
     _stage(output, "judge", judge / "model.safetensors", seed,
-           lambda: {"seed": seed + 1, **train_reward(model, judge, seed + 1, reward_steps, **few)})  # fmt: skip
+           lambda: {"seed": seed + 1, **train_judge(model, reward, judge, seed + 1, reward_steps, **few)})  # fmt: skip
     small = {"batch": 2, "walks": 4} if quick else {}
     _stage(output, "four_steps", lora, seed,
            lambda: train_four_steps(model, lora, seed, 3 if quick else FOUR_STEPS_STEPS, **small))  # fmt: skip

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from draftcli import __version__
+from draftcli.built_in import BUILT_IN_LORAS
 from draftcli.config import Config
 from draftcli.contents import base_loras_contents
 from draftcli.core.gradient.mode import make_mode
 from draftcli.core.lora.adapters import LORA_FILE
-from draftcli.core.models.places import BUILT_IN, BUILT_IN_LORAS, base_lora
+from draftcli.core.models.places import BUILT_IN, base_lora
 from draftcli.core.models.recognition import family_of
-from draftcli.metrics.statistics import has_interval
+from draftcli.metrics.statistics import has_interval, or_nan
 from draftcli.runs import ValidationLine
 from draftcli.training.card_head import card_head
 from draftcli.training.result import diversity_kept
@@ -84,11 +83,6 @@ def _base_loras(cfg: Config) -> list[str]:
         lines += [f"pipe.load_lora_weights({f'lora_path({place})' if _is_built_in(path) else place})"]
         lines += [f"pipe.fuse_lora(lora_scale={scale:g})", "pipe.unload_lora_weights()"]
     return lines
-
-
-def _or_nan(figures: Mapping[str, float | None]) -> dict[str, float]:
-    """Figures as validation.jsonl has them, where null stands for NaN."""
-    return {key: math.nan if value is None else value for key, value in figures.items()}
 
 
 def _is_built_in(lora: Path) -> bool:
@@ -197,13 +191,13 @@ def model_card(
             "|---|---|---|---|---|---|",
         ]
         for name, figures in validation["rewards"].items():
-            f = _or_nan(figures)
+            f = {key: or_nan(value) for key, value in figures.items()}
             interval = f"{f['low']:+.4f} to {f['high']:+.4f}" if has_interval(f["low"], f["high"]) else "none"
             lines.append(
                 f"| {name} | {f['base']:.4f} | {f['tuned']:.4f} | {f['difference']:+.4f} | "
                 f"{interval} | {'yes' if name in cfg.rewards else 'no'} |"
             )
-        f = _or_nan(validation["diversity"])
+        f = {key: or_nan(value) for key, value in validation["diversity"].items()}
         lines += [
             "",
             f"Diversity, the mean distance of two images in pixels: {f['base']:.4f} before, {f['tuned']:.4f} after"

@@ -8,9 +8,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from draftcli.config import Config
+from draftcli.config import Config, is_hub_id
 from draftcli.core.models.family import Family
-from draftcli.core.models.places import BUILT_IN, card_base, is_hub_id
+from draftcli.core.models.places import BUILT_IN, card_base
 from draftcli.core.models.recognition import family_of
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine

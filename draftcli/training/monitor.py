@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from draftcli.config import Config, MonitorConfig
 from draftcli.errors import InputError
 from draftcli.metrics.hacking import Hacking, RewardMean, Standing, find_hacking, sign_changes
+from draftcli.metrics.statistics import or_nan
 from draftcli.runs import Run, ValidationLine
 
 ADVICE = "raise draftp.kl_coeff or lower optim.lr in a new run"
@@ -185,6 +186,5 @@ def far_signs(line: ValidationLine) -> list[str]:
 
 
 def _mean(line: ValidationLine, name: str) -> float:
-    """Of a reward, tuned; NaN where it was not measured, for which the file has null."""
-    found = line["rewards"].get(name, {}).get("tuned")
-    return math.nan if found is None else found
+    """Of a reward, tuned; NaN where it was not measured."""
+    return or_nan(line["rewards"].get(name, {}).get("tuned"))

@@ -15,6 +15,7 @@ import yaml
 
 from draftcli.errors import first_line, warn
 from draftcli.metrics.hacking import sign_changes
+from draftcli.metrics.statistics import or_nan
 from draftcli.pages.curve import StepCurve, curve_chart
 from draftcli.pages.embed import embedded
 from draftcli.pages.numbers import signed, significant
@@ -92,7 +93,7 @@ def find_alarms(
 
 
 def _reward_row(name: str, figures: Mapping[str, float | None], is_trained: bool) -> dict[str, str | bool]:
-    values = {key: _or_nan(figures[key]) for key in ("base", "tuned", "difference", "low", "high")}
+    values = {key: or_nan(figures[key]) for key in ("base", "tuned", "difference", "low", "high")}
     has_fallen = values["high"] < 0
     interval = f"{signed(values['low'])} to {signed(values['high'])}" if math.isfinite(values["low"]) else "none"
     return {
@@ -130,8 +131,8 @@ def _validation_charts(validations: Sequence[ValidationLine], trained: Sequence[
     names = dict.fromkeys(name for line in validations for name in line["rewards"])
     for name in sorted(names, key=lambda name: name in trained):
         figures = [line["rewards"].get(name, {}) for line in validations]
-        values, base = ([_or_nan(f.get(key)) for f in figures] for key in ("tuned", "base"))
-        low, high = ([b + _or_nan(f.get(key)) for f, b in zip(figures, base, strict=True)] for key in ("low", "high"))
+        values, base = ([or_nan(f.get(key)) for f in figures] for key in ("tuned", "base"))
+        low, high = ([b + or_nan(f.get(key)) for f, b in zip(figures, base, strict=True)] for key in ("low", "high"))
         level = next((value for value in reversed(base) if math.isfinite(value)), None)
         role = "trained on" if name in trained else "held out"
         text = f"{name} ({role}) on validation prompts. Level line: base. Band: 95 % interval of the change."
@@ -148,7 +149,7 @@ def _step_charts(steps: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     numbers = [line["step"] for line in steps]
     charts = []
     for key, label in _OF_STEPS.items():
-        values = [math.nan if "skipped" in line else _or_nan(line.get(key)) for line in steps]
+        values = [math.nan if "skipped" in line else or_nan(line.get(key)) for line in steps]
         charts.append(_chart(StepCurve(numbers, values), label, f"{label[0].upper()}{label[1:]}, every step."))
     return [chart for chart in charts if chart["svg"]]
 
@@ -165,7 +166,3 @@ def _sheets(run: Run) -> list[dict[str, Any]]:
         source = embedded(open_picture(path), SHEET_EDGE)
         sheets.append({"step": int(path.name.split("-")[1]), "source": source})
     return sheets
-
-
-def _or_nan(value: float | None) -> float:
-    return math.nan if value is None else value

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from draftcli.config import Config
 from draftcli.metrics.diversity import DiversityKept
-from draftcli.metrics.statistics import has_interval
+from draftcli.metrics.statistics import has_interval, or_nan
 from draftcli.runs import Run, StopRecord, ValidationLine
 from draftcli.training.monitor import far_signs
 
@@ -140,7 +140,7 @@ def diversity_kept(line: ValidationLine) -> DiversityKept | None:
     share, low, high = (figures.get(key) for key in ("kept", "kept_low", "kept_high"))
     if share is None or math.isnan(share):
         return None
-    return DiversityKept(share, math.nan if low is None else low, math.nan if high is None else high)
+    return DiversityKept(share, or_nan(low), or_nan(high))
 
 
 def diversity_warning(line: ValidationLine) -> str | None:

@@ -8,7 +8,7 @@ from draftcli.config import Config
 from draftcli.core.models.places import check_model_files
 from draftcli.errors import InputError
 from draftcli.prompts import find_prompts
-from draftcli.rewards import check_names
+from draftcli.rewards import check_sources
 from draftcli.runs import Run
 
 
@@ -31,5 +31,5 @@ def check_start(cfg: Config, folder: Path) -> None:
     ):
         if isinstance(source, str):
             find_prompts(source, setting)
-    check_names([*cfg.rewards, *cfg.held_out_rewards])
+    check_sources({**cfg.rewards, **cfg.held_out})
     Run(folder).check_place()

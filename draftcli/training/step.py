@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
-from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
 
 from draftcli.config import check_batch_size
@@ -21,7 +20,7 @@ from draftcli.errors import DraftpError
 from draftcli.prompts import Batches, Prompt, Shuffled
 from draftcli.rewards import WeightedSum
 from draftcli.training.ema import Ema
-from draftcli.training.optimizer import make_optimizer
+from draftcli.training.optimizer import learning_rates, make_optimizer
 from draftcli.training.walks import Walks
 
 SKIPS_ALLOWED = 3  # steps in a row without an update before the run gives up
@@ -68,12 +67,7 @@ class Trainer:
         self.names = [name for name, p in model.unet.named_parameters() if p.requires_grad]
         self._index = {name: i for i, name in enumerate(self.names)}
         self.optimizer = make_optimizer(self.weights, cfg.optim)
-        self.schedule = get_scheduler(
-            cfg.optim.sched.name,
-            self.optimizer,
-            num_warmup_steps=cfg.optim.sched.warmup_steps,
-            num_training_steps=cfg.trainer.max_steps,
-        )
+        self.schedule = learning_rates(self.optimizer, cfg.optim.sched, cfg.trainer.max_steps)
         self.ema = None
         if cfg.ema.decay is not None:
             device = torch.device("cpu") if cfg.ema.device == "cpu" else None

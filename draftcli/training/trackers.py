@@ -21,8 +21,7 @@ from accelerate import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, get_available_trackers
 from accelerate.utils import LoggerType, clear_environment
 
-from draftcli.config import Config, LoggingConfig
-from draftcli.core.models.places import is_hub_id
+from draftcli.config import Config, LoggingConfig, is_hub_id
 from draftcli.errors import DraftpError, InputError, brief, first_line, warn
 from draftcli.pictures import open_picture
 from draftcli.runs import Run, disk_errors

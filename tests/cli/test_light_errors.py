@@ -14,6 +14,16 @@ CASES = [
     ("train", "--set", "data.validation_prompts=nofile.jsonl"),
     ("train", "--reward", "nonesuch"),
     ("train", "--set", "model.pretrained=nofile.safetensors"),
+    ("train", "--set", "model.pretrained=nofolder"),
+    ("train", "--set", "model.pretrained=some/where/else"),
+    ("train", "--set", "model.vae=nofolder"),
+    ("train", "--set", "model.pretrained=model.safetensors", "--set", "model.config=nofolder"),
+    ("train", "--set", "model.device=tpu"),
+    ("train", "--set", "model.device=cuda:one"),
+    ("train", "--reward", "nofile.py:red"),
+    ("train", "--reward", "nowhere.rewards:red"),
+    ("train", "--set", "rewards.pickscore.pretrained=nofolder"),
+    ("train", "--set", "held_out_rewards=[nofile.py:red]"),
     ("train", "--output", "something"),
     ("train", "--fit", "much"),
     ("sample", "nosuchrun"),
@@ -21,6 +31,8 @@ CASES = [
     ("sample", "RUN", "--prompts", "nofile.txt"),
     ("sample", "RUN", "--format", "gif"),
     ("sample", "--model", "nofile.safetensors", "--prompt", "a fox"),
+    ("sample", "--model", "nofolder", "--prompt", "a fox"),
+    ("sample", "RUN", "--set", "model.device=tpu"),
     ("sample", "--model", "toy", "--lora", "nofile"),
     ("sample", "--model", "toy"),
     ("anneal", "nosuchrun"),
@@ -32,11 +44,15 @@ CASES = [
     ("eval", "RUN", "--reward", "nonesuch"),
     ("eval", "RUN", "--judge", "nobody"),
     ("eval", "RUN", "--features", "nonesuch"),
+    ("eval", "RUN", "--features", "dinov2=nofolder"),
     ("eval", "RUN", "--prompts", "nofile.txt"),
+    ("eval", "RUN", "--set", "model.device=tpu"),
     ("eval", "RUN", "--lora-scale", "much"),
     ("merge-lora", "nofile"),
     ("merge-lora", "RUN=much"),
     ("merge-lora", "RUN", "--base", "nofile.safetensors"),
+    ("merge-lora", "RUN", "--base", "nofolder"),
+    ("merge-lora", "RUN", "--config", "nofolder"),
     ("merge-lora", "RUN", "--format", "nonesuch"),
     ("merge-lora", "RUN", "--dtype", "fp8"),
     ("merge-lora", "RUN", "--verify", "twice"),
@@ -46,7 +62,22 @@ CASES = [
     ("runs", "nosuchrun"),
     ("settings", "nonesuch"),
     ("rewards", "check", "nonesuch"),
+    ("rewards", "check", "nofile.py:red"),
+    ("rewards", "check", "nowhere:red"),
+    ("rewards", "check", "pickscore", "--pretrained", "nofolder"),
+    ("rewards", "check", "toy", "--device", "tpu"),
     ("rewards", "check", "toy", "--size", "large"),
+    ("rewards", "train", "nofile.jsonl"),
+    ("rewards", "train", "notes.txt"),
+    ("rewards", "train", "liked", "--from", "nonesuch"),
+    ("rewards", "train", "liked", "--from", "./nofolder"),
+    ("rewards", "train", "liked", "--judge", "nonesuch"),
+    ("rewards", "train", "liked", "--device", "tpu"),
+    ("rewards", "train", "liked", "--output", "something"),
+    ("rate", "nosuchrun"),
+    ("rate", "--preset", "toy", "--device", "tpu"),
+    ("rate", "--preset", "toy", "--judge", "nonesuch"),
+    ("rate", "--preset", "toy", "--prompts", "nofile.txt"),
 ]
 # Each in a fork of one process that has imported the command line and nothing else, as a start does.
 SCRIPT = """
@@ -73,6 +104,9 @@ for words in json.load(sys.stdin):
 def found(lora_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("light")
     (folder / "something").mkdir()
+    (folder / "liked").mkdir()
+    (folder / "model.safetensors").touch()
+    (folder / "notes.txt").touch()
     (folder / "something" / "else.txt").write_text("mine")
     commands = [[word.replace("RUN", str(lora_run)) for word in case] for case in CASES]
     done = subprocess.run(

@@ -260,6 +260,18 @@ def test_agreement_with_a_reward_is_counted_by_hand():
     assert agreement_with(answers, folder, "toy_oracle", "cpu").n == 0, "it has no score for such prompts"
 
 
+def test_a_judge_leaves_out_pairs_whose_image_is_gone_and_says_so(capsys):
+    for name, level in (("dark", 0), ("light", 200)):
+        Image.new("RGB", (16, 16), (level,) * 3).save(f"{name}.png")
+    seen, gone = line("left", "light.png", "dark.png"), line("left", "dark.png", "lost.png", prompt="q")
+    agrees = agreement_with([seen, gone], Path(), "brightness", "cpu")
+    assert (agrees.n, agrees.mean) == (1, 1)
+    assert capsys.readouterr().err == (
+        "warning: preferences.jsonl: 1 of 2 pairs are left out: lost.png: there is no such file\n"
+    )
+    assert agreement_with([line("neither", "light.png", "dark.png")], Path(), "brightness", "cpu").n == 0
+
+
 def picture_of(caption: str, seed: int = 0) -> Image.Image:
     pixels = render(parse(caption), np.random.default_rng(seed))
     return Image.fromarray((pixels.transpose(1, 2, 0) * 255).round().astype(np.uint8))

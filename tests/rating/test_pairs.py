@@ -1,10 +1,12 @@
 """Which pairs are shown, in which order, and which of them again."""
 
+import json
 from itertools import combinations
 
 import pytest
 
 from draftcli.errors import InputError
+from draftcli.evaluation.pictures import read_entries
 from draftcli.prompts import Prompt
 from draftcli.rating.pairs import REPEAT_EVERY, pairs_across, pairs_in_folder, prompts_of_pairs, showings
 from tests.rating.example import write_folder
@@ -85,3 +87,17 @@ def test_folders_with_nothing_in_common_say_so(tmp_path):
     folders = [write_folder(tmp_path / "a", seeds=2), write_folder(tmp_path / "b", seeds=2, first=2)]
     with pytest.raises(InputError, match="in common"):
         pairs_across(folders, ["a", "b"], 10, seed=0)
+
+
+@pytest.mark.parametrize(("hashes", "is_refused"), [(("a", "b"), True), (("a", "a"), False), ((None, None), True)])
+def test_two_pictures_of_one_prompt_and_seed_are_refused_unless_they_are_one(tmp_path, hashes, is_refused):
+    folders = [write_folder(tmp_path / name, prompts=1, seeds=1) for name in ("a", "b")]
+    [line] = read_entries(folders[0])
+    lines = [{**line, "file": f"{i}.png", "hash": key} for i, key in enumerate(hashes)]
+    (folders[0] / "index.jsonl").write_text("".join(json.dumps(text) + "\n" for text in lines))
+    if is_refused:
+        with pytest.raises(InputError, match=r"was generated in several ways \(0.png and 1.png\)"):
+            pairs_across(folders, ["a", "b"], 10, seed=0)
+    else:
+        [pair] = pairs_across(folders, ["a", "b"], 10, seed=0)
+        assert pair.pictures[0].path.name == "1.png"

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from draftcli.errors import DraftpError, InputError
-from draftcli.rating.storage import PREFERENCES, open_preferences, read_preferences
+from draftcli.preferences.reading import PREFERENCES
+from draftcli.rating.storage import open_preferences, read_preferences
 from tests.rating.example import NASTY
 
 ANSWER = {

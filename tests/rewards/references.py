@@ -28,6 +28,11 @@ def pictures(height: int, width: int, count: int = 3) -> Tensor:
     return F.interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1).mul(255).round() / 255
 
 
+def sharp_pictures(height: int, width: int, count: int = 3) -> Tensor:
+    """Black and white dots, at which bicubic overshoots everywhere."""
+    return (torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+
+
 def as_pil(images: Tensor) -> list[Image.Image]:
     """Pictures of 8 bits."""
     return [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in images]

@@ -39,6 +39,7 @@ from tests.rewards.references import (
     pictures,
     score_by,
     seeded,
+    sharp_pictures,
     slope_and_differences,
 )
 
@@ -181,6 +182,16 @@ def test_the_score_is_the_official_one(cases: dict[str, Case], name: str) -> Non
     assert {p.dtype for p in reward.parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize("name", ["hpsv2", "ict"])
+def test_curly_quotation_marks_are_read_as_straight_ones(cases: dict[str, Case], name: str) -> None:
+    """As open_clip's tokenizer does."""
+    curly, straight, bare = (
+        cases[name].load().embed_texts([text]) for text in ("it’s a “fox”", 'it\'s a "fox"', "its a fox")
+    )
+    assert torch.equal(curly, straight)
+    assert not torch.equal(straight, bare)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_is_that_of_finite_differences(cases: dict[str, Case], name: str) -> None:
     """In float64, through resizing, cropping or padding of a picture that is not square."""
@@ -271,12 +282,14 @@ def test_a_backbone_of_another_kind_or_not_whole_is_refused(cases: dict[str, Cas
 
 
 SIZES = [(96, 96), (96, 145), (150, 97), (56, 32), (20, 31)]
+KINDS = [pictures, sharp_pictures]
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_crop_is_torchvisions(size: tuple[int, int]) -> None:
-    """ImageReward and the aesthetic predictors. Within 0.04 normalised units: Pillow rounds to 8 bits twice."""
-    images = pictures(*size)
+def test_crop_is_torchvisions(size: tuple[int, int], kind: Callable[..., Tensor]) -> None:
+    """ImageReward and the aesthetic predictors. Within 0.02 normalised units: Pillow rounds to 8 bits twice."""
+    images = kind(*size)
     edge, (height, width) = 32, size
     long = [int(edge * side / min(size)) for side in size]
     top, left = (round((side - edge) / 2) for side in long)
@@ -286,7 +299,7 @@ def test_crop_is_torchvisions(size: tuple[int, int]) -> None:
     ]
     expected = (torch.tensor(np.stack(theirs)).permute(0, 3, 1, 2) / 255 - MEAN) / STD
     ours = Preprocess(edge, "crop_even")(images)
-    assert (ours - expected).abs().max() < 0.04
+    assert (ours - expected).abs().max() < 0.02  # 1.3 of 255
     shifted = Preprocess(edge, "crop")(images)
     if height != width and any((side - edge) % 4 == 3 for side in long):
         assert (shifted - expected).abs().max() > 0.04, "half a pixel the other way is another picture"
@@ -307,13 +320,16 @@ def test_padding_is_hpsv2s(size: tuple[int, int]) -> None:
     torch.testing.assert_close(Preprocess(edge, "pad")(images), (canvas - MEAN) / STD, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_squashing_is_siglips(size: tuple[int, int]) -> None:
-    images = pictures(*size)
+def test_squashing_is_siglips(size: tuple[int, int], kind: Callable[..., Tensor]) -> None:
+    """Across first: by itself, Pillow 13 resizes some shapes down first, which saturates elsewhere."""
+    images = kind(*size)
+    across = [picture.resize((28, size[0]), Image.Resampling.BICUBIC) for picture in as_pil(images)]
     official = ImageProcessor(size={"height": 28, "width": 28}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    theirs = torch.as_tensor(np.asarray(official(as_pil(images), return_tensors="np")["pixel_values"]))
+    theirs = torch.as_tensor(np.asarray(official(across, return_tensors="np")["pixel_values"]))
     ours = Preprocess(28, "squash", (0.5,) * 3, (0.5,) * 3)(images)
-    assert (ours - theirs).abs().max() < 0.02  # 2.5 of 255
+    assert (ours - theirs).abs().max() < 0.01  # 1.3 of 255
 
 
 @pytest.mark.parametrize("name", [name for name, entry in BUILT_IN_REWARDS.items() if entry.parameters])

@@ -1,15 +1,16 @@
-"""AdamW with its moments in 8 bits: near AdamW, resumed bit for bit, and as large as the plan says."""
+"""AdamW with its moments in 8 bits: near AdamW, resumed bit for bit, and as large as the plan says; and schedules."""
 
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers.optimization import get_scheduler
 from safetensors.torch import load_file
 
-from draftcli.config import OptimConfig, check_config
+from draftcli.config import OptimConfig, SchedConfig, check_config
 from draftcli.errors import InputError
-from draftcli.training.optimizer import SMALLEST, make_optimizer, moment_bytes
+from draftcli.training.optimizer import SMALLEST, learning_rates, make_optimizer, moment_bytes
 from tests.command import draftp, recipe
 from tests.ranks import train_in_ranks
 
@@ -116,3 +117,25 @@ def test_what_does_not_go_with_it_is_said(settings, words):
     with pytest.raises(InputError) as error:
         check_config({"optim": {"name": "adamw8bit"}, **settings})
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("warmup", [0, 4])
+@pytest.mark.parametrize("name", ["constant_with_warmup", "linear", "cosine"])
+def test_schedules_are_those_of_diffusers_but_no_step_has_learning_rate_zero(name, warmup):
+    def rates(make):
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        schedule, found = make(optimizer), []
+        for _ in range(10):
+            found.append(schedule.get_last_lr()[0])
+            optimizer.step()
+            schedule.step()
+        return found
+
+    ours = rates(
+        lambda optimizer: learning_rates(
+            optimizer, SchedConfig.model_validate({"name": name, "warmup_steps": warmup}), 10
+        )
+    )
+    theirs = rates(lambda optimizer: get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=10))
+    assert ours[:warmup] == pytest.approx([0.5 * step / (warmup + 1) for step in range(1, warmup + 1)])
+    assert ours[warmup:] == pytest.approx(theirs[warmup:])

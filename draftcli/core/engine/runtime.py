@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from draftcli.config import check_device_name
 from draftcli.core.precision import DTYPES, HALF
 from draftcli.errors import InputError
 
@@ -41,8 +42,10 @@ class Runtime:
             yield
 
 
-def choose_runtime(device: str, precision: str) -> Runtime:
+def choose_runtime(device: str, precision: str, setting: str = "model.device") -> Runtime:
     """Resolve `device` (auto, cpu, cuda, cuda:1, mps) and `precision` (fp64, fp32, bf16, fp16).
+
+    `setting` is what the user calls the device.
 
     Raises:
         InputError: a device that is not here, or a precision that it cannot do.
@@ -52,18 +55,16 @@ def choose_runtime(device: str, precision: str) -> Runtime:
         kind = next(name for name, here in available.items() if here)
         chosen, why = _of_this_process(torch.device(kind)), f"{kind} is the fastest device on this machine"
     else:
-        try:
-            chosen = _of_this_process(torch.device(device))
-        except RuntimeError:
-            raise InputError(f"model.device {device!r}: allowed are auto, cpu, cuda, cuda:N and mps") from None
+        check_device_name(device, setting)
+        chosen = _of_this_process(torch.device(device))
         here = [name for name, yes in available.items() if yes]
         if chosen.type not in here:
             raise InputError(
-                f"model.device {device!r} is not available on this machine; available: auto, {', '.join(here)}"
+                f"{setting} {device!r} is not available on this machine; available: auto, {', '.join(here)}"
             )
-        why = "set by model.device"
+        why = f"set by {setting}"
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"model.device {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
+        raise InputError(f"{setting} {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     if precision == "fp64" and chosen.type == "mps":
         raise InputError("model.precision fp64: Apple's mps has no float64; use fp32, or model.device cpu")
     if precision == "bf16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from draftcli.config import ModelConfig, SamplingConfig
+from draftcli.config import ModelConfig, SamplingConfig, is_single_file
 from draftcli.core.guidance import Prediction
 from draftcli.core.models.family import FAMILIES, Family, Parts, find_family
 from draftcli.core.models.fields import FIELDS, check_class, check_fields
@@ -21,7 +21,7 @@ from draftcli.core.models.guidance_embedding import check_guidance_embedding
 from draftcli.core.models.kinds import check_kind, facts_of_folder
 from draftcli.core.models.marks import PREDICTION_NAMES, check_marks
 from draftcli.core.models.meta import read_json
-from draftcli.core.models.places import BUILT_IN, checked_file, is_single_file, model_path
+from draftcli.core.models.places import BUILT_IN, checked_file, model_path
 from draftcli.core.models.recognition import family_of, family_of_folder, family_of_pipeline
 from draftcli.core.models.single_file import check_networks, ensure_taken
 from draftcli.core.models.vae import check_vae_channels, check_vae_class, load_vae

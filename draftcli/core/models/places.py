@@ -5,14 +5,14 @@ Nothing here needs torch, so that a wrong path costs no import of it.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from draftcli.config import ModelConfig
+from draftcli.built_in import BUILT_IN_LORAS, BUILT_IN_MODELS
+from draftcli.config import ModelConfig, check_device_name, check_source, is_hub_id, is_single_file
 from draftcli.errors import InputError
 from draftcli.runs import split_scale
 
@@ -45,16 +45,13 @@ class BuiltInModel:
 
 BUILT_IN = {
     "toy": BuiltInModel(
-        Path(__file__).parents[2] / "toy" / "weights" / "model",
+        BUILT_IN_MODELS["toy"],
         features="draftcli.toy.features:reading",
         reads="draftcli.toy.prompts:reads",
         knows='one coloured shape on a plain background, such as "a small red star on the left of a white background"',
         elsewhere="sdxl-lora",
     )
 }
-
-# LoRAs that ship with the package, for `model.loras`: folders as diffusers writes them.
-BUILT_IN_LORAS = {"toy-4step": Path(__file__).parents[2] / "toy" / "weights" / "toy-4step"}
 
 
 def lora_path(name: str) -> str:
@@ -65,17 +62,6 @@ def lora_path(name: str) -> str:
 def model_path(pretrained: str) -> str:
     """The folder of a built-in model, else `pretrained` itself."""
     return str(BUILT_IN[pretrained].folder) if pretrained in BUILT_IN else pretrained
-
-
-def is_single_file(source: str) -> bool:
-    """Whether a model is one file rather than a folder or a hub id."""
-    return source.endswith((".safetensors", ".ckpt"))
-
-
-def is_hub_id(source: str) -> bool:
-    """Whether a model is one of the Hub rather than a file, a folder or a built-in one."""
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) is not None
-    return is_id and not is_single_file(source) and not Path(source).exists()
 
 
 def card_base(source: str, *, is_lora: bool) -> dict[str, str]:
@@ -124,12 +110,24 @@ def base_lora(text: str) -> tuple[Path, float]:
 
 
 def check_model_files(cfg: ModelConfig) -> None:
-    """Raise InputError where a setting names a file that is not there, or one that is pickled."""
+    """Raise InputError where a setting names a file or device that cannot be, or a file that is pickled.
+
+    Whether the Hub has a model of an id, and this machine a device, is seen when it is opened.
+    """
+    check_device_name(cfg.device)
     for text in cfg.loras:
         base_lora(text)
-    for setting, source in (("model.pretrained", cfg.pretrained), ("model.vae", cfg.vae)):
+    model = f"a diffusers folder, a hub id such as OWNER/NAME, a .safetensors file or one of: {', '.join(BUILT_IN)}"
+    config = cfg.config if is_single_file(cfg.pretrained) else None
+    for setting, source, allowed in (
+        ("model.pretrained", cfg.pretrained, model),
+        ("model.vae", cfg.vae, model),
+        ("model.config", config, "a diffusers folder or a hub id such as OWNER/NAME"),
+    ):
         if source and is_single_file(source):
             checked_file(source, setting)
+        elif source and source not in BUILT_IN:
+            check_source(setting, source, allowed)
 
 
 def unread_prompts(pretrained: str, texts: Iterable[str]) -> str | None:

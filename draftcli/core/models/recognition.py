@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from draftcli.config import ModelConfig
+from draftcli.config import ModelConfig, is_hub_id, is_single_file
 from draftcli.core.models.family import FAMILIES, Family, find_family
-from draftcli.core.models.places import is_hub_id, is_single_file, model_path
+from draftcli.core.models.places import model_path
 
 _INDEX = "model_index.json"
 _ONE_ENCODER = "cond_stage_model."  # the text encoder in a single file of SD 1.x and 2.x
