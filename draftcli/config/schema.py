@@ -154,7 +154,8 @@ class RewardSource(Section):
     backbone: LocalPath | None = None
     """The reward's backbone (the CLIP under an aesthetic head, the tokenizer's folder), if it is stored elsewhere."""
     relative: RelativeConfig | None = None
-    """Only for rewards that compare an image's embedding with that of its prompt: clip, pickscore, hpsv2, hpsv2_1, toy.
+    """Only for rewards that compare an image's embedding with that of its prompt: clip, pickscore, hpsv2, hpsv2_1, ict,
+    toy.
     """
     micro_batch_size: Count | None = None
     """Number of images that go through the reward at a time; their activations are recomputed in backward. Less memory,

@@ -39,6 +39,20 @@ _ENTRIES = {
         "xu2023imagereward", "ImageReward: Learning and Evaluating Human Preferences for Text-to-Image Generation",
         "Xu, Jiazheng and Liu, Xiao and Wu, Yuchen and Tong, Yuxuan and Li, Qinkai and others", "2023", "2304.05977",
     ),
+    "ict": (
+        "ba2025icthp",
+        "Enhancing Reward Models for High-quality Image Generation: Beyond Text-Image Alignment",
+        "Ba, Ying and Zhang, Tianyu and Bai, Yalong and Mo, Wenyi and Liang, Tao and Su, Bing and Wen, Ji-Rong",
+        "2025", "2507.19002",
+    ),
+    "hpsv3": (
+        "ma2025hpsv3", "HPSv3: Towards Wide-Spectrum Human Preference Score",
+        "Ma, Yuhang and Shui, Yunhao and Wu, Xiaoshi and Sun, Keqiang and Li, Hongsheng", "2025", "2508.03789",
+    ),
+    "unifiedreward": (
+        "wang2025unifiedreward", "Unified Reward Model for Multimodal Understanding and Generation",
+        "Wang, Yibin and Zang, Yuhang and Li, Hao and Jin, Cheng and Wang, Jiaqi", "2025", "2503.05236",
+    ),
     "clip": (
         "radford2021clip", "Learning Transferable Visual Models From Natural Language Supervision",
         "Radford, Alec and Kim, Jong Wook and Hallacy, Chris and others", "2021", "2103.00020",
@@ -52,7 +66,7 @@ _ENTRIES = {
         "Friedman, Dan and Dieng, Adji Bousso", "2023", "2210.02410",
     ),
 }  # fmt: skip
-_ALSO = {"hpsv2_1": "hpsv2"}  # rewards of the same paper
+_ALSO = {"hpsv2_1": "hpsv2", "hp": "ict"}  # rewards of the same paper
 
 
 def bibtex(

@@ -25,7 +25,7 @@ from draftcli.errors import InputError
 from draftcli.planning.repeated_layers import shorten
 from draftcli.rewards.blank import BlankTokenizer
 from draftcli.rewards.catalogue import BUILT_IN_REWARDS
-from draftcli.rewards.registry import blank_reward, load_reward
+from draftcli.rewards.registry import blank_reward, check_differentiable, load_reward
 from draftcli.rewards.wrappers import AtWorst, InMicroBatches, PromptRelative
 
 
@@ -99,6 +99,9 @@ class BlankRewards(nn.Module):
     Attributes:
         uncounted: rewards whose networks are not known, such as plug-ins without a `blank`: taken as the mean of the
             pixels.
+
+    Raises:
+        InputError: one that is to be trained on says that it has no gradient.
     """
 
     def __init__(self, settings: Mapping[str, RewardSource]) -> None:
@@ -108,6 +111,8 @@ class BlankRewards(nn.Module):
         self.plain: list[Callable[..., Tensor]] = []
         for name, setting in settings.items():
             reward = self._made(name)
+            if isinstance(setting, RewardConfig):
+                check_differentiable(name, reward)
             if setting.relative is not None and hasattr(reward, "embed_images"):
                 reward = PromptRelative(reward, **setting.relative.model_dump())
             if setting.micro_batch_size is not None:

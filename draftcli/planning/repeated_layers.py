@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from draftcli.planning.without_data import WithoutData
 
-REPEATED = ("BasicTransformerBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "BlipEncoderLayer", "BlipTextLayer")
+REPEATED = (
+    *("BasicTransformerBlock", "CLIPEncoderLayer", "SiglipEncoderLayer", "BlipEncoderLayer", "BlipTextLayer"),
+    *("Qwen2VLVisionBlock", "Qwen2VLDecoderLayer", "Qwen3VLVisionBlock", "Qwen3VLTextDecoderLayer"),
+)
 
 
 def shorten(network: nn.Module) -> None:

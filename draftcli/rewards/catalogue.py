@@ -1,7 +1,6 @@
 """The built-in rewards: where each is found, and what to know before choosing one.
 
-Nothing heavy is imported here. Parameters are what stays in memory, counted; a test counts them again. Weights are kept
-in float32.
+Nothing heavy is imported here. Parameters are what stays in memory, counted; a test counts them again.
 """
 
 from __future__ import annotations
@@ -29,10 +28,11 @@ class RewardEntry:
         reference: `package.module:object` of its factory.
         measures: in a few words.
         weights: where the official ones are fetched; empty: it has none, or they ship with draftp.
-        licence: of the weights as their authors state it; empty: not known.
+        licence: of the weights as their authors state it; of the code where only that was read; empty: not known.
         sees: the picture as the reward sees it.
         parameters: that stay in memory, in millions.
         stands_on: the network that its weights were made on, or are read with; empty: none.
+        bytes_each: of a parameter: 4 in float32, 2 where the authors compute in bfloat16.
     """
 
     reference: str
@@ -42,17 +42,19 @@ class RewardEntry:
     sees: str = "every pixel"
     parameters: float = 0.0
     stands_on: str = ""
+    bytes_each: int = 4
 
     @property
     def memory(self) -> str:
-        """Of its weights in float32, for people."""
-        size = self.parameters * 4e6
+        """Of its weights, for people."""
+        size = self.parameters * self.bytes_each * 1e6
         return "-" if not size else f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.0f} MB"
 
 
 _VIT_H, _VIT_L = "CLIP ViT-H/14", "CLIP ViT-L/14"
 _CLIP = "draftcli.rewards.clip"
 _AESTHETIC = "draftcli.rewards.aesthetic"
+_ICTHP = "draftcli.rewards.icthp"
 _ANALYTIC = "draftcli.rewards.analytic"
 
 BUILT_IN_REWARDS: dict[str, RewardEntry] = {
@@ -72,6 +74,14 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
         "draftcli.rewards.imagereward:imagereward", "how well an image fits its prompt, and how much it is liked",
         "THUDM/ImageReward", "Apache-2.0", "224, centre crop", 446.2, "BLIP ViT-L/16",
     ),
+    "ict": RewardEntry(
+        f"{_ICTHP}:ict", "how much of its prompt an image contains, without a penalty for detail",
+        "8y/ICT", "code MIT, weights' card not read", "224, centre crop", 986.1, _VIT_H,
+    ),
+    "hp": RewardEntry(
+        f"{_ICTHP}:hp", "how much an image is liked, 0 to 1, ignores the prompt",
+        "8y/HP", "code MIT, weights' card not read", "224, centre crop", 633.3, _VIT_H,
+    ),
     "aesthetic": RewardEntry(
         f"{_AESTHETIC}:aesthetic", "aesthetics, 1 to 10, ignores the prompt (LAION, v2)",
         "christophschuhmann/improved-aesthetic-predictor", "Apache-2.0", "224, centre crop", 304.9, _VIT_L,
@@ -83,6 +93,16 @@ BUILT_IN_REWARDS: dict[str, RewardEntry] = {
     "aesthetic_v2_5": RewardEntry(
         f"{_AESTHETIC}:aesthetic_v2_5", "aesthetics, 1 to 10, by SigLIP; 5.5 or more is good",
         "discus0434/aesthetic-predictor-v2-5", "AGPL-3.0", "384, squashed", 429.5, "SigLIP so400m/14",
+    ),
+    "hpsv3": RewardEntry(
+        "draftcli.rewards.hpsv3:hpsv3", "which image people prefer for a prompt (HPD v3), by a vision-language model",
+        "MizzenAI/HPSv3", "code MIT, weights' card not read", "all of it, about 448 x 448", 7748.6, "Qwen2-VL-7B", 2,
+    ),
+    "unifiedreward": RewardEntry(
+        "draftcli.rewards.unifiedreward:unifiedreward",
+        "alignment with the prompt, coherence and style, 1 to 5, by a chat model; to hold out only",
+        "CodeGoat24/UnifiedReward-2.0-qwen3vl-2b", "code MIT, weights' card not read", "all of it, up to 4096 x 4096",
+        2127.5, "Qwen3-VL-2B", 2,
     ),
     "clip": RewardEntry(
         f"{_CLIP}:clip_score", "how well an image fits its prompt: cosine of any CLIP",

@@ -128,8 +128,9 @@ def fill(
     tensors: Mapping[str, Tensor],
     origin: Callable[[str], Origin] = lambda key: (key, lambda tensor: tensor),
     unused: Iterable[str] = (),
+    dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Fill `model`, which may be on the meta device, from an official checkpoint; float32 afterwards.
+    """Fill `model`, which may be on the meta device, from an official checkpoint.
 
     Args:
         name: of the reward, for messages.
@@ -138,6 +139,7 @@ def fill(
         tensors: the official ones.
         origin: from a name of the model to the official one, and how to make the tensor of it.
         unused: official names that the reward does not need.
+        dtype: of the model afterwards.
 
     Raises:
         InputError: a name is missing, unknown, or of another shape.
@@ -152,7 +154,7 @@ def fill(
         raise InputError(f"reward {name}: {path} is not in the official layout: {'; '.join(faults)}")
     filled = {}
     for key, (source, take, shape) in wanted.items():
-        tensor = take(tensors[source]).float().contiguous()
+        tensor = take(tensors[source]).to(dtype).contiguous()
         if tensor.shape != shape:
             raise InputError(
                 f"reward {name}: {path} is not in the official layout: {source} gives {tuple(tensor.shape)} where "
@@ -183,34 +185,40 @@ def shape_of(name: str, path: Path, tensors: Mapping[str, Tensor], key: str) -> 
     return tuple(tensors[key].shape)
 
 
-def load_pretrained(name: str, model_class: Any, place: str, setting: str, **settings: Any) -> Any:
-    """A transformers model from hub or folder, in float32, with every tensor of it present.
+def load_pretrained(
+    name: str, model_class: Any, place: str, setting: str, dtype: torch.dtype = torch.float32, **settings: Any
+) -> Any:
+    """A transformers model from hub or folder, with every tensor of it present.
 
     Args:
         name: of the reward, for messages.
         model_class: transformers' class.
         place: hub id or folder.
         setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
+        dtype: of the model.
         settings: for `from_pretrained`.
 
     Raises:
         InputError: it cannot be loaded, or lacks tensors or has them in another shape.
     """
     with loading(name, place, setting):
-        model, faults = read_pretrained(model_class, place, **settings)
+        model, faults = read_pretrained(model_class, place, dtype, **settings)
     if faults:
         raise InputError(f"reward {name}: {place} is not whole: {faults}")
     return model
 
 
-def read_pretrained(model_class: Any, place: str, **settings: Any) -> tuple[Any, str]:
-    """A transformers model in float32, and in words what its files lack of it; empty: nothing.
+def read_pretrained(
+    model_class: Any, place: str, dtype: torch.dtype = torch.float32, **settings: Any
+) -> tuple[Any, str]:
+    """A transformers model, and in words what its files lack of it; empty: nothing.
 
     transformers makes up what is missing or has another shape, and says so in notes that are kept quiet here.
 
     Args:
         model_class: transformers' class.
         place: hub id or folder.
+        dtype: of the model.
         settings: for `from_pretrained`.
 
     Raises:
@@ -222,7 +230,7 @@ def read_pretrained(model_class: Any, place: str, **settings: Any) -> tuple[Any,
     logging.set_verbosity(logging.CRITICAL)
     try:
         model, found = model_class.from_pretrained(
-            place, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
         )
     finally:
         logging.set_verbosity(before)

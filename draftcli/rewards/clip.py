@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from draftcli.rewards.checkpoints import (
     read_checkpoint,
     shape_of,
 )
-from draftcli.rewards.pixels import Preprocess
+from draftcli.rewards.pixels import FitToSquare, Preprocess
 
 VIT_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -101,19 +101,52 @@ def load_clip_reward(name: str, pretrained: str, processor: str | None = None, b
     Raises:
         InputError: it cannot be loaded; says what to put where.
     """
-    from transformers import AutoConfig, CLIPImageProcessor, CLIPModel
+    from transformers import CLIPModel
 
-    with loading(name, pretrained, "pretrained"):
-        kind = AutoConfig.from_pretrained(pretrained).model_type
-    if kind != "clip":
-        raise InputError(f"reward {name}: {pretrained} is a {kind} model, not a CLIP")
-    with loading(name, processor or pretrained, "backbone" if processor else "pretrained"):
-        pixels = CLIPImageProcessor.get_image_processor_dict(processor or pretrained)[0]
+    clip_config(name, pretrained, "pretrained")
+    place, setting = (processor, "backbone") if processor else (pretrained, "pretrained")
+    pixels = clip_pixels(name, place, setting)
     clip = load_pretrained(name, CLIPModel, pretrained, "pretrained")
-    words = clip.config.text_config.vocab_size
-    tokenizer = load_tokenizer(name, processor or pretrained, "backbone" if processor else "pretrained", words)
-    preprocess = Preprocess(clip.config.vision_config.image_size, "crop", pixels["image_mean"], pixels["image_std"])
-    return CLIPReward(name, clip, tokenizer, preprocess, bare_cosine)
+    tokenizer = load_tokenizer(name, place, setting, clip.config.text_config.vocab_size)
+    return CLIPReward(name, clip, tokenizer, Preprocess(clip.config.vision_config.image_size, *pixels), bare_cosine)
+
+
+def clip_config(name: str, place: str, setting: str) -> Any:
+    """The configuration of the CLIP in a folder or on the hub, as a CLIPConfig.
+
+    Args:
+        name: of the reward.
+        place: hub id or folder.
+        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
+
+    Raises:
+        InputError: there is none, or it is another network's; says what to put where.
+    """
+    from transformers import AutoConfig
+
+    with loading(name, place, setting):
+        config = AutoConfig.from_pretrained(place)
+    if config.model_type != "clip":
+        raise InputError(f"reward {name}: {place} is a {config.model_type} model, not a CLIP")
+    return config
+
+
+def clip_pixels(name: str, place: str, setting: str) -> tuple[FitToSquare, Sequence[float], Sequence[float]]:
+    """What a CLIP's own preprocessor does to pictures, as `Preprocess` takes it: fit, mean and std.
+
+    Args:
+        name: of the reward.
+        place: hub id or folder that holds preprocessor_config.json.
+        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
+
+    Raises:
+        InputError: there is none; says what to put where.
+    """
+    from transformers import CLIPImageProcessor
+
+    with loading(name, place, setting):
+        pixels = CLIPImageProcessor.get_image_processor_dict(place)[0]
+    return "crop", pixels["image_mean"], pixels["image_std"]
 
 
 def load_tokenizer(name: str, place: str, setting: str, vocabulary: int) -> Any:
@@ -145,7 +178,7 @@ def load_tokenizer(name: str, place: str, setting: str, vocabulary: int) -> Any:
     return tokenizer
 
 
-def _blank(name: str, vision: Sizes, text: Sizes, preprocess: Preprocess) -> CLIPReward:
+def blank_clip(name: str, vision: Sizes, text: Sizes, preprocess: Preprocess) -> CLIPReward:
     """A CLIP of those two towers without weights, on the meta device; its embeddings are as wide as the text."""
     from transformers import CLIPConfig, CLIPModel
 
@@ -157,7 +190,7 @@ def _blank(name: str, vision: Sizes, text: Sizes, preprocess: Preprocess) -> CLI
     return CLIPReward(name, clip, BlankTokenizer(), preprocess)
 
 
-@with_blank(lambda: _blank("pickscore", HUGE, LARGE, Preprocess(224, "crop")))
+@with_blank(lambda: blank_clip("pickscore", HUGE, LARGE, Preprocess(224, "crop")))
 def pickscore(pretrained: str = "yuvalkirstain/PickScore_v1", backbone: str | None = None) -> CLIPReward:
     """PickScore (Kirstain et al. 2023, arXiv 2305.01569): exp(logit_scale) * cos of a CLIP ViT-H/14, about 17 to 25.
 
@@ -167,13 +200,13 @@ def pickscore(pretrained: str = "yuvalkirstain/PickScore_v1", backbone: str | No
     return load_clip_reward("pickscore", pretrained, backbone or (VIT_H if official else None))
 
 
-@with_blank(lambda: _blank("clip", LARGE, BASE, Preprocess(224, "crop")))
+@with_blank(lambda: blank_clip("clip", LARGE, BASE, Preprocess(224, "crop")))
 def clip_score(pretrained: str = "openai/clip-vit-large-patch14", backbone: str | None = None) -> CLIPReward:
     """Cosine of picture and prompt by any CLIP, in [-1, 1]. `backbone`: tokenizer and preprocessor, if elsewhere."""
     return load_clip_reward("clip", pretrained, backbone, bare_cosine=True)
 
 
-@with_blank(lambda: _blank("hpsv2", HUGE, LARGE, Preprocess(224, "pad")))
+@with_blank(lambda: blank_clip("hpsv2", HUGE, LARGE, Preprocess(224, "pad")))
 def hpsv2(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
     """HPSv2 (Wu et al. 2023, arXiv 2306.09341): cosine of a CLIP ViT-H/14, about 0.2 to 0.3. Not comparable with 2.1.
 
@@ -182,7 +215,7 @@ def hpsv2(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
     return load_hps("hpsv2", "HPS_v2_compressed.pt", pretrained, backbone)
 
 
-@with_blank(lambda: _blank("hpsv2_1", HUGE, LARGE, Preprocess(224, "pad")))
+@with_blank(lambda: blank_clip("hpsv2_1", HUGE, LARGE, Preprocess(224, "pad")))
 def hpsv2_1(pretrained: str | None = None, backbone: str = VIT_H) -> CLIPReward:
     """HPSv2.1, as `hpsv2`: the version that the HPSv2 benchmark reports by default, times 100."""
     return load_hps("hpsv2_1", "HPS_v2.1_compressed.pt", pretrained, backbone)
@@ -204,11 +237,11 @@ def load_hps(name: str, file: str, pretrained: str | None, backbone: str) -> CLI
     # An older open_clip kept the text's causal mask among its tensors.
     fill(name, path, clip, tensors, _open_clip_origin, unused=["attn_mask"])
     tokenizer = load_tokenizer(name, backbone, "backbone", config.text_config.vocab_size)
-    _straighten_quotes(tokenizer)
+    straighten_quotes(tokenizer)
     return CLIPReward(name, clip, tokenizer, Preprocess(config.vision_config.image_size, "pad"), bare_cosine=True)
 
 
-def _straighten_quotes(tokenizer: Any) -> None:
+def straighten_quotes(tokenizer: Any) -> None:
     """Let a tokenizer of transformers read curly quotation marks as straight ones, which open_clip's does by ftfy."""
     from tokenizers import Regex
     from tokenizers.normalizers import Replace, Sequence

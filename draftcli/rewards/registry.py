@@ -79,14 +79,19 @@ def get_reward_model(cfg: Config | str | Callable[..., Any]) -> Reward:
     check_names([*cfg.rewards, *cfg.held_out_rewards])
     rewards = {name: load_from(name, setting) for name, setting in cfg.rewards.items()}
     for name, reward in rewards.items():
-        if not getattr(reward, "differentiable", True):
-            raise InputError(
-                f"reward {name} is not differentiable, it says so itself: training needs its gradient in the image. "
-                "It can be in held_out_rewards, not in rewards"
-            )
+        check_differentiable(name, reward)
         if (rho := cfg.rewards[name].robust) is not None:
             rewards[name] = AtWorst(reward, rho, cfg.rewards[name].weight)
     return COMBINATIONS[cfg.draftp.combine](rewards, cfg.rewards)
+
+
+def check_differentiable(name: str, reward: Any) -> None:
+    """Raise InputError where a reward that is to be trained on says that it has no gradient in the image."""
+    if not getattr(reward, "differentiable", True):
+        raise InputError(
+            f"reward {name} is not differentiable, it says so itself: training needs its gradient in the image. "
+            "It can be in held_out_rewards, not in rewards"
+        )
 
 
 def load_held_out(cfg: Config) -> WeightedSum:

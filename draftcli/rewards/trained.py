@@ -90,7 +90,7 @@ def load_start(start: Start, called: str) -> CLIPReward:
         given = {key: value for key, value in options.items() if value is not None}
         found = make_reward(start.reward, find_object(start.reward, reward_reference(start.reward)), given)
     if not isinstance(found, CLIPReward):
-        clips = "clip, pickscore, hpsv2, hpsv2_1, toy, or the folder of a CLIP"
+        clips = "clip, pickscore, hpsv2, hpsv2_1, ict, toy, or the folder of a CLIP"
         raise InputError(f"{called}: {start.reward} is no CLIP, whose features can be learned on; allowed are {clips}")
     return found
 

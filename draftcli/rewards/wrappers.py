@@ -127,7 +127,7 @@ class PromptRelative(nn.Module):
             name = getattr(reward, "name", type(reward).__name__)
             raise InputError(
                 f"reward {name} cannot be relative: it does not compare the embedding of an image with that of its "
-                "prompt, as clip, pickscore, hpsv2, hpsv2_1 and toy do"
+                "prompt, as clip, pickscore, hpsv2, hpsv2_1, ict and toy do"
             )
         self.reward = reward
         self.name = reward.name

@@ -5,16 +5,37 @@ They make small random checkpoints in the official layout, and compute what the 
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPConfig
+
+from draftcli.rewards.check import double_by_default
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+
+
+def pictures(height: int, width: int, count: int = 3) -> Tensor:
+    """(count, 3, height, width), smooth and random, in steps of 1 / 255."""
+    small = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    return F.interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1).mul(255).round() / 255
+
+
+def sharp_pictures(height: int, width: int, count: int = 3) -> Tensor:
+    """Black and white dots, at which bicubic overshoots everywhere."""
+    return (torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) > 0.5).float()
+
+
+def as_pil(images: Tensor) -> list[Image.Image]:
+    """Pictures of 8 bits."""
+    return [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in images]
 
 
 def seeded(make: Any, seed: int = 0) -> Any:
@@ -93,6 +114,74 @@ class OpenClip(nn.Module):
     def cosine(self, images: Tensor, tokens: Tensor) -> Tensor:
         image, text = self.visual((images - MEAN) / STD), self.encode_text(tokens)
         return (F.normalize(image, dim=-1) * F.normalize(text, dim=-1)).sum(-1)
+
+
+def as_transformers(clip: OpenClip) -> dict[str, Tensor]:
+    """The tensors by the names of transformers' CLIPModel, with the tables of numbers that older releases kept."""
+    theirs = {"logit_scale": clip.logit_scale.data}
+    layers: dict[str, Any] = {
+        "text_model.final_layer_norm": clip.ln_final,
+        "vision_model.pre_layrnorm": clip.visual.ln_pre,
+        "vision_model.post_layernorm": clip.visual.ln_post,
+    }
+    for tower, half, projection in (("text", clip, clip.text_projection), ("vision", clip.visual, clip.visual.proj)):
+        theirs[f"{'text' if tower == 'text' else 'visual'}_projection.weight"] = projection.data.T
+        theirs[f"{tower}_model.embeddings.position_embedding.weight"] = half.positional_embedding.data
+        theirs[f"{tower}_model.embeddings.position_ids"] = torch.arange(len(half.positional_embedding))[None]
+        for number, block in enumerate(half.transformer.resblocks):
+            layer = f"{tower}_model.encoder.layers.{number}."
+            layers |= {f"{layer}layer_norm1": block.ln_1, f"{layer}layer_norm2": block.ln_2}
+            layers |= {f"{layer}mlp.fc1": block.mlp.c_fc, f"{layer}mlp.fc2": block.mlp.c_proj}
+            layers[f"{layer}self_attn.out_proj"] = block.attn.out_proj
+            for kind in ("weight", "bias"):
+                thirds = getattr(block.attn, f"in_proj_{kind}").data.chunk(3)
+                theirs |= {f"{layer}self_attn.{x}_proj.{kind}": third for x, third in zip("qkv", thirds, strict=True)}
+    for name, module in layers.items():
+        theirs |= {f"{name}.weight": module.weight.data, f"{name}.bias": module.bias.data}
+    theirs["text_model.embeddings.token_embedding.weight"] = clip.token_embedding.weight.data
+    theirs["vision_model.embeddings.class_embedding"] = clip.visual.class_embedding.data
+    theirs["vision_model.embeddings.patch_embedding.weight"] = clip.visual.conv1.weight.data
+    return {name: tensor.contiguous().clone() for name, tensor in theirs.items()}
+
+
+def clip_backbone(folder: Path, tokenizer: Any, edge: int = 32) -> Path:
+    """Write what is read of the CLIP that OpenClip's tensors belong to: configuration, tokenizer, preprocessor."""
+    shared = {"num_attention_heads": 16, "hidden_act": "gelu"}
+    vocabulary = len(tokenizer)
+    text = {"hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3, "vocab_size": vocabulary}
+    vision = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "image_size": edge, "patch_size": 8}
+    CLIPConfig(
+        text_config={**shared, **text, "bos_token_id": vocabulary - 2, "eos_token_id": vocabulary - 1},
+        vision_config={**shared, **vision},
+        projection_dim=24,
+    ).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pixels = {"image_processor_type": "CLIPImageProcessor", "image_mean": MEAN.flatten().tolist()}
+    (folder / "preprocessor_config.json").write_text(json.dumps({**pixels, "image_std": STD.flatten().tolist()}))
+    return folder
+
+
+def open_clip_tokens(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """(B, 77), zeros after the end."""
+    tokens = torch.zeros(len(prompts), 77, dtype=torch.long)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        ids = tokenizer(prompt).input_ids
+        row[: len(ids)] = torch.tensor(ids)
+    return tokens
+
+
+def slope_and_differences(reward: Any, images: Tensor, prompts: list[str], step: float = 1e-5) -> tuple[float, float]:
+    """The slope of the summed scores in a random direction, by the gradient and by central differences, in float64."""
+    reward.double()
+    # Away from 0 and 1, where the preprocessing saturates as the official one does.
+    images = (0.3 + 0.4 * images.double()).requires_grad_()
+    with double_by_default():
+        reward(images, prompts).sum().backward()
+    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad(), double_by_default():
+        ahead, behind = (reward(images + s * step * direction, prompts).sum() for s in (1, -1))
+    assert images.grad is not None
+    return (images.grad * direction).sum().item(), ((ahead - behind) / (2 * step)).item()
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:

@@ -110,6 +110,24 @@ def test_a_sound_reward_trains(reward: Reward) -> None:
     assert not [finding for finding in verdict.findings if finding.good is False]
 
 
+class Million(Mean, nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1000, 1000))
+
+    def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return (images.to(self.weight).mean((1, 2, 3), keepdim=True) * self.weight).mean((1, 2, 3))
+
+    __call__ = nn.Module.__call__
+
+
+def test_the_memory_is_that_of_the_weights_as_they_are() -> None:
+    """Not of the float64 that slopes are compared in; and weights are not kept for each image as well."""
+    memory = next(finding.words for finding in check_reward(Million(), (8, 8)).findings if finding.what == "memory")
+    assert memory.startswith("weights 4.0 MB, ")
+    assert memory.endswith("0.0 MB an image while its gradient is held")
+
+
 def test_a_reward_that_says_it_only_judges() -> None:
     verdict = check_reward(Jury(), (32, 24))
     assert (verdict.trains, verdict.judges) == (False, True)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import transformers
 from PIL import Image
 from safetensors.torch import save, save_file
@@ -24,7 +23,6 @@ from transformers.models.auto.tokenization_auto import AutoTokenizer
 from draftcli.errors import InputError
 from draftcli.rewards import load_reward
 from draftcli.rewards.catalogue import BUILT_IN_REWARDS
-from draftcli.rewards.check import double_by_default
 from draftcli.rewards.pixels import Preprocess
 from draftcli.rewards.registry import blank_reward
 from tests.rewards.references import (
@@ -32,10 +30,17 @@ from tests.rewards.references import (
     STD,
     OfficialImageReward,
     OpenClip,
+    as_pil,
+    as_transformers,
     bert_tokenizer,
+    clip_backbone,
     head,
+    open_clip_tokens,
+    pictures,
     score_by,
     seeded,
+    sharp_pictures,
+    slope_and_differences,
 )
 
 # Works without torchvision: a class of its own in release 5 of transformers, the only one in release 4.
@@ -60,16 +65,6 @@ class Case:
         return load_reward(self.name, str(file or self.file), str(self.backbone))
 
 
-def pictures(height: int, width: int, count: int = 3) -> Tensor:
-    small = torch.rand(count, 3, 6, 6, generator=torch.Generator().manual_seed(1))
-    return F.interpolate(small, size=(height, width), mode="bicubic").clamp(0, 1).mul(255).round() / 255
-
-
-def sharp_pictures(height: int, width: int, count: int = 3) -> Tensor:
-    """Black and white dots, at which bicubic overshoots everywhere."""
-    return (torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(1)) > 0.5).float()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("official")
@@ -78,11 +73,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def cases(folder: Path, tiny_sdxl: Path) -> dict[str, Case]:
     made = [hps(folder, tiny_sdxl, "hpsv2"), hps(folder, tiny_sdxl, "hpsv2_1"), image_reward(folder)]
+    made += [ict(folder, tiny_sdxl)]
     made += [aesthetic_on_clip(folder, "aesthetic"), aesthetic_on_clip(folder, "aesthetic_v1"), aesthetic_v2_5(folder)]
     return {case.name: case for case in made}
 
 
-NAMES = ["hpsv2", "hpsv2_1", "imagereward", "aesthetic", "aesthetic_v1", "aesthetic_v2_5"]
+NAMES = ["hpsv2", "hpsv2_1", "imagereward", "ict", "aesthetic", "aesthetic_v1", "aesthetic_v2_5"]
 
 
 def hps(folder: Path, tiny_sdxl: Path, name: str) -> Case:
@@ -95,13 +91,21 @@ def hps(folder: Path, tiny_sdxl: Path, name: str) -> Case:
     network.load_state_dict(tensors)
 
     def official(images: Tensor, prompts: list[str]) -> Tensor:
-        tokens = torch.zeros(len(prompts), 77, dtype=torch.long)
-        for row, prompt in zip(tokens, prompts, strict=True):
-            ids = tokenizer(prompt).input_ids
-            row[: len(ids)] = torch.tensor(ids)
-        return network.cosine(images, tokens)
+        return network.cosine(images, open_clip_tokens(tokenizer, prompts))
 
     return Case(name, tensors, file, tiny_sdxl / "tokenizer", 32, official)
+
+
+def ict(folder: Path, tiny_sdxl: Path) -> Case:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_sdxl / "tokenizer")
+    network = seeded(lambda: OpenClip(len(tokenizer)), seed=9)
+    tensors, file = as_transformers(network), folder / "pytorch_model.bin"
+    torch.save(tensors, file)
+
+    def official(images: Tensor, prompts: list[str]) -> Tensor:
+        return network.cosine(images, open_clip_tokens(tokenizer, prompts))
+
+    return Case("ict", tensors, file, clip_backbone(folder / "clip_h", tokenizer), 32, official)
 
 
 def image_reward(folder: Path) -> Case:
@@ -178,10 +182,11 @@ def test_the_score_is_the_official_one(cases: dict[str, Case], name: str) -> Non
     assert {p.dtype for p in reward.parameters()} == {torch.float32}
 
 
-def test_hpsv2_reads_curly_quotation_marks_as_straight_ones(cases: dict[str, Case]) -> None:
+@pytest.mark.parametrize("name", ["hpsv2", "ict"])
+def test_curly_quotation_marks_are_read_as_straight_ones(cases: dict[str, Case], name: str) -> None:
     """As open_clip's tokenizer does."""
     curly, straight, bare = (
-        cases["hpsv2"].load().embed_texts([text]) for text in ("it’s a “fox”", 'it\'s a "fox"', "its a fox")
+        cases[name].load().embed_texts([text]) for text in ("it’s a “fox”", 'it\'s a "fox"', "its a fox")
     )
     assert torch.equal(curly, straight)
     assert not torch.equal(straight, bare)
@@ -190,19 +195,9 @@ def test_hpsv2_reads_curly_quotation_marks_as_straight_ones(cases: dict[str, Cas
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_is_that_of_finite_differences(cases: dict[str, Case], name: str) -> None:
     """In float64, through resizing, cropping or padding of a picture that is not square."""
-    reward = cases[name].load().double()
-    # Away from 0 and 1, where the preprocessing saturates as the official one does.
-    images = (0.3 + 0.4 * pictures(40, 48, count=2).double()).requires_grad_()
-    with double_by_default():
-        reward(images, PROMPTS[:2]).sum().backward()
-    direction = torch.randn(images.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    step = 1e-5
-    with torch.no_grad(), double_by_default():
-        ahead, behind = (reward(images + s * step * direction, PROMPTS[:2]).sum() for s in (1, -1))
-    assert images.grad is not None
-    expected = ((ahead - behind) / (2 * step)).item()
-    assert abs(expected) > 1e-7
-    assert (images.grad * direction).sum().item() == pytest.approx(expected, rel=1e-5)
+    slope, differences = slope_and_differences(cases[name].load(), pictures(40, 48, count=2), PROMPTS[:2])
+    assert abs(differences) > 1e-7
+    assert slope == pytest.approx(differences, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -288,10 +283,6 @@ def test_a_backbone_of_another_kind_or_not_whole_is_refused(cases: dict[str, Cas
 
 SIZES = [(96, 96), (96, 145), (150, 97), (56, 32), (20, 31)]
 KINDS = [pictures, sharp_pictures]
-
-
-def as_pil(images: Tensor) -> list[Image.Image]:
-    return [Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy()) for image in images]
 
 
 @pytest.mark.parametrize("kind", KINDS)
