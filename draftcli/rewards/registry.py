@@ -81,8 +81,8 @@ def get_reward_model(cfg: Config | str | Callable[..., Any]) -> Reward:
     for name, reward in rewards.items():
         if not getattr(reward, "differentiable", True):
             raise InputError(
-                f"reward {name} is not differentiable, it says so itself: training needs its gradient in the image. "
-                "It can be in held_out_rewards, not in rewards"
+                f"reward {name} is not differentiable, as it declares itself: training needs its gradient in the "
+                "image. It can be in held_out_rewards, not in rewards"
             )
         if (rho := cfg.rewards[name].robust) is not None:
             rewards[name] = AtWorst(reward, rho, cfg.rewards[name].weight)
