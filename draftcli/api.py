@@ -1,7 +1,7 @@
-"""The commands as functions, for scripts and notebooks: nothing is printed but warnings, and libraries stay quiet.
+"""The commands as functions, for scripts and notebooks: they print only warnings, and libraries stay quiet.
 
-They call what the commands call. What the user gave wrong is raised as `draftcli.errors.InputError`, before torch is
-imported for it where that can be seen; what went wrong otherwise is a `DraftpError`.
+They call what the commands call. Invalid input raises `draftcli.errors.InputError`, if possible before torch is
+imported; other failures raise its base class `DraftpError`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 StrPath = str | Path
 Progress = Callable[[str, int, int], None]
-"""Called as progress(what, done, total): what goes on, such as "drawing", and how much of it is done."""
+"""Called as progress(what, done, total): what is being done, such as "drawing", and how much of it is finished."""
 
 
 def train(
@@ -33,20 +33,20 @@ def train(
 ) -> TrainingResult:
     """Run, or resume, the training that `cfg` describes, as `draftp train` does.
 
-    Ctrl-C, or a notebook's button that interrupts, stops it after the present step; the same call again goes on.
+    Ctrl-C, or the interrupt button of a notebook, stops it after the current step; call it again to resume.
 
     Args:
         cfg: the settings, from `draftcli.load_config`.
-        output: the run's folder; need not exist yet.
-        progress: called after each step with "training", the steps taken and `trainer.max_steps`.
+        output: the run's folder, which need not exist yet.
+        progress: called after each step with "training", the number of steps taken and `trainer.max_steps`.
         on_step: called after each step with its line of metrics.jsonl, such as `line["reward"]`.
 
     Returns:
         how it ended, the last validation, and the files that were written.
 
     Raises:
-        InputError: settings, prompts, model or folder are wrong, or another process is writing there.
-        DraftpError: the disk refuses, or something was not finite three times in a row.
+        InputError: settings, prompts, model or folder are wrong, or another process is writing to the folder.
+        DraftpError: the disk cannot be written, or three steps in a row were not finite.
     """
     from draftcli.training.starting import check_start
 
@@ -88,32 +88,32 @@ def sample(
     output: StrPath | None = None,
     progress: Progress | None = None,
 ) -> DrawingResult:
-    """Draw pictures from a run, or from any model with any LoRAs, as `draftp sample` does.
+    """Generate images with a run, or with any model and LoRAs, as `draftp sample` does.
 
-    What is there already is not drawn again.
+    Existing images are kept; only missing ones are generated.
 
     Args:
         run: a run's folder or one of its checkpoints; None and no `model`: the newest run under runs/.
-        prompts: a list of texts; or, as one text, a file, a built-in set or a dataset. None: the run's validation
-            prompts.
-        model: instead of a run: a diffusers folder, hub id, .safetensors or toy.
+        prompts: a list of texts; or one text, which names a file, a built-in set or a dataset. None: the run's
+            validation prompts.
+        model: a diffusers folder, hub id, .safetensors or toy, instead of a run.
         loras: PATH or PATH=SCALE, on top of the run's own or on the model.
         overrides: KEY=VALUE, as for `load_config`, such as `sampling.steps=10`.
-        base: draw the base too, with the same seeds.
-        images: pictures per prompt.
-        seed: of a prompt's first picture, those after it count up; None: the run's.
-        batch_size: pictures drawn together; None: by their size.
+        base: generate images with the base too, at the same seeds.
+        images: number of images per prompt.
+        seed: first seed; image j of each prompt has seed + j. None: the run's.
+        batch_size: images generated at once; None: chosen by their size.
         suffix: png, jpg or webp.
         output: folder; None: in the run's folder, or the working directory.
-        progress: called with "drawing", the pictures done and those in all.
+        progress: called with "drawing", the number of images done and of all images.
 
     Returns:
-        the pictures' files, and what was written beside them.
+        the image files, and the other files that were written.
 
     Raises:
         InputError: no such run, model, LoRA or file, no prompts, or a setting that is not allowed.
-        DraftpError: the disk refuses.
-        Interrupted: by Ctrl-C; the same call again goes on.
+        DraftpError: the disk cannot be written.
+        Interrupted: by Ctrl-C; call it again to resume.
     """
     from draftcli.sampling.source import find_source
 
@@ -140,14 +140,14 @@ def anneal(
     output: StrPath | None = None,
     progress: Progress | None = None,
 ) -> DrawingResult:
-    """Draw with Annealed Importance Guidance, as `draftp anneal` does: base, the weights and tuned at the same seeds.
+    """Blend the base and the fine-tuned model with Annealed Importance Guidance, as `draftp anneal` does.
 
     Args:
-        run: see `sample`; all that is not named here is as there.
+        run: see `sample`.
         prompts: see `sample`.
-        weights: annealing weights, such as linear or power_2 (docs/annealing.md); a column each.
-        only: draw the weights only, without base and tuned beside them.
-        stochastic: ask one network a step, drawn by the weight: half the price.
+        weights: annealing weights, such as linear or power_2 (docs/annealing.md), with a column for each.
+        only: generate only these, without the base and the fine-tuned model.
+        stochastic: choose one network at random in each step, by the weight: half the cost.
         model: see `sample`.
         loras: see `sample`.
         overrides: see `sample`.
@@ -159,12 +159,12 @@ def anneal(
         progress: see `sample`.
 
     Returns:
-        the pictures' files, and what was written beside them.
+        the image files, and the other files that were written.
 
     Raises:
         InputError: as in `sample`; nothing to anneal to, or an unknown weight.
-        DraftpError: the disk refuses.
-        Interrupted: by Ctrl-C; the same call again goes on.
+        DraftpError: the disk cannot be written.
+        Interrupted: by Ctrl-C; call it again to resume.
     """
     from draftcli.sampling.source import find_source
 
@@ -191,31 +191,32 @@ def evaluate(
     output: StrPath | None = None,
     progress: Progress | None = None,
 ) -> EvaluationResult | None:
-    """Measure what the tuning bought and what it cost, as `draftp eval` does, and write the report.
+    """Compare fine-tuned models with their base, as `draftp eval` does, and write the report.
 
     Args:
-        runs: runs, checkpoints of runs and folders of pictures, one or several; None: the newest run under runs/.
-        weights: annealing weights, a column each beside base and tuned.
-        scales: scales of the LoRA, a column each.
+        runs: one or several runs, checkpoints of runs or folders of images; None: the newest run under runs/.
+        weights: annealing weights to compare with the base and the fine-tuned model.
+        scales: scales of the LoRA to compare too.
         prompts: a file, built-in set or dataset; None: the first run's validation prompts.
-        images: pictures per prompt; diversity needs 2.
-        seed: of a prompt's first picture; None: the first run's.
-        rewards: judges beside those of the runs, all held out.
-        features: what diversity is measured in; None: see docs/evaluation.md.
-        judge: the reward of the recommendation; None: the first held-out one.
-        prefer: what is recommended: 1 for reward alone, 0 for diversity alone.
-        overrides: KEY=VALUE over the first run's settings.
-        batch_size: pictures drawn together; None: by their size.
+        images: number of images per prompt; diversity needs at least 2.
+        seed: first seed; None: the first run's.
+        rewards: rewards to score with besides those of the runs; they are held out.
+        features: features that diversity is measured in; None: see docs/evaluation.md.
+        judge: reward that decides the recommendation; None: the first held-out one.
+        prefer: trade-off of the recommendation: 1 is reward only, 0 is diversity only.
+        overrides: KEY=VALUE, changes to the first run's settings.
+        batch_size: images generated at once; None: chosen by their size.
         output: folder of the report; None: eval/ in the first run's folder.
-        progress: called with what goes on ("drawing NAME", then "measuring"), how many pictures are done, and how many
-            there are.
+        progress: called with what is being done ("drawing NAME", then "measuring"), the number of images done, and of
+            all images.
 
     Returns:
-        the comparison and the files; None in all processes but the main one, where there are several.
+        the comparison and the files that were written; of several processes only the main one gets them, and the
+        others get None.
 
     Raises:
-        InputError: what was asked for does not exist or cannot be combined.
-        DraftpError: the disk refuses.
+        InputError: something that was named does not exist or cannot be combined.
+        DraftpError: the disk cannot be written.
     """
     from draftcli.evaluation.request import Request, check_request
 
@@ -246,15 +247,15 @@ def evaluate(
 
 
 def load_run(path: StrPath | None = None) -> Run:
-    """A run that has weights: its settings, its figures step by step, its validations and its files.
+    """Open a run that has weights: its settings, the figures of its steps, its validations and its files.
 
-    Needs no torch. For what is not finished yet the weights are those of the newest checkpoint.
+    This needs no torch. The weights of an unfinished run are those of its newest checkpoint.
 
     Args:
         path: a run's folder, its name under runs/, or one of its checkpoints; None: the newest run under runs/.
 
     Raises:
-        InputError: there is none, it is no run, or nothing has been trained in it yet.
+        InputError: there is none, it is not a run, or nothing has been trained in it yet.
     """
     return find_run(_text(path))[0]
 

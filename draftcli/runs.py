@@ -196,7 +196,7 @@ class Run:
         names = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else {self.folder.name}
         begun = {LOCK, beside(self.config).name}  # by a process that was killed before it had written its settings
         if self.folder.exists() and self.config.name not in names and names - begun:
-            raise InputError(f"{self.folder} exists and is no run (it has no config.yaml); choose another --output")
+            raise InputError(f"{self.folder} exists and is not a run (it has no config.yaml); choose another --output")
 
     def _has_lock(self, handle: int) -> bool:
         """Whether an open file is the lock that is in the folder now: one that failed to start has removed its own."""
@@ -267,7 +267,7 @@ def find_run(name: str | None) -> tuple[Run, Path]:
         the run; and its final/, where it is not finished its newest checkpoint, or the checkpoint that was named.
 
     Raises:
-        InputError: there is none, it is no run, or nothing has been trained in it yet.
+        InputError: there is none, it is not a run, or nothing has been trained in it yet.
     """
     if name is None:
         configs = sorted(Path("runs").glob("*/config.yaml"), key=lambda file: file.stat().st_mtime, reverse=True)
@@ -295,9 +295,9 @@ def find_run(name: str | None) -> tuple[Run, Path]:
 
 
 def no_run(name: str) -> str:
-    """For messages: that `name` is no run, and which ones are there."""
+    """For messages: that `name` is not a run, and which ones are there."""
     there = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
-    return f"{name} is no run (it has no config.yaml); runs here: {', '.join(there) or 'none'}"
+    return f"{name} is not a run (it has no config.yaml); runs here: {', '.join(there) or 'none'}"
 
 
 def unfinished_note(run: Run, weights: Path, name: str | None) -> str | None:

@@ -107,12 +107,12 @@ def test_a_training_in_another_thread(tiny_sdxl):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: draftcli.load_run("nowhere"), "nowhere is no run"),
-        (lambda: draftcli.sample("nowhere"), "nowhere is no run"),
+        (lambda: draftcli.load_run("nowhere"), "nowhere is not a run"),
+        (lambda: draftcli.sample("nowhere"), "nowhere is not a run"),
         (lambda: draftcli.sample(model="toy", prompts="no.txt"), "no.txt"),
         (lambda: draftcli.sample(model="toy", prompts=["a"], suffix="gif"), "gif: allowed are"),
         (lambda: draftcli.anneal(model="toy", prompts=["a"]), "alone has nothing to anneal to"),
-        (lambda: draftcli.evaluate(["nowhere"]), "nowhere is no run"),
+        (lambda: draftcli.evaluate(["nowhere"]), "nowhere is not a run"),
         (lambda: draftcli.train(draftcli.load_config("toy", ["rewards={nothing: 1}"]), "runs/x"), "unknown reward"),
     ],
 )  # fmt: skip

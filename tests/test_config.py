@@ -139,7 +139,7 @@ def test_what_does_not_go_with_split_weights_is_said():
     assert "it is for fsdp" in "\n".join(
         without_effect(check_config({"sharding": {"strategy": "ddp", "shard_size": 2}}))
     )
-    with pytest.raises(InputError, match=r"ema\.device cpu does not go with sharding\.strategy fsdp"):
+    with pytest.raises(InputError, match=r"ema\.device cpu cannot be combined with sharding\.strategy fsdp"):
         check_config({"sharding": {"strategy": "fsdp"}, "ema": {"decay": 0.9, "device": "cpu"}})
 
 

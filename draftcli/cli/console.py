@@ -107,6 +107,11 @@ def print_json(value: object, console: Console) -> None:
     console.print(json.dumps(value, indent=2, ensure_ascii=False))
 
 
+def written_label(what: str) -> str:
+    """What people are told that a file is, from its key in a result's `written`."""
+    return what.replace("pictures", "images")
+
+
 def quoted(path: Path) -> str:
     """`path` as one argument of a command that people copy into a shell."""
     text = str(path)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftcli.cli.completion import complete_rewards, complete_runs
+from draftcli.cli.console import written_label
 from draftcli.cli.options import BatchSize, Debug, Override, Quiet, Seed
 
 if TYPE_CHECKING:
@@ -155,4 +156,4 @@ def _print_result(result: EvaluationResult, console: Console) -> None:
     recommended = comparison.recommendation
     console.print(f"recommended: {recommended.column or 'nothing'}; {recommended.why}")
     for what, path in result.written.items():
-        console.print(f"{what:<8} {path}")
+        console.print(f"{written_label(what):<8} {path}")

@@ -34,7 +34,7 @@ def rate(
         str | None,
         typer.Option(
             metavar="NAME|FILE",
-            help="Instead of a run: a recipe's model before any training, with its sampling and prompts.",
+            help="Use a preset's model before any training, with its sampling and prompts, instead of a run.",
             autocompletion=complete_presets,
         ),
     ] = None,
@@ -83,9 +83,9 @@ def rate(
 ) -> None:
     """Choose the better of two images, again and again, on a page that only this machine serves.
 
-    Pairs are drawn while you rate: two seeds of one prompt, a run beside its base (--base) or two runs at the same
-    seed. The page never says which is which. Each answer is in preferences.jsonl before the next pair is shown; Ctrl-C
-    or Finish ends, and the same command goes on.
+    Pairs are generated while you rate: two seeds of one prompt, a run beside its base (--base) or two runs at the same
+    seed. The page never says which is which. Each answer is saved before the next pair is shown. Ctrl-C or Finish ends
+    the session, and the same command continues it.
 
     **Examples**
 
@@ -125,7 +125,7 @@ def rate(
 
     def announce(address: str) -> None:
         literal_console().print(f"rate at  {address}")
-        console.print("Ctrl-C here, or Finish on the page, saves and leaves")
+        console.print("press Ctrl-C here, or Finish on the page, to save and quit")
         if open_ and _has_screen():
             webbrowser.open(address)
 

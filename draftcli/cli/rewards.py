@@ -140,50 +140,56 @@ def train(
         typer.Option(
             "--from",
             metavar="NAME|DIR",
-            help="The CLIP to train from: clip, pickscore, hpsv2_1, toy or a folder.  [default: clip]",
+            help="The CLIP to start from: clip, pickscore, hpsv2_1, toy or a folder.  [default: clip]",
         ),
     ] = None,
     backbone: Annotated[
-        str | None, typer.Option(metavar="ID|PATH", help="Its tokenizer and preprocessor, where they are elsewhere.")
+        str | None,
+        typer.Option(metavar="ID|PATH", help="Folder of its tokenizer and preprocessor, if they are stored elsewhere."),
     ] = None,
     kind: Annotated[
         str | None,
         typer.Option(
             "--train",
             metavar="WHAT",
-            help="head: a line on its frozen features; lora, whole: the CLIP itself.  [default: head below 3000 pairs]",
+            help="head: a linear score on its frozen features; lora or whole: the CLIP itself.  [default: head below "
+            "3000 pairs, then lora]",
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of lora and whole: at most so many.  [default: 20]")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Largest number of epochs, with lora and whole.  [default: 20]"),
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Of lora and whole: pairs a step.  [default: 16]")
+        int | None, typer.Option(metavar="N", min=1, help="Pairs per step, with lora and whole.  [default: 16]")
     ] = None,
     lr: Annotated[
         float | None,
-        typer.Option(metavar="X", min=0, help="Of lora and whole: learning rate.  [default: 1e-4, whole 3e-6]"),
+        typer.Option(metavar="X", min=0, help="Learning rate, with lora and whole.  [default: 1e-4, whole 3e-6]"),
     ] = None,
-    rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Of lora.  [default: 16]")] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the reward goes.")] = Path("my-taste"),
+    rank: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Rank of the LoRA, with lora.  [default: 16]")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the reward.")] = Path("my-taste"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a trained reward.")] = False,
     judge: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="A known reward to compare with. Repeatable.  [default: PickScore and aesthetics that are at hand]",
+            help="A known reward to compare with. Repeatable.  [default: pickscore and aesthetic, if their weights are "
+            "on this machine]",
             autocompletion=complete_rewards,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", help="Of the split into held-out prompts.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of the split into held-out prompts.")] = 0,
     device: Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", help="Print warnings and errors only.")] = False,
     debug: Debug = False,
 ) -> None:
     """Train a reward on somebody's choices between two images, and report how well it agrees with them.
 
-    What is reported was measured on pairs whose prompts the reward has not seen. The folder that it leaves is a reward
-    by its path, wherever a reward's name goes.
+    All reported figures are measured on pairs whose prompts the reward has not seen. The path of the folder can be used
+    wherever a reward's name can.
 
     **Examples**
 
@@ -199,7 +205,7 @@ def train(
     from draftcli.errors import InputError, warn
 
     if kind not in (None, "head", "lora", "whole"):
-        raise InputError(f"--train {kind}: it can be head, lora or whole")
+        raise InputError(f"--train {kind}: allowed are head, lora and whole")
     from draftcli.preferences.request import check_training
 
     check_training(preferences, start, tuple(judge or ()), device, output, overwrite)
@@ -226,7 +232,7 @@ def train(
     )
     used = {"head": (), "whole": ("epochs", "batch_size", "lr"), "lora": given}[report.reward.trained]
     for name in (name for name in given if name not in used):
-        warn(f"--{name.replace('_', '-')} has no effect on a {report.reward.trained}")
+        warn(f"--{name.replace('_', '-')} has no effect with --train {report.reward.trained}")
     _print_trained(report, console)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from draftcli.cli.completion import complete_runs
+from draftcli.cli.console import written_label
 from draftcli.cli.options import BatchSize, Debug, Override, Quiet, Seed
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ Scale = Annotated[
     float | None, typer.Option(metavar="X", help="Guidance scale; 1 turns guidance off.  [default: the run's, or 5]")
 ]
 SamplerOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="euler, heun, ddim or dpmpp_2m.  [default: the run's, or euler]")
+    str | None,
+    typer.Option(
+        metavar="NAME", help="euler, heun, ddim, dpmpp_2m, euler_ancestral or lcm.  [default: the run's, or euler]"
+    ),
 ]
 ScheduleOption = Annotated[
     str | None, typer.Option(metavar="NAME", help="trailing or leading.  [default: the run's, or trailing]")
@@ -204,4 +208,4 @@ def print_result(result: DrawingResult, console: Console) -> None:
     drawn = f"{result.total} image{'' if result.total == 1 else 's'}"
     console.print(f"{drawn}{f', {there} of them existed already' if there else ''}")
     for what, path in result.written.items():
-        console.print(f"{what:<8} {path}")
+        console.print(f"{written_label(what):<8} {path}")

@@ -50,7 +50,7 @@ def settings(
 
     out = literal_console()
     if json_schema and name is not None:
-        raise InputError("--json-schema is of all settings; leave out the section")
+        raise InputError("--json-schema covers all settings; leave out the section")
     if json_schema:
         print_json(settings_schema(), out)
         return

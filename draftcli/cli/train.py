@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from draftcli.cli.completion import complete_presets, complete_rewards, complete_settings
-from draftcli.cli.console import literal_console, open_console, print_table, quoted
+from draftcli.cli.console import literal_console, open_console, print_table, quoted, written_label
 from draftcli.cli.options import Debug, Quiet
 from draftcli.errors import warn
 
@@ -247,7 +247,7 @@ def _print_result(result: TrainingResult, folder: Path, console: Console) -> Non
         skipped = f", {result.skipped} skipped" if result.skipped else ""
         console.print(f"finished {result.step} steps{skipped} in {duration(result.seconds)}")
     for what, paths in result.written.items():
-        console.print(f"{what:<11} {' '.join(map(str, paths))}")
+        console.print(f"{written_label(what):<11} {' '.join(map(str, paths))}")
     if result.interrupted:
         saved = f"stopped after step {result.step}, saved" if result.step else "stopped before the first step"
         console.print(f"{saved}. Run the same command to resume")

@@ -46,8 +46,9 @@ def explain_error(error: Any) -> str:
         sections = {name: field.annotation for name, field in Config.model_fields.items()}
         elsewhere = [f"{name}.{k}" for name, s in sections.items() if _is_section(s) for k in s.model_fields]
         near = nearest(str(location[-1]), known) or nearest(key, elsewhere)
-        where = ".".join(map(str, location[:-1]))[:LONGEST_KEY] or "the settings"
-        return f"unknown setting {key}{near or f'; {where} knows: ' + ', '.join(known)}"
+        where = ".".join(map(str, location[:-1]))[:LONGEST_KEY]
+        allowed = f"; available in {where}: " if where else "; sections: "
+        return f"unknown setting {key}{near or allowed + ', '.join(known)}"
     message = error["msg"].removeprefix("Value error, ")
     if not key:
         return message

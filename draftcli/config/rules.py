@@ -46,20 +46,20 @@ def conflicts(cfg: Config) -> Iterator[str]:
     if cfg.draftp.gradient_mode[0] == "low_variance" and not sharding.two_stage:
         yield "draftp.low_variance_samples (gradient low_variance) needs sharding.two_stage true"
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
-        yield "draftp.low_variance_samples is gradient mode low_variance; give one of it and draftp.gradient"
+        yield "draftp.low_variance_samples already sets gradient mode low_variance: leave out it or draftp.gradient"
     yield from _conflicts_of_the_loss(cfg)
     yield from _conflicts_before_the_gradient(cfg)
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):
-        yield "sharding.offload needs sharding.two_stage true, and recompute_steps not to be false"
+        yield "sharding.offload needs sharding.two_stage true, and recompute_steps true or unset"
     if cfg.peft.init_from is not None and cfg.peft.peft_scheme == "none":
-        yield "peft.init_from is a LoRA to go on from, and peft_scheme none trains the whole UNet: use model.loras"
+        yield "peft.init_from starts from a LoRA, but peft_scheme none trains the whole UNet: use model.loras"
     if sharding.offload and sharding.strategy == "fsdp":
-        yield "sharding.offload does not go with sharding.strategy fsdp, which splits the weights"
+        yield "sharding.offload cannot be combined with sharding.strategy fsdp, which splits the weights"
     if sharding.channels_last and sharding.strategy == "fsdp":
-        yield "sharding.channels_last does not go with sharding.strategy fsdp, which has its own"
+        yield "sharding.channels_last cannot be combined with sharding.strategy fsdp, which has its own"
     yield from _conflicts_of_8_bits(cfg)
     if sharding.strategy == "fsdp" and cfg.ema.decay is not None and cfg.ema.device == "cpu":
-        yield "ema.device cpu does not go with sharding.strategy fsdp, which splits the average: leave it"
+        yield "ema.device cpu cannot be combined with sharding.strategy fsdp, which splits the average: leave it"
 
 
 def _conflicts_before_the_gradient(cfg: Config) -> Iterator[str]:
@@ -67,11 +67,11 @@ def _conflicts_before_the_gradient(cfg: Config) -> Iterator[str]:
     draftp, sampler = cfg.draftp, cfg.sampling.sampler
     for key, given in (("prefix_steps", draftp.prefix_steps is not None), ("reuse", draftp.reuse > 1)):
         if given and cfg.sampling.s_churn > 0:
-            yield f"draftp.{key} does not go with sampling.s_churn, whose noise belongs to the run's own steps"
+            yield f"draftp.{key} cannot be combined with sampling.s_churn, whose noise belongs to the run's own steps"
         if given and sampler in NOISY:
             yield (
-                f"draftp.{key} does not go with sampling.sampler {sampler}, which adds noise in each of the run's own "
-                "steps: leave it out"
+                f"draftp.{key} cannot be combined with sampling.sampler {sampler}, which adds noise in each of the "
+                "run's own steps: leave it out"
             )
     if draftp.reuse > 1 and not cfg.sharding.two_stage:
         yield f"draftp.reuse {draftp.reuse} needs sharding.two_stage true"
@@ -85,10 +85,10 @@ def _conflicts_of_the_loss(cfg: Config) -> Iterator[str]:
             "give kl_coeff a value above 0, such as 0.1"
         )
     if cfg.draftp.kl_gate == "held_out" and cfg.draftp.kl_by_reward:
-        yield "draftp.kl_gate held_out and kl_by_reward both say how much an image's penalty counts: give one of them"
+        yield "draftp.kl_gate held_out and kl_by_reward both weigh the penalty by image: use only one of them"
     if cfg.draftp.kl_gate == "held_out" and not cfg.held_out:
         yield (
-            "draftp.kl_gate held_out compares the trained reward with held-out ones, and nothing is held out: name a "
+            "draftp.kl_gate held_out compares the trained reward with held-out ones, but there are none: name a "
             "reward in held_out_rewards"
         )
     for name, setting in cfg.rewards.items() if cfg.draftp.combine == "min" else ():
@@ -107,9 +107,9 @@ def _conflicts_of_8_bits(cfg: Config) -> Iterator[str]:
         if value not in ("8bit", "adamw8bit"):
             continue
         if cfg.sharding.strategy == "fsdp":
-            yield f"{key} {value} does not go with sharding.strategy fsdp; use ddp, or leave it out"
+            yield f"{key} {value} cannot be combined with sharding.strategy fsdp; use ddp, or leave it out"
         if cfg.model.precision == "fp64":
-            yield f"{key} {value} does not go with model.precision fp64; use fp32, bf16 or fp16"
+            yield f"{key} {value} cannot be combined with model.precision fp64; use fp32, bf16 or fp16"
     if cfg.model.quantize and cfg.peft.peft_scheme == "none":
         yield (
             f"model.quantize {cfg.model.quantize} is for a frozen base, and peft.peft_scheme none trains all of "
@@ -187,13 +187,13 @@ def _idle_monitor(cfg: Config, validates: bool) -> Iterator[str]:
 def _idle_method(cfg: Config) -> Iterator[str]:
     peft = cfg.peft
     if cfg.draftp.combine == "min" and sum(setting.weight != 0 for setting in cfg.rewards.values()) < 2:
-        yield "draftp.combine min has no effect with one reward, but that its scores are normalised"
+        yield "draftp.combine min has no effect with one reward, except that its scores are normalised"
     for key, is_set in (("kl_gate held_out", cfg.draftp.kl_gate != "none"), ("kl_by_reward", cfg.draftp.kl_by_reward)):
         if is_set and cfg.draftp.kl_coeff == 0:
             yield f"draftp.{key} has no effect with draftp.kl_coeff 0: there is no penalty to weigh"
     for name, setting in cfg.rewards.items():
         if setting.weight == 0:
-            yield f"rewards.{name}.weight 0: it is computed and logged, and trains nothing"
+            yield f"rewards.{name}.weight 0: it is computed and logged, but not trained on"
             if setting.robust is not None:
                 yield f"rewards.{name}.robust has no effect with weight 0, and costs a pass of the reward"
     yield from _idle_prefix(cfg)
@@ -242,7 +242,7 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
     if sharding.strategy == "fsdp" and asks_to_fold:
         yield "sharding.fold_lora has no effect: fsdp never folds, the weights are spread over several processes"
     if cfg.model.quantize is not None and asks_to_fold:
-        yield f"sharding.fold_lora has no effect: model.quantize {cfg.model.quantize} leaves no room to fold into"
+        yield f"sharding.fold_lora has no effect: nothing can be folded into weights in {cfg.model.quantize}"
     if sharding.strategy != "fsdp" and sharding.shard_size is not None:
         yield f"sharding.shard_size has no effect with sharding.strategy {sharding.strategy}; it is for fsdp"
     if not sharding.two_stage and given & {"recompute_steps", "prefix_batch_size", "decode_batch_size"}:
@@ -253,8 +253,8 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
     group = cfg.trainer.global_batch_size // cfg.draftp.reuse
     if micro > group:
         yield (
-            f"trainer.micro_batch_size {micro} has no effect above {group}: by draftp.reuse {cfg.draftp.reuse} so many "
-            "images belong together"
+            f"trainer.micro_batch_size {micro} has no effect above {group}: with draftp.reuse {cfg.draftp.reuse}, that "
+            "many images belong together"
         )
     if (sharding.decode_batch_size or 0) > micro:
         yield f"sharding.decode_batch_size has no effect above trainer.micro_batch_size {micro}"

@@ -14,9 +14,9 @@ class SamplingConfig(Section):
     """How images are generated, in training and in validation."""
 
     height: Edge = 1024
-    """Of the images, in pixels."""
+    """Height of the images, in pixels."""
     width: Edge = 1024
-    """Of the images, in pixels."""
+    """Width of the images, in pixels."""
     steps: Annotated[int, Field(ge=1, le=1000)] = 25
     """N, the number of sampler steps."""
     scale: Annotated[float, Field(le=100)] = 5.0

@@ -91,8 +91,9 @@ class DraftpConfig(Section):
     prefix_sampler: Literal["euler", "heun", "ddim", "dpmpp_2m"] = "dpmpp_2m"
     """Sampler for those steps; heun takes two evaluations for each."""
     reuse: Count = 1
-    """Train so many optimizer steps on each image's walk to the first step that may carry gradient. A step then walks
-    that share of its images anew; the others' walks were made with weights of up to reuse - 1 steps before."""
+    """Use each image's prefix, the steps before the first one that may carry gradient, in this many optimizer steps. A
+    step then computes only that share of its prefixes; the others were computed with weights of up to reuse - 1 steps
+    before."""
     detach_uncond: bool = False
     """No gradient through the unconditional half of guidance: half of the backward pass, and a different gradient."""
     low_variance_samples: CountFromZero = 0
@@ -252,10 +253,10 @@ class TrainerConfig(Section):
     save_interval: Count = 50
     """Steps between checkpoints (also at the end)."""
     keep_checkpoints: Count = 2
-    """The newest so many stay, and the best by the first of held_out_rewards (else by the trained reward on held-out
-    prompts); and those that monitor.final may need."""
+    """Number of newest checkpoints to keep. The best one by the first of held_out_rewards (else by the trained reward
+    on held-out prompts) and those that monitor.final may need are kept too."""
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 1234
-    """Of everything random in a training, and of the images in validation."""
+    """Seed of everything random in training, and of the images in validation."""
 
 
 class EmaConfig(Section):
@@ -278,10 +279,10 @@ class MonitorConfig(Section):
     """hacking: the run ends by itself where it looks like reward hacking, and final/ is written. never: it warns and
     goes on. Default: hacking where held_out_rewards names something, else never."""
     patience: Count = 1
-    """So many validations in a row must look like it before the run ends; more of them forgive a bad one."""
+    """Number of validations in a row that must look like it before the run ends; 2 or more tolerate a bad one."""
     final: Literal["best", "last"] = "best"
-    """What final/ is written from when the run has ended so. best: of the validations before what went wrong began, the
-    one with the highest trained reward. last: the step it ended at."""
+    """Step that final/ is written from when a run was ended in this way. best: among the validations before things went
+    wrong, the one with the highest trained reward. last: the step at which the run ended."""
 
 
 class ShardingConfig(Section):
@@ -291,8 +292,8 @@ class ShardingConfig(Section):
     """How several processes share the work. none, ddp: each has a whole copy, gradients are averaged (one process needs
     neither). fsdp: weights, gradients, optimizer and the frozen base of full fine-tuning are split over them."""
     shard_size: Count | None = None
-    """With fsdp: so many neighbouring processes split one copy, and copies work side by side, for several nodes: the
-    GPUs of one node. Default: all processes split one copy."""
+    """With fsdp: number of neighbouring processes that split one copy; the copies work side by side. With several
+    nodes, the number of GPUs of one node. Default: all processes split one copy."""
     timeout_minutes: Annotated[float, Field(gt=0, le=10080)] = 120
     """How long one process waits for another before all give up; longer than the longest validation or saving."""
     activation_checkpointing: bool = False
@@ -304,14 +305,14 @@ class ShardingConfig(Section):
     a step. Default: where K is above 1 and activation_checkpointing on, with offload, and where draftp.gradient cannot
     do otherwise."""
     prefix_batch_size: Count | None = None
-    """Images drawn together where no gradient is needed, validation's as well; default 8, at least
+    """Images generated together in the steps without gradient and in validation; default 8, at least
     trainer.micro_batch_size."""
     decode_batch_size: Count | None = None
     """Images per backward of decoder and reward; default trainer.micro_batch_size."""
     fold_lora: bool = True
     """Fold the LoRA into the weights where no gradient is needed: faster, for a second copy of the adapted weights."""
     fold_tolerance: Annotated[float, Field(ge=0)] = 0.01
-    """Don't fold where rounding would take a larger share of the LoRA: that of an early one in bf16 is nearly all."""
+    """Do not fold if rounding would lose a larger share of the LoRA; early in training in bf16 it loses nearly all."""
     offload: bool = False
     """Keep on the GPU only what a phase needs, the UNet or decoder and rewards; the other's frozen weights wait in the
     computer's memory. Two transfers a step; gradient steps are recomputed (recompute_steps)."""

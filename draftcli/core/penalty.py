@@ -178,7 +178,7 @@ def make_penalty(settings: DraftpConfig) -> Penalty:
     """
     if settings.kl_kind not in PENALTIES:
         raise InputError(
-            f"draftp.kl_kind {settings.kl_kind!r}: there is no such penalty; there is {', '.join(PENALTIES)}"
+            f"draftp.kl_kind {settings.kl_kind!r}: there is no such penalty; available are {', '.join(PENALTIES)}"
         )
     difference, weights = PENALTIES[settings.kl_kind], image_weights_of(settings)
     if settings.kl_target is not None:

@@ -1,1 +1,1 @@
-"""What the tuning bought and what it cost: metrics on pictures, comparisons, the report."""
+"""Comparing fine-tuned models with their base: metrics of images, comparisons, the report."""

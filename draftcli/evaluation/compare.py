@@ -213,8 +213,8 @@ def _diversity_warnings(figures: Figures) -> list[str]:
     measured = {"in features": figures[COSINE].diversity_kept, "in pixels": figures[PIXELS].diversity_kept}
     known = {where: kept for where, kept in measured.items() if kept is not None}
     lines = []
-    if lost := [f"{kept.words} {where}" for where, kept in known.items() if kept.lost_much]:
-        lines.append(f"of the base's diversity is left {' and '.join(lost)}")
+    if lost := [f"{kept.words} of the base's {where}" for where, kept in known.items() if kept.lost_much]:
+        lines.append(f"diversity fell to {' and '.join(lost)}")
     features, pixels = measured.values()
     if features is None or pixels is None or not (features.direction or pixels.direction):
         return lines

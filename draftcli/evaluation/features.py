@@ -119,7 +119,7 @@ def load_features(name: str) -> Features:
     if ":" in kind and isinstance(reward, nn.Module) and not isinstance(reward, CLIPReward):
         return Features(f"{name} ({reward.name})" if hasattr(reward, "name") else name, reward, reward)
     if not isinstance(reward, CLIPReward):
-        raise InputError(f"--features {name}: {kind} is no CLIP; allowed are dinov2 and rewards that are CLIPs")
+        raise InputError(f"--features {name}: {kind} is not a CLIP; allowed are dinov2 and rewards that are CLIPs")
     return _of_clip(name, reward)
 
 

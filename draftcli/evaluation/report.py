@@ -84,7 +84,11 @@ def render_page(
         csv=table,
         plots=_plots(comparison),
         groups=_groups(comparison, about),
-        settings=[(name.replace("_", " "), value) for name, value in about.settings.items() if name != "command"],
+        settings=[
+            (name.replace("_", " ").replace("pictures", "images"), value)
+            for name, value in about.settings.items()
+            if name != "command"
+        ],
         prompts=prompts,
         each=len(items) // prompts,
         shown=len(chosen),

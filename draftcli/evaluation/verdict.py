@@ -61,8 +61,9 @@ def find_verdict(comparison: ColumnComparison, prompts: int, images: int) -> Eva
     rewards = sorted(comparison.rewards, key=lambda reward: (reward != comparison.judge, reward in comparison.trained))
     found = [reward_change(reward, figures.reward(reward), _role(comparison, reward)) for reward in rewards]
     over = f"Over {prompts} {_plural('prompt', prompts)} with {images} {_plural('image', images)} each"
+    changes = "; ".join(filter(None, found)) or "no reward could be measured"
     sentences = [
-        f"{over}, {column} compared with {base}: {'; '.join(filter(None, found)) or 'no reward could be measured'}.",
+        f"{over}, {column} was compared with {base}: {changes}.",
         _cost(figures, comparison.figures[base], base),
     ]
     return EvaluationVerdict(column, " ".join(filter(None, sentences)), _uses(comparison))

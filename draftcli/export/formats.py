@@ -381,7 +381,7 @@ def _one_lora(job: MergeJob) -> tuple[Lora, Loss | None]:
     if job.changes.full:
         assert job.base is not None
         if job.rank is None:
-            raise InputError("a run that trained the whole UNet has no rank; say with --rank what the LoRA may have")
+            raise InputError("a run that trained the whole UNet has no rank; give the rank of the LoRA with --rank")
         with job.progress(len(job.base.tensors["unet"])) as wrote:
             return extract(job.changes, job.base, job.rank, lambda: wrote(1))
     lora = combine(job.changes.loras)

@@ -113,7 +113,7 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
     report = MergeReport(__version__, output.stem, kind.name, family.name, base.name if base else None, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)
-    console.print(f"{kind.name} from {report.origin} and {listed}")
+    console.print(f"writing {kind.name} from {listed} (base: {report.origin})")
     job = MergeJob(
         base,
         changes,

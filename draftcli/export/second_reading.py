@@ -72,7 +72,7 @@ def compare_reading(path: Path, lora: Lora, config: Path, family: Family) -> str
                 f"verification failed: {file}: {part}.{module} is read otherwise by diffusers and peft: {difference}"
             )
         compared += 1
-    return f"reading: {compared} of {len(layers)} layers are what diffusers' and peft's own loaders read"
+    return f"reading: {compared} of {len(layers)} layers are read alike by diffusers and peft"
 
 
 def _difference(ours: Update, theirs: Update) -> str | None:

@@ -59,7 +59,7 @@ class DiversityKept:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.3g}" if abs(share) < 10 else f"{100 * share:.0f}"
+    return f"{100 * share:#.3g}".rstrip(".") if abs(share) < 10 else f"{100 * share:.0f}"
 
 
 def cosine_diversity(features: np.ndarray) -> float:

@@ -96,7 +96,7 @@ def _checked(what: str, check: Callable[[DRaFTPModel], Finding], model: DRaFTPMo
 
 def _device(device: torch.device, reason: str) -> Finding:
     if device.type == "cpu":
-        return Finding("device", "warning", f"{reason}: no GPU is used: the toy preset works, SDXL would take weeks")
+        return Finding("device", "warning", f"{reason}; the toy preset works, SDXL would take weeks")
     memory = f", {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB" if device.type == "cuda" else ""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return Finding("device", "ok", f"{name}{memory}; {reason}")

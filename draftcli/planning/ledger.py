@@ -131,7 +131,7 @@ def make_ledger(cfg: Config, folder: Path) -> Ledger:
         folder: with the configurations of the model's networks.
 
     Raises:
-        InputError: the gradient mode does not go with the settings.
+        InputError: the gradient mode cannot be combined with the settings.
     """
     mode, unit = make_mode(cfg), unit_work(cfg, folder)
     per_step, again = evaluations_per_step(cfg, mode.first), cfg.sharding.two_stage and recomputes_steps(cfg)

@@ -136,7 +136,9 @@ def _dataset(source: str, where: str) -> PromptSequence:
     texts = [c for c in rows.column_names if getattr(rows.features[c], "dtype", None) in ("string", "large_string")]
     found = next((c for c in ([column] if column else _COLUMNS) if c in texts), None)
     if found is None:
-        raise InputError(f"{where}: name its column of prompts, as owner/name:column; texts are: {', '.join(texts)}")
+        raise InputError(
+            f"{where}: name its column of prompts, as owner/name:column; its text columns are: {', '.join(texts)}"
+        )
     return _Column(rows, found, where)
 
 

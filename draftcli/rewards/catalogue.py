@@ -158,7 +158,7 @@ def check_sources(rewards: Mapping[str, RewardSource]) -> None:
     for name, source in rewards.items():
         for place in (source.pretrained, source.backbone) if name in BUILT_IN_REWARDS else ():
             if place and not Path(place).exists() and not is_hub_id(place):
-                raise InputError(f"reward {name}: {place} is no file, no folder and no hub id")
+                raise InputError(f"reward {name}: {place} is neither a file, a folder nor a hub id")
 
 
 def _check_module(name: str, module: str) -> None:

@@ -63,7 +63,7 @@ def find_checkpoint(name: str, official: Official, pretrained: str | None) -> Pa
                 return path / official.file
             raise InputError(f"reward {name}: {path} has no file {official.file}")
         if path.suffix in {".pt", ".pth", ".bin", ".safetensors", ".ckpt"} or pretrained.count("/") != 1:
-            raise InputError(f"reward {name}: {pretrained} is no file, no folder and no hub id")
+            raise InputError(f"reward {name}: {pretrained} is neither a file, a folder nor a hub id")
     repository = pretrained or official.hub
     try:
         return _from_hub(repository, official.file) if repository else _from_url(official)

@@ -55,8 +55,9 @@ class WeightedSum:
             silent = _silent(score, images)
             if training and images.requires_grad and not score.requires_grad and not silent.all():
                 raise InputError(
-                    f"reward {name} cannot be trained on: its score has no gradient in the image (a detach, no_grad, "
-                    f"numpy or Pillow on the way). It can be in held_out_rewards; `draftp rewards check {name}` looks"
+                    f"reward {name} cannot be trained on: its score has no gradient in the image (a detach, "
+                    "no_grad, numpy or Pillow on the way). It can be in held_out_rewards; "
+                    f"`draftp rewards check {name}` tests it"
                 )
             if training:
                 self._scores[name].append(score.detach().float().cpu())

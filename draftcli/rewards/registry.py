@@ -89,8 +89,8 @@ def check_differentiable(name: str, reward: Any) -> None:
     """Raise InputError where a reward that is to be trained on says that it has no gradient in the image."""
     if not getattr(reward, "differentiable", True):
         raise InputError(
-            f"reward {name} is not differentiable, it says so itself: training needs its gradient in the image. "
-            "It can be in held_out_rewards, not in rewards"
+            f"reward {name} is not differentiable, as it declares itself: training needs its gradient in the "
+            "image. It can be in held_out_rewards, not in rewards"
         )
 
 

@@ -81,7 +81,7 @@ def load_start(start: Start, called: str) -> CLIPReward:
         called: what asks for it, for messages.
 
     Raises:
-        InputError: it cannot be loaded, or is no CLIP.
+        InputError: it cannot be loaded, or is not a CLIP.
     """
     if folder := reward_folder(start.reward):
         found = load_trained(start.reward, folder, start.backbone)
@@ -91,7 +91,9 @@ def load_start(start: Start, called: str) -> CLIPReward:
         found = make_reward(start.reward, find_object(start.reward, reward_reference(start.reward)), given)
     if not isinstance(found, CLIPReward):
         clips = "clip, pickscore, hpsv2, hpsv2_1, ict, toy, or the folder of a CLIP"
-        raise InputError(f"{called}: {start.reward} is no CLIP, whose features can be learned on; allowed are {clips}")
+        raise InputError(
+            f"{called}: {start.reward} is not a CLIP, whose features can be learned on; allowed are {clips}"
+        )
     return found
 
 

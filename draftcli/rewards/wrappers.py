@@ -46,7 +46,7 @@ class AnyReward(nn.Module):
             scores = scores[:, 0]
         if scores is None or scores.shape != (count,) or scores.is_complex():
             raise InputError(
-                f"reward {self.name} returned {_what(returned)} for {count} images; wanted is one score each: a "
+                f"reward {self.name} returned {_what(returned)} for {count} images; expected one score for each: a "
                 f"float tensor of shape ({count},)"
             )
         exact = scores.dtype in (torch.float32, torch.float64)

@@ -14,7 +14,7 @@ class OracleFeatures(nn.Module):
     Background and shape colour (3 + 3), overlap with each silhouette (6), radius, place (2), crispness.
     """
 
-    name = "what the toy world's oracle reads, nothing learned"
+    name = "what the toy world's oracle reads; no learning involved"
 
     def forward(self, images: Tensor) -> Tensor:
         """The features (B, 16) of images (B, 3, H, W)."""

@@ -64,7 +64,7 @@ class Monitor:
         """What a run says of it at its start."""
         if self.can_stop:
             judges = f"held out: {', '.join(self.held_out)}" if self.held_out else "nothing is held out"
-            return f"monitor: ends the run where it looks like reward hacking ({judges}); monitor.stop=never continues"
+            return f"monitor: ends the run if it looks like reward hacking ({judges}); monitor.stop=never only warns"
         if self.rule.stop is None:
             return "monitor: warns and never ends the run, as held_out_rewards names nothing"
         return "monitor: warns and never ends the run (monitor.stop=never)"
@@ -166,7 +166,7 @@ def check_not_ended(monitor: Monitor, run: Run) -> None:
     if stop is not None and monitor.can_stop and run.has_final(stop["final"]):
         raise InputError(
             f"{run.folder} was ended by its monitor ({stop['why']}), and final/ is of step {stop['final']}; to go on "
-            "with it all the same: --set monitor.stop=never"
+            "with it anyway: --set monitor.stop=never"
         )
 
 

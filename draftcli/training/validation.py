@@ -256,7 +256,7 @@ class Validation:
             cells.append(Cell(list(map(to_pil, images)), prompt.text, notes, across=2))
         edge = sheet_edge(cells[0].images[0].size, min(512, max(max(i.size) for cell in cells for i in cell.images)))
         title = f"base and tuned after {step} steps, same seeds"
-        note = "In brackets the change against the base; higher is better. " + self._shown_of_all()
+        note = "Brackets give the change from the base; higher is better. " + self._shown_of_all()
         with disk_errors(path):
             footer = made_by_line(run.folder.name, self.model.cfg.sampling.summary)
             write_sheet(path, cells, title, edge=edge, note=note.strip(), footer=footer)

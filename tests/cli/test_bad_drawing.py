@@ -16,7 +16,7 @@ ONE = ("--prompt", "a red dog", "--output", "out")
 
 # (options, words of the message); RUN, MODEL and LORA stand for the real ones
 BOTH = [
-    (["nowhere"], "nowhere is no run (it has no config.yaml); runs here: none"),
+    (["nowhere"], "nowhere is not a run (it has no config.yaml); runs here: none"),
     ([], "there is no run under runs/"),
     (["RUN", "--model", "MODEL"], "give one of them"),
     (["--model", "nobody/nothing", "--lora", "LORA"], "the hub has no such model or cannot be reached"),

@@ -38,8 +38,8 @@ SETTINGS = [
     ("draftp.combine=product", "'sum' or 'min'"),
     ("draftp.kl_target=0", "greater than 0"),
     ("draftp.kl_gate=oracle", "'none' or 'held_out'"),
-    ("draftp.kl_gate=held_out", "and nothing is held out: name a reward in held_out_rewards"),
-    ("draftp={kl_gate: held_out, kl_by_reward: true}", "both say how much an image's penalty counts: give one of"),
+    ("draftp.kl_gate=held_out", "but there are none: name a reward in held_out_rewards"),
+    ("draftp={kl_gate: held_out, kl_by_reward: true}", "both weigh the penalty by image: use only one of"),
     (
         "draftp={kl_target: 0.1, kl_coeff: 0}",
         "draftp.kl_target 0.1 steers the coefficient from draftp.kl_coeff on, and",
@@ -72,7 +72,7 @@ SETTINGS = [
     ("data.prompts=toy-trane", "one of the sets animals"),
     ("data.prompts=cat.png", "expected a .txt, .jsonl, .tar, .csv, .tsv or .parquet file"),
     ("held_out_rewards=[pickscoer]", "did you mean pickscore?"),
-    ("sharding={channels_last: true, strategy: fsdp}", "channels_last does not go with sharding.strategy fsdp"),
+    ("sharding={channels_last: true, strategy: fsdp}", "channels_last cannot be combined with sharding.strategy fsdp"),
     ("trainer.max_steps", "--set trainer.max_steps: expected KEY=VALUE"),
     ("trainer.max_steps=[1", "invalid YAML"),
 ]
@@ -197,8 +197,8 @@ def test_wrong_outputs(tiny_sdxl):
     Path("file").write_text("")
     Path("odd").mkdir()
     Path("odd/config.yaml").write_text("\0")
-    expect(draftp("train", "--preset", preset, "--output", "pictures"), 2, "is no run", "--output")
-    expect(draftp("train", "--preset", preset, "--output", "file"), 2, "is no run")
+    expect(draftp("train", "--preset", preset, "--output", "pictures"), 2, "is not a run", "--output")
+    expect(draftp("train", "--preset", preset, "--output", "file"), 2, "is not a run")
     expect(draftp("train", "--preset", preset, "--output", "odd"), 2, "odd/config.yaml is damaged")
     expect(draftp("train", "--preset", preset, "--output", "file/run"), 1, "cannot be written")
 

@@ -48,7 +48,7 @@ def test_a_preset_is_printed_whole_and_can_be_trained_from():
         (("settings", "kl_coef"), "unknown section or setting 'kl_coef', did you mean kl_coeff?"),
         (("settings", "sampilng"), "did you mean sampling?"),
         (("settings", "draftp", "--json-schema"), "leave out the section"),
-        (("runs", "nosuch"), "nosuch is no run (it has no config.yaml); runs here: none"),
+        (("runs", "nosuch"), "nosuch is not a run (it has no config.yaml); runs here: none"),
     ],
 )
 def test_a_wrong_name_is_one_line(words, told):

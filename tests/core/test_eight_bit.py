@@ -251,8 +251,11 @@ def test_the_doctor_finds_it_healthy(tiny_sdxl):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"sharding": {"strategy": "fsdp"}}, "model.quantize 8bit does not go with sharding.strategy fsdp; use ddp"),
-        ({"model": {"quantize": "8bit", "precision": "fp64"}}, "does not go with model.precision fp64"),
+        (
+            {"sharding": {"strategy": "fsdp"}},
+            "model.quantize 8bit cannot be combined with sharding.strategy fsdp; use ddp",
+        ),
+        ({"model": {"quantize": "8bit", "precision": "fp64"}}, "cannot be combined with model.precision fp64"),
         ({"peft": {"peft_scheme": "none"}}, "is for a frozen base, and peft.peft_scheme none trains all of it"),
         ({"model": {"quantize": "4bit"}}, "input should be '8bit'"),
     ],

@@ -103,7 +103,7 @@ FILES = {
         "so it is a LoRA; give the",
     ),
     "LoRA of diffusers": ({"unet.mid_block.attentions.0.proj_in.lora_A.weight": (4, 8)}, "so it is a LoRA"),
-    "something": ({"weight": (8, 8)}, "it is no checkpoint of Stable Diffusion XL"),
+    "something": ({"weight": (8, 8)}, "it is not a checkpoint of Stable Diffusion XL"),
 }
 # Whose layers are those of a family, so that a LoRA can be merged into them where the rest is in order.
 TASKS = ("inpainting", "inpainting of SD 1", "as another class", "instruct-pix2pix", "depth", "upscaler", "variances")

@@ -70,9 +70,9 @@ def vq():
     [
         (lambda: vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159), ["16 latent channels", "has 4"]),
         (lambda: vae(latent_channels=8), ["8 latent channels", "has 4"]),
-        (lambda: vae(blocks=3), ["4 pixels of a latent", "own 8"]),
-        (lambda: vae(blocks=5), ["16 pixels of a latent", "own 8"]),
-        (lambda: vae(scaling_factor=0.18215), ["scaling_factor is 0.18215", "own 0.13025"]),
+        (lambda: vae(blocks=3), ["4 pixels of each latent", "own makes 8"]),
+        (lambda: vae(blocks=5), ["16 pixels of each latent", "own makes 8"]),
+        (lambda: vae(scaling_factor=0.18215), ["scaling_factor is 0.18215", "own is 0.13025"]),
         (AutoencoderTiny, ["AutoencoderTiny", "AutoencoderKL"]),
         (asymmetric, ["AsymmetricAutoencoderKL"]),
         (vq, ["VQModel"]),
@@ -149,9 +149,9 @@ def test_every_form_of_the_same_vae(tiny_sdxl, other, form):
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"1.weight": torch.zeros(64, 4, 3, 3)}, ["no AutoencoderKL", "TAESD"]),
-        ({"decoder.layers.0.weight": torch.zeros(64, 4, 3, 3)}, ["no AutoencoderKL", "TAESD"]),
-        ({"lora_unet.alpha": torch.zeros(1)}, ["no AutoencoderKL"]),
+        ({"1.weight": torch.zeros(64, 4, 3, 3)}, ["not an AutoencoderKL", "TAESD"]),
+        ({"decoder.layers.0.weight": torch.zeros(64, 4, 3, 3)}, ["not an AutoencoderKL", "TAESD"]),
+        ({"lora_unet.alpha": torch.zeros(1)}, ["not an AutoencoderKL"]),
     ],
 )
 def test_files_of_something_else(tiny_sdxl, tensors, words):

@@ -79,7 +79,7 @@ def test_its_state_comes_back_from_a_checkpoint(kind):
 
 
 def test_a_penalty_that_is_not_there_is_refused():
-    with pytest.raises(InputError, match=r"draftp.kl_kind 'none': there is no such penalty; there is eps"):
+    with pytest.raises(InputError, match=r"draftp.kl_kind 'none': there is no such penalty; available are eps"):
         penalty_of("none")
 
 

@@ -135,9 +135,9 @@ def test_what_cannot_be_is_refused(tiny_sdxl, draftp, sampling, said):
 
 
 def test_churn_is_refused(tiny_sdxl):
-    with pytest.raises(InputError, match=r"draftp.prefix_steps does not go with sampling.s_churn"):
+    with pytest.raises(InputError, match=r"draftp.prefix_steps cannot be combined with sampling.s_churn"):
         tiny_config(tiny_sdxl, draftp={"prefix_steps": 2}, sampling={"s_churn": 1.0})
-    with pytest.raises(InputError, match=r"draftp.prefix_steps does not go with sampling.sampler lcm"):
+    with pytest.raises(InputError, match=r"draftp.prefix_steps cannot be combined with sampling.sampler lcm"):
         tiny_config(tiny_sdxl, draftp={"prefix_steps": 2}, sampling={"sampler": "lcm"})
 
 

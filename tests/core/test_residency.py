@@ -95,8 +95,8 @@ def test_a_graph_that_would_miss_its_weights_is_refused(tiny_sdxl):
     ("settings", "message"),
     [
         ({"two_stage": False}, "needs sharding.two_stage true"),
-        ({"recompute_steps": False}, "recompute_steps not to be false"),
-        ({"strategy": "fsdp"}, "does not go with sharding.strategy fsdp"),
+        ({"recompute_steps": False}, "recompute_steps true or unset"),
+        ({"strategy": "fsdp"}, "cannot be combined with sharding.strategy fsdp"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -179,7 +179,7 @@ def without(single_file, prefix):
         ("conditioner.embedders.0.", ["no first text encoder"]),
         ("conditioner.embedders.1.", ["no second text encoder"]),
         ("model.diffusion_model.", ["no UNet"]),
-        ("", ["no checkpoint of Stable Diffusion XL"]),
+        ("", ["not a checkpoint of Stable Diffusion XL"]),
     ],
 )
 def test_a_single_file_without_a_network(tiny_sdxl, single_file, lora_run, prefix, words):
@@ -263,7 +263,7 @@ def test_tensors_without_a_place_are_told(model, part, capsys):
     path = weights(model, part)
     save_file({**load_file(path), "extra.weight": torch.zeros(2)}, path, {"format": "pt"})
     load(model)
-    assert f"1 tensors of {part} have no place" in capsys.readouterr().err
+    assert f"1 tensors of {part} are not in the model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

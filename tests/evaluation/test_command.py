@@ -220,7 +220,7 @@ def test_the_same_pictures_stored_otherwise_score_the_same():
 # ---------------------------------------------------------------------------------------------------------- wrong input
 
 WRONG = [
-    (["nowhere"], "nowhere is no run"),
+    (["nowhere"], "nowhere is not a run"),
     (["RUN", "--weight", "wobbly"], "wobbly"),
     (["RUN", "--weight", "step_2"], "step_2"),
     (["RUN", "--weight", "power_0"], "power_0"),
@@ -236,13 +236,13 @@ WRONG = [
     (["RUN", "--reward", "tests.nowhere:x"], "cannot import"),
     (["RUN", "--judge", "nobody"], "--judge nobody: the rewards here are tests.example_rewards:red"),
     (["RUN", "--features", "nowhere"], "unknown reward 'nowhere'"),
-    (["RUN", "--features", "toy_oracle"], "toy_oracle is no CLIP"),
+    (["RUN", "--features", "toy_oracle"], "toy_oracle is not a CLIP"),
     (["RUN", "--features", "toy=bare"], "bare cannot be loaded"),
     (["RUN", "--features", "dinov2=bare"], "bare cannot be loaded"),
     (["RUN", "--set", "sampling.steps=0"], "sampling.steps = 0"),
     (["RUN", "--set", "nonsense=1"], "unknown setting nonsense"),
     (["RUN", "one"], "one: 12 of 12 images are missing"),
-    (["empty"], "empty is no run"),
+    (["empty"], "empty is not a run"),
     (["one"], "one has nothing to be compared with"),
     (["one", "two"], "image folders have no rewards"),
     (["one", "two", "--reward", "toy", "--lora-scale", "0.5"], "no images can be generated"),

@@ -48,18 +48,26 @@ def test_front_recommendation_and_warnings(result):
     assert said.count("reward hacking") == 1, "the other columns gain both or lose nothing surely"
     kept = result.figures["tuned"].diversity.diversity_kept
     assert kept.share < 0.2
-    assert f"tuned: of the base's diversity is left {kept.words} in features and" in said
+    assert f"tuned: diversity fell to {kept.words} of the base's in features and" in said
     assert "power_2: of the base's diversity" not in said
     assert result.recommendation.why.endswith(" of its diversity")
 
 
 KEPT = [  # features and pixels, each (share, low, high), and what is said
-    ((0.57, 0.5, 0.64), (0.75, 0.7, 0.8), "is left 57 % (95 % interval 50 to 64) in features and 75 % (95 % interval"),
-    ((0.79, 0.7, 0.9), (0.95, 0.9, 1.1), "is left 79 % (95 % interval 70 to 90) in features"),
+    (
+        (0.57, 0.5, 0.64),
+        (0.75, 0.7, 0.8),
+        "fell to 57.0 % (95 % interval 50.0 to 64.0) of the base's in features and 75.0 % (95",
+    ),
+    ((0.79, 0.7, 0.9), (0.95, 0.9, 1.1), "fell to 79.0 % (95 % interval 70.0 to 90.0) of the base's in features"),
     ((0.75, 0.4, 1.1), (0.9, 0.7, 1.1), None),  # a loss that is not certain
     ((0.85, 0.8, 0.9), (0.85, 0.8, 0.9), None),  # certain, not large
-    ((1.08, 0.9, 1.3), (0.75, 0.7, 0.8), "disagree about diversity: 108 % (95 % interval 90 to 130, not disting"),
-    ((0.9, 0.85, 0.95), (1.05, 1.02, 1.08), "disagree about diversity: 90 % (95 % interval 85 to 95) of the base's"),
+    ((1.08, 0.9, 1.3), (0.75, 0.7, 0.8), "disagree about diversity: 108 % (95 % interval 90.0 to 130, not disting"),
+    (
+        (0.9, 0.85, 0.95),
+        (1.05, 1.02, 1.08),
+        "disagree about diversity: 90.0 % (95 % interval 85.0 to 95.0) of the base's",
+    ),
     ((1.02, 0.9, 1.1), (0.98, 0.9, 1.1), None),  # neither is certain
     ((0.5, np.nan, np.nan), (0.5, np.nan, np.nan), None),  # one prompt
 ]

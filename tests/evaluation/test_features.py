@@ -101,7 +101,7 @@ def test_where_nothing_else_is_at_hand_the_trained_rewards_own_are_taken_and_sai
 def test_the_toy_worlds_default_is_learned_from_nothing():
     judges = {"toy": load_reward("toy")}
     features = choose_features(None, "toy", judges, ["toy"])
-    assert "nothing learned" in features.name
+    assert "no learning involved" in features.name
     assert features.caution == ""
     assert not list(features.network.parameters())
     assert choose_features("toy", "toy", judges, ["toy"]).caution, "asked for, and said"

@@ -248,7 +248,7 @@ def test_without_a_base_the_lora_itself_says_which_family_it_is_for():
         {f"{layer}.lora_A.weight": torch.ones(1, 768), f"{layer}.lora_B.weight": torch.ones(320, 1)}, "in.safetensors"
     )
     result = merge("in.safetensors", "--format", "kohya", "--output", "out.safetensors")
-    assert "kohya from SD 1.x's configuration and" in result.out
+    assert "(base: SD 1.x's configuration)" in result.out
     assert "only the keys are checked, against SD 1.x's configuration" in result.err
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     assert load_file("out.safetensors").keys() == {

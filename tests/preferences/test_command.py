@@ -169,10 +169,10 @@ def test_what_is_there_is_replaced_only_if_it_is_a_reward_and_asked_for(rated: P
     ("arguments", "words"),
     [
         (["nothing.jsonl"], "there is no such file or folder"),
-        (["FILE", "--from", "brightness"], "brightness is no CLIP, whose features can be learned on"),
+        (["FILE", "--from", "brightness"], "brightness is not a CLIP, whose features can be learned on"),
         (["FILE", "--from", "pikscore"], "did you mean pickscore"),
         (["FILE", "--from", "./nowhere"], "there is no such folder"),
-        (["FILE", "--from", "TASTE"], "is no CLIP"),
+        (["FILE", "--from", "TASTE"], "is not a CLIP"),
         (["FILE", "--judge", "pikscore"], "did you mean pickscore"),
         (["ONE"], "none can be held out"),
     ],

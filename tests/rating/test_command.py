@@ -165,7 +165,7 @@ def test_killed_and_started_again_nothing_is_lost(pictures):
         assert err == ""
     assert Path("pictures/rate/preferences.jsonl").read_bytes().startswith(before)
     assert out.splitlines() == [
-        "Ctrl-C here, or Finish on the page, saves and leaves",
+        "press Ctrl-C here, or Finish on the page, to save and quit",
         "11 of 11 answered: 10 preferences, 0 times neither, 0 skipped",
         "the same answer to 1 of 1 pairs that were shown twice",
         "answers  pictures/rate/preferences.jsonl",

@@ -92,7 +92,7 @@ def test_numbers_without_gradient_judge_and_do_not_train(form: str, tiny_sdxl: P
 
 
 REFUSED = [
-    ("scalar", "returned a tensor of shape (), float32 for 2 images; wanted is one score each: a float tensor of"),
+    ("scalar", "returned a tensor of shape (), float32 for 2 images; expected one score for each: a float tensor of"),
     ("two_columns", "a tensor of shape (2, 2), float32"),
     ("row", "a tensor of shape (1, 2), float32"),
     ("dictionary", "a dict of 1 (Tensor)"),
@@ -121,7 +121,7 @@ def refused(result: Result, words: str) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize(("form", "words"), REFUSED)
 def test_the_rest_is_refused_in_one_line_before_anything_is_loaded(form: str, words: str, command: str) -> None:
-    result = ask(command, f"{MODULE}:{form}", Path("no-such-model"))
+    result = ask(command, f"{MODULE}:{form}", Path("nobody/no-such-model"))
     refused(result, words)
     assert f"{MODULE}:{form}" in result.err
 

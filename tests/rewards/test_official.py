@@ -255,7 +255,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for place, words in [
         (tmp_path / "text.pth", "text.pth"),
         (tmp_path / "list.pth", "not a state dict"),
-        (tmp_path / "nowhere.pth", "no file, no folder and no hub id"),
+        (tmp_path / "nowhere.pth", "neither a file, a folder nor a hub id"),
         (tmp_path, "has no file HPS_v2_compressed.pt"),
     ]:
         with pytest.raises(InputError, match=words):

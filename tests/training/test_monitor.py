@@ -127,7 +127,7 @@ def test_what_could_not_be_measured_says_nothing():
 @pytest.mark.parametrize(
     ("settings", "can_stop", "words"),
     [
-        ([], True, "ends the run where it looks like reward hacking (held out: toy_oracle)"),
+        ([], True, "ends the run if it looks like reward hacking (held out: toy_oracle)"),
         (["held_out_rewards=[]"], False, "never ends the run, as held_out_rewards names nothing"),
         (["monitor.stop=never"], False, "never ends the run (monitor.stop=never)"),
         (["held_out_rewards=[]", "monitor.stop=hacking"], True, "(nothing is held out)"),
@@ -179,7 +179,7 @@ def test_a_run_that_is_hacked_ends_by_itself_and_says_why(ended):
     assert (
         f"ended by its monitor after step {last['step']}, final/ is of step {stop['final']}: {GREEN} on" in result.out
     )
-    assert "monitor: ends the run where it looks like reward hacking" in result.out
+    assert "monitor: ends the run if it looks like reward hacking" in result.out
     assert "this looks like reward hacking" in result.err
     assert run.has_final(stop["final"])
     assert run.steps()[-1]["stopped"] == stop["why"]

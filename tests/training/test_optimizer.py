@@ -109,8 +109,11 @@ def test_a_lora_of_small_tensors_is_warned_about(tiny_sdxl):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"sharding": {"strategy": "fsdp"}}, "optim.name adamw8bit does not go with sharding.strategy fsdp; use ddp"),
-        ({"model": {"precision": "fp64"}}, "optim.name adamw8bit does not go with model.precision fp64"),
+        (
+            {"sharding": {"strategy": "fsdp"}},
+            "optim.name adamw8bit cannot be combined with sharding.strategy fsdp; use ddp",
+        ),
+        ({"model": {"precision": "fp64"}}, "optim.name adamw8bit cannot be combined with model.precision fp64"),
     ],
 )
 def test_what_does_not_go_with_it_is_said(settings, words):

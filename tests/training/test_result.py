@@ -15,11 +15,11 @@ def validation(step, base, tuned, low, high):
 
 NAN = math.nan
 CASES = [  # base, tuned and the interval of their ratio; what is said; whether it is warned about
-    ((0.06, 0.03, 0.417, 0.583), "0.060  0.030  50 % (95 % interval 41.7 to 58.3) of the base's", True),
+    ((0.06, 0.03, 0.417, 0.583), "0.060  0.030  50.0 % (95 % interval 41.7 to 58.3) of the base's", True),
     ((0.06, 0.05, 0.667, 1.17), "83.3 % (95 % interval 66.7 to 117, not distinguishable from the base)", False),
     ((0.06, 0.03, 0.2, 1.1), "not distinguishable from the base", False),
-    ((0.06, 0.054, 0.867, 0.933), "90 % (95 % interval 86.7 to 93.3)", False),
-    ((0.06, 0.03, NAN, NAN), "50 % (no interval)", False),
+    ((0.06, 0.054, 0.867, 0.933), "90.0 % (95 % interval 86.7 to 93.3)", False),
+    ((0.06, 0.03, NAN, NAN), "50.0 % (no interval)", False),
     ((NAN, NAN, NAN, NAN), "diversity in pixels   nan    nan", False),
 ]
 

@@ -156,8 +156,8 @@ def test_two_processes_equal_one_and_one_goes_on_from_two(tiny_sdxl, strategy):
         ({"draftp": {"gradient": "matching"}}, r"reuse 2 has nothing to share between steps: draftp.gradient matching"),
         ({"draftp": {"gradient": "drtune"}}, "draftp.gradient drtune may train the first sampler step as well"),
         ({"draftp": {"truncation_steps": 4}}, "draftp.gradient last_k may train the first sampler step as well"),
-        ({"sampling": {"s_churn": 1.0}}, r"draftp.reuse does not go with sampling.s_churn"),
-        ({"sampling": {"sampler": "lcm"}}, r"draftp.reuse does not go with sampling.sampler lcm"),
+        ({"sampling": {"s_churn": 1.0}}, r"draftp.reuse cannot be combined with sampling.s_churn"),
+        ({"sampling": {"sampler": "lcm"}}, r"draftp.reuse cannot be combined with sampling.sampler lcm"),
         ({"sharding": {"two_stage": False}}, r"draftp.reuse 2 needs sharding.two_stage true"),
         (
             {"draftp": {"reuse": 3}},
@@ -180,4 +180,4 @@ def test_groups_that_processes_cannot_share_are_refused(tiny_sdxl):
 
 def test_a_backward_that_groups_are_too_small_for_is_said(tiny_sdxl):
     cfg = tiny_config(tiny_sdxl, draftp={"reuse": 4})
-    assert "micro_batch_size 2 has no effect above 1: by draftp.reuse 4" in "".join(without_effect(cfg))
+    assert "micro_batch_size 2 has no effect above 1: with draftp.reuse 4" in "".join(without_effect(cfg))

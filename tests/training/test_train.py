@@ -63,7 +63,7 @@ def test_a_run_leaves_what_the_design_says(tiny_sdxl):
     assert validations[-1]["rewards"]["tests.example_rewards:red"]["low"] > 0, "training for red makes red"
     assert {p.name for p in (run / "samples").glob("*.png")} == {f"step-00000{n}-sheet.png" for n in (0, 2, 4)}
     assert "tests.example_rewards:red" in (run / "final" / "README.md").read_text()
-    for named in ("weights", "card", "page", "pictures", "figures", "tensorboard", "checkpoints", "settings"):
+    for named in ("weights", "card", "page", "images", "figures", "tensorboard", "checkpoints", "settings"):
         paths = next(line.split()[1:] for line in result.out.splitlines() if line.startswith(named))
         assert paths
         assert all(Path(path).exists() for path in paths)

@@ -53,7 +53,7 @@ def choose_runtime(device: str, precision: str, setting: str = "model.device") -
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
         kind = next(name for name, here in available.items() if here)
-        chosen, why = _of_this_process(torch.device(kind)), f"{kind} is the fastest device on this machine"
+        chosen, why = _of_this_process(torch.device(kind)), " (no GPU found)" if kind == "cpu" else ""
     else:
         check_device_name(device, setting)
         chosen = _of_this_process(torch.device(device))
@@ -62,14 +62,14 @@ def choose_runtime(device: str, precision: str, setting: str = "model.device") -
             raise InputError(
                 f"{setting} {device!r} is not available on this machine; available: auto, {', '.join(here)}"
             )
-        why = f"set by {setting}"
+        why = f" ({setting})"
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise InputError(f"{setting} {device!r}: this machine has {torch.cuda.device_count()} GPUs, counted from 0")
     if precision == "fp64" and chosen.type == "mps":
         raise InputError("model.precision fp64: Apple's mps has no float64; use fp32, or model.device cpu")
     if precision == "bf16" and chosen.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise InputError("model.precision bf16: this GPU computes no bfloat16; use fp16 or fp32")
-    return Runtime(chosen, DTYPES[precision], f"{chosen} ({why}), {precision} (model.precision)")
+    return Runtime(chosen, DTYPES[precision], f"{chosen}{why} in {precision}")
 
 
 def _of_this_process(device: torch.device) -> torch.device:

@@ -89,7 +89,7 @@ def make_mode(cfg: Config) -> GradientMode:
 
     Raises:
         InputError: no such mode, an option that it does not have or allow, a sampler that cannot carry gradient, or
-            sharding or a prefix that does not go with the mode.
+            sharding or a prefix that cannot be combined with the mode.
     """
     check_sampler(cfg.sampling.sampler)
     name, options = cfg.draftp.gradient_mode

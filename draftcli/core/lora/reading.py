@@ -108,7 +108,7 @@ def read_lora(path: Path, shapes: Shapes) -> Lora:
     if contents.embeddings:
         named = ", ".join(sorted(contents.embeddings))
         warnings.warn(
-            f"{file}: embeddings for trigger words ({named}) are left out; draftp applies the LoRA alone", stacklevel=2
+            f"{file}: embeddings for trigger words ({named}) are left out; draftp applies only the LoRA", stacklevel=2
         )
     lora = Lora(str(path), parts)
     _refuse_no_effect(file, lora)

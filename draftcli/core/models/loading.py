@@ -166,7 +166,7 @@ def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence
     import diffusers
 
     if Path(source).is_file():
-        told = what_it_is(Path(source)) or "it is no .safetensors"
+        told = what_it_is(Path(source)) or "it is not a .safetensors"
         raise InputError(f"{setting} {source}: {told}; a model is a diffusers folder, a hub id or a .safetensors file")
     try:
         pipeline, others = getattr(diffusers, family.pipeline), {**family.options, **dict.fromkeys(elsewhere)}
@@ -176,8 +176,8 @@ def _fetched(source: str, variant: str | None, setting: str, elsewhere: Sequence
         if "`safetensors`" in str(error):  # diffusers' words
             option = "--variant fp16" if setting.startswith("--") else "model.variant=fp16"
             raise InputError(
-                f"{setting} {source!r}: the hub has no .safetensors of that name in it; where it has a variant only, "
-                f"such as fp16, set {option}; pickled .bin files are not opened: convert them {reason}"
+                f"{setting} {source!r}: the model on the hub has no such .safetensors; if it has them as a variant "
+                f"only, such as fp16, set {option}; pickled .bin files are not opened: convert them {reason}"
             ) from error
         raise InputError(
             f"{setting} {source!r}: no such file or folder here, and the hub has no such model or cannot be reached; "

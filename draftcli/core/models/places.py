@@ -101,9 +101,7 @@ def base_lora(text: str) -> tuple[Path, float]:
     name, scale = split_scale(text, lambda name: Path(lora_path(name)).exists(), f"model.loras {text}")
     path = lora_path(name)
     if not Path(path).exists():
-        raise InputError(
-            f"model.loras {name}: there is no such file or folder, and {', '.join(BUILT_IN_LORAS)} is what is built in"
-        )
+        raise InputError(f"model.loras {name}: there is no such file or folder; built in: {', '.join(BUILT_IN_LORAS)}")
     if scale == 0:
         raise InputError(f"model.loras {text}: with the scale 0 it would change nothing; leave it out")
     return Path(checked_file(path, "model.loras") if Path(path).is_file() else path), scale

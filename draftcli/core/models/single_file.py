@@ -49,7 +49,7 @@ def check_networks(
     if len(absent) == len(needed):
         first = f", the first of its tensors is {keys[0]}" if keys else ""
         raise InputError(
-            f"{setting} {file}: it is no checkpoint of {family.title} in the original layout{first}; give such "
+            f"{setting} {file}: it is not a checkpoint of {family.title} in the original layout{first}; give such "
             "a file or a diffusers folder"
         )
     if absent:

@@ -58,7 +58,7 @@ def check_vae_class(config: Any, what: str) -> None:
     """
     kind = config.get("_class_name", VAE_CLASS)
     if kind != VAE_CLASS:
-        raise InputError(f"{what}: its class is {kind}, and draftp decodes with {VAE_CLASS} alone")
+        raise InputError(f"{what}: its class is {kind}, but draftp only decodes with {VAE_CLASS}")
 
 
 def check_vae_channels(vae: Any, unet: Any, what: str) -> None:
@@ -81,11 +81,14 @@ def _check_latents(config: Any, own: Any, what: str) -> None:
         raise InputError(f"{what}: it has {theirs} latent channels where the model has {ours}: it is of another family")
     theirs, ours = (2 ** (len(c.get("block_out_channels", ())) - 1) for c in (config, own))
     if theirs != ours:
-        raise InputError(f"{what}: it makes {theirs} pixels of a latent, along an edge, and the model's own {ours}")
+        raise InputError(
+            f"{what}: it makes {theirs} pixels of each latent along an edge, but the model's own makes {ours}"
+        )
     theirs, ours = (c.get("scaling_factor", 0.18215) for c in (config, own))  # diffusers' default, that of SD 1
     if theirs != ours:
         raise InputError(
-            f"{what}: its scaling_factor is {theirs} and the model's own {ours}: its latents are another family's"
+            f"{what}: its scaling_factor is {theirs}, but that of the model's own is {ours}: its latents belong to "
+            "another family"
         )
 
 
@@ -105,7 +108,7 @@ def _check_file(file: Path, config: Any, what: str) -> None:
     missing = sorted(wanted.keys() - held.keys())
     if 2 * len(missing) > len(wanted):
         raise InputError(
-            f"{what}: it is no {VAE_CLASS}, which has a {missing[0]}; draftp decodes with no other class (files of "
+            f"{what}: it is not an {VAE_CLASS}, which has a {missing[0]}; draftp decodes with no other class (files of "
             "TAESD among them)"
         )
     latents = "decoder.conv_in.weight"

@@ -188,10 +188,13 @@ def ensure_loaded(module: nn.Module, part: str, files: Sequence[Path], setting: 
         )
     if odd := sorted(name for name, (_, tensor) in own.items() if found[name] != tensor.shape):
         raise InputError(
-            f"{setting}: {odd[0]} of {part} is {found[odd[0]]}, and by its config.json {tuple(own[odd[0]][1].shape)}"
+            f"{setting}: {odd[0]} of {part} is {found[odd[0]]}, but its config.json says {tuple(own[odd[0]][1].shape)}"
         )
     if unused := sorted(name for name in found.keys() - own.keys() if not name.endswith("position_ids")):
-        warn(f"{setting}: {len(unused)} tensors of {part} have no place by its config.json, such as {unused[0]}")
+        warn(
+            f"{setting}: {len(unused)} tensors of {part} are not in the model that its config.json describes, such as "
+            f"{unused[0]}"
+        )
     if overlooked:
         tensors = {
             own[name][0]: stored.get_tensor(key).to(own[name][1].dtype)
