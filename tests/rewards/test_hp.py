@@ -112,7 +112,7 @@ def test_what_is_elsewhere_is_said_in_one_line(official: Official) -> None:
     for pretrained, backbone, words in [
         (official.folder / "head.bin", official.backbone, "set rewards.hp.pretrained to the folder that holds"),
         (official.folder, official.backbone, f"has no file {HEAD_FILE}"),
-        (official.folder / "nowhere" / "at all", official.backbone, "no file, no folder and no hub id"),
+        (official.folder / "nowhere" / "at all", official.backbone, "is neither a file, a folder nor a hub id"),
     ]:
         result = draftp("rewards", "check", "hp", "--pretrained", str(pretrained), "--backbone", str(backbone))
         assert (result.code, result.err.count("\n")) == (2, 1)

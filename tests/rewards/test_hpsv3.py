@@ -167,7 +167,7 @@ def test_what_is_elsewhere_or_of_another_network_is_said_in_one_line(official: O
     for pretrained, backbone, words in [
         (tmp_path, official.backbone, "has no file HPSv3.safetensors"),
         (official.file, tmp_path / "bert", "is a bert model, not a qwen2_vl one"),
-        (official.file, tmp_path / "nowhere", "no file, no folder and no hub id"),
+        (official.file, tmp_path / "nowhere", "is neither a file, a folder nor a hub id"),
         (official.file, "nobody/nowhere", "set rewards.hpsv3.backbone to its folder"),
         (official.file, tmp_path / "more", "do not belong together"),
     ]:

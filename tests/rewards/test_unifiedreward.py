@@ -205,7 +205,7 @@ def test_what_is_elsewhere_or_of_another_network_is_said_in_one_line(official: O
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     for pretrained, words in [
         (tmp_path, "is a bert model, not a qwen3_vl one"),
-        (tmp_path / "nowhere", "no file, no folder and no hub id"),
+        (tmp_path / "nowhere", "is neither a file, a folder nor a hub id"),
         ("nobody/nowhere", "set rewards.unifiedreward.pretrained to its folder"),
     ]:
         result = draftp("rewards", "check", "unifiedreward", "--pretrained", str(pretrained))
