@@ -3,15 +3,17 @@
 The rule has two parts, and each alone is enough.
 
 1. A reward, as a mean over held-out prompts, has fallen from its best earlier value by more than half the width of the
-   95 % interval of its difference to the base, while a trained reward is higher than it was at that time.
+   95 % interval of its difference to the base, and has lost more than half of what it had gained over the base by then,
+   while a trained reward is higher than it was at that time. A training that has found what there is to gain goes up
+   and down by a part of its gain for a long time; one that is hacked loses all of it, and more.
 2. Signs are far from the base's (`SignChange.is_far`) while a trained reward is surely higher than the base's: three or
    more of them, or two where no held-out reward is surely higher, so that nobody else praises what the trained reward
    does. "Surely" is by the 95 % interval of the paired difference. One sign alone says nothing, as a reward may well
    want more contrast; and three count whatever others say, as judges that learned alike are fooled alike.
 
 In a training the earlier values are those of the validations before. In an evaluation the only earlier value is the
-base's: the fall is then the difference itself, and it exceeds half the interval's width where the interval lies below 0
-(exactly so where the difference is in its middle). Without an interval there is no verdict.
+base's, which has gained nothing: the fall is then the difference itself, and it exceeds half the interval's width where
+the interval lies below 0 (exactly so where the difference is in its middle). Without an interval there is no verdict.
 
 A trained reward can fall too: while another trained one rises, or while it rises on the prompts of the training itself.
 """
@@ -29,6 +31,7 @@ NAN = math.nan
 LARGE_DRIFT = 0.25  # relative change of a sign that is far
 LARGE_SHARE = 0.1  # rise that is far for the signs of IN_ABSOLUTE
 LARGE_LOSS = 0.5  # what is left of the signs of LOST, where less is far
+LARGE_FALL = 0.5  # share of what a reward had gained over the base
 # Shares of values or pictures, which may be 0 in the base, and what they are called.
 IN_ABSOLUTE = {"clipped": "the share of clipped values", "near_duplicates": "the share of near duplicates"}
 LOST = ("diversity", "batch_spread")  # more of them is no sign of anything
@@ -43,11 +46,13 @@ class RewardMean:
         mean: score of the tuned network; NaN where no prompt could be scored.
         low: lower bound of the 95 % interval of its paired difference to the base; NaN where it is unknown.
         high: upper bound.
+        gained: the difference itself; NaN where it is unknown.
     """
 
     mean: float
     low: float = NAN
     high: float = NAN
+    gained: float = NAN
 
     @property
     def margin(self) -> float:
@@ -117,7 +122,7 @@ class Standing:
     def of_validation(cls, line: Mapping[str, Any]) -> Standing:
         """From a line of validation.jsonl, where null stands for NaN."""
         rewards = {
-            name: RewardMean(*(or_nan(figures[key]) for key in ("tuned", "low", "high")))
+            name: RewardMean(*(or_nan(figures.get(key)) for key in ("tuned", "low", "high", "difference")))
             for name, figures in line["rewards"].items()
         }
         return cls(f"step {line['step']}", rewards, or_nan(line.get("training_reward")), sign_changes(line))
@@ -196,7 +201,8 @@ def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collec
         return None
     best = max(known, key=lambda standing: _mean(standing, name))
     by = _mean(best, name) - _mean(now, name)
-    if not by > now.rewards[name].margin:  # nor where one of them is NaN
+    gained = best.rewards[name].gained
+    if not by > now.rewards[name].margin or by <= LARGE_FALL * gained:  # nor where one of the first two is NaN
         return None
     risen = [other for other in trained if _mean(now, other) > _mean(best, other)]
     if risen or now.in_training > best.in_training:

@@ -91,7 +91,8 @@ class Monitor:
         if not (self.can_stop and self.rule.final == "best" and history):
             return set()
         alarms = self._verdicts(history)
-        causes = {self._cause(history, alarms)}
+        # The last step as well: where the next validation is well again, all that raised no alarm may be gone back to.
+        causes = {self._cause(history, alarms), history[-1]["step"]}
         for name in {name for line in history for name in line["rewards"]}:
             sign = math.copysign(1, self.weights.get(name, 1))
             means = {line["step"]: sign * _mean(line, name) for line in history if not math.isnan(_mean(line, name))}
@@ -119,7 +120,7 @@ class Monitor:
         rewards = {
             self._wanted(name): reward
             if self._wanted(name) == name
-            else RewardMean(-reward.mean, -reward.high, -reward.low)
+            else RewardMean(-reward.mean, -reward.high, -reward.low, -reward.gained)
             for name, reward in plain.rewards.items()
         }
         return replace(plain, rewards=rewards)

@@ -53,6 +53,9 @@ FALLING = [*SOUND, (2.5, 1.2)]  # what is held out fell by 0.3 from step 10
         (FALLING, {"patience": 2}, False, 10),
         ([*FALLING, (2.6, 1.1)], {"patience": 2}, True, 10),
         ([*FALLING, (2.6, 1.5)], {"patience": 2}, False, 20),  # it was a bad validation
+        # A fall beyond the interval, but of less than half of what had been gained.
+        ([(1.0, 1.0), (1.5, 1.4), (2.0, 1.25)], {}, False, 10),
+        ([(1.0, 1.0), (1.5, 1.4), (2.0, 1.15)], {}, True, 5),
         # The highest trained reward before the fall began, which is not the last one.
         ([(1.0, 1.0), (2.2, 1.3), (2.0, 1.5), (2.5, 1.2)], {}, True, 5),
         # Step 10 was an alarm itself, and is none to go back to.
