@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
-from diffusers.optimization import get_constant_schedule_with_warmup
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -48,7 +47,7 @@ class Settings:
     kl: float = 12.0  # weight of the penalty
     rank: int = 16  # of the LoRA
     lr: float = 1e-3
-    warmup: int = 5  # optimizer steps over which the learning rate rises from 0
+    warmup: int = 5  # optimizer steps over which the learning rate rises
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.9  # decay of the averaged weights
     seed: int = 1234
@@ -138,7 +137,6 @@ def train(settings: Settings) -> None:
     weights = [p for p in pipe.unet.parameters() if p.requires_grad]
     average = [w.detach().clone() for w in weights]
     optimizer = torch.optim.AdamW(weights, settings.lr, weight_decay=0.0)
-    schedule = get_constant_schedule_with_warmup(optimizer, settings.warmup)
 
     for step in range(settings.steps):
         numbers = range(step * settings.batch_size, (step + 1) * settings.batch_size)
@@ -147,8 +145,9 @@ def train(settings: Settings) -> None:
         loss, reward, penalty = objective(pipe, reward_model, texts, seeds, settings)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(weights, settings.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * min(1, (step + 1) / (settings.warmup + 1))
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         # average <- d average + (1 - d) weights; d grows to its full value, so that the start is soon forgotten.
         decay = min(settings.ema, (1 + step) / (10 + step))

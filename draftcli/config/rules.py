@@ -46,7 +46,7 @@ def conflicts(cfg: Config) -> Iterator[str]:
     if cfg.draftp.gradient_mode[0] == "low_variance" and not sharding.two_stage:
         yield "draftp.low_variance_samples (gradient low_variance) needs sharding.two_stage true"
     if cfg.draftp.low_variance_samples and cfg.draftp.gradient not in ("last_k", "low_variance"):
-        yield "draftp.low_variance_samples already sets gradient mode low_variance: leave out it or draftp.gradient"
+        yield "draftp.low_variance_samples already sets the gradient mode low_variance: remove it or draftp.gradient"
     yield from _conflicts_of_the_loss(cfg)
     yield from _conflicts_before_the_gradient(cfg)
     if sharding.offload and not (sharding.two_stage and sharding.recompute_steps is not False):

@@ -258,7 +258,7 @@ def test_validation_and_generate_are_of_the_batch_itself(tiny_sdxl, name):
         ({"draftp": {"truncation_steps": 9}}, "K can be at most 4"),
         ({"trainer": {"micro_batch_size": 3}}, "not a multiple of trainer.micro_batch_size"),
         ({"draftp": {"gradient": "low_variance"}, "sharding": {"two_stage": False}}, "needs sharding.two_stage"),
-        ({"draftp": {"gradient": "sparse", "low_variance_samples": 1}}, "give one of it and draftp.gradient"),
+        ({"draftp": {"gradient": "sparse", "low_variance_samples": 1}}, "remove it or draftp.gradient"),
         ({"sharding": {"offload": True, "recompute_steps": False}}, "sharding.offload needs"),
     ],
     ids=str,

@@ -158,6 +158,6 @@ def test_the_command_leaves_a_reward_by_its_path(train: str, rated: Path) -> Non
 
 def test_settings_without_effect_are_said(rated: Path) -> None:
     result = draftp("rewards", "train", rated, "--epochs", 2, "--rank", 4)
-    assert "warning: --epochs has no effect on a head" in result.err
-    assert "warning: --rank has no effect on a head" in result.err
+    assert "warning: --epochs has no effect with --train head" in result.err
+    assert "warning: --rank has no effect with --train head" in result.err
     assert draftp("rewards", "train", rated, "--train", "forest").code == 2

@@ -66,7 +66,7 @@ def test_the_page_shows_what_the_run_wrote_down(run):
     assert "symmetry over the steps: 1.00 at step 0, 0.800 at step 4" in html
     assert [int(part.partition("<")[0]) for part in html.split("<summary>Step ")[1:]] == [4, 2, 0]
     assert "Step 4 of" in html
-    assert "50 % (95 % interval 45 to 55) of the base" in html
+    assert "50.0 % (95 % interval 45.0 to 55.0) of the base" in html
     assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", ""), "nothing is fetched"
 
 
@@ -77,7 +77,7 @@ def test_alarms_are_those_of_the_run_at_their_steps():
     assert skipped == "step 3 was skipped"
     assert [text.partition(":")[0] for text in found] == ["step 4", "step 4"]
     assert "symmetry on held-out prompts fell by 0.3 against step 2" in found[0]
-    assert "50 %" in found[1]
+    assert "50.0 %" in found[1]
 
 
 def test_an_alarm_is_at_the_top_and_what_the_monitor_saw_below_it(run):
