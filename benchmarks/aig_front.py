@@ -3,8 +3,8 @@
     python benchmarks/aig_front.py train runs/front      # the runs below; those that are there are not trained again
     python benchmarks/aig_front.py eval runs/front       # draws, measures, writes runs/front/eval and two plots
 
-Method. One run per KL coefficient, and one with the penalty that benchmarks/held.py found best, everything else as in
-the preset `toy`. The run without KL is shown at every annealing weight and LoRA scale below, the others as they are.
+Method. One run per KL coefficient, and the two that benchmarks/held.py found best, everything else as in the
+preset `toy`. The run without KL is shown at every annealing weight and LoRA scale below, the others as they are.
 Prompts are held-out scenes of which only shape and colour are named, so that size, place and background are free: in
 whole captions diversity would be mistakes. Diversity is measured on the oracle's own reading of the pictures
 (draftcli/toy/features.py); `--features toy` takes the learned reward's own CLIP, in which cheating looks varied. Every
@@ -18,8 +18,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-GATE = ["draftp.kl_coeff=3", "draftp.kl_gate=held_out", "held_out_rewards=[toy_judge]"]
-RUNS = {**{f"kl-{kl}": [f"draftp.kl_coeff={kl}"] for kl in (0, 3, 6, 12, 30)}, "gate-3": GATE}
+GATE = ["draftp.kl_coeff=12", "draftp.kl_gate=held_out", "held_out_rewards=[toy_judge]"]
+LEAST = ["rewards={toy: {normalise: std}, toy_judge: {normalise: std}}", "draftp.combine=min", "draftp.kl_coeff=3"]
+RUNS = {**{f"kl-{kl}": [f"draftp.kl_coeff={kl}"] for kl in (0, 3, 6, 12, 30)}, "gate-12": GATE, "min-3": LEAST}
 WEIGHTS = ("linear", "power_2", "power_4", "step_0.3", "step_0.6", "cosine")
 SCALES = (0.25, 0.5, 0.75)
 

@@ -44,7 +44,7 @@ from lab import (
 
 JUDGE = "toy_judge"  # imperfect, but not fooled by all that fools the learned reward
 FIXED = (0, 3, 12, 30)  # draftp.kl_coeff; that of the recipe is 12
-TARGET = 0.02
+TARGET = 0.2  # what the recipe ends at
 GATED = [f"held_out_rewards=[{JUDGE}]", "draftp.kl_gate=held_out"]
 LEAST = [f"rewards={{toy: {{normalise: std}}, {JUDGE}: {{normalise: std}}}}", "draftp.combine=min"]
 ARMS: dict[str, list[str]] = {
@@ -53,7 +53,7 @@ ARMS: dict[str, list[str]] = {
     **{f"gate_{kl}": [f"draftp.kl_coeff={kl}", *GATED] for kl in (3, 12)},
     **{f"by_reward_{kl}": [f"draftp.kl_coeff={kl}", "draftp.kl_by_reward=true"] for kl in (3, 12)},
     **{f"robust_{rho}": ["draftp.kl_coeff=3", f"rewards.toy.robust={rho}"] for rho in (0.1, 1)},
-    "min": ["draftp.kl_coeff=3", *LEAST],
+    **{f"min_{kl}": [f"draftp.kl_coeff={kl}", *LEAST] for kl in (3, 12)},
 }
 OF_SCALE = ("fixed_12", "target")
 SCALES = (3.0, 5.0, 7.5)

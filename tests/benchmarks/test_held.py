@@ -27,7 +27,7 @@ def test_the_settings_of_an_arm_can_be(arm):
 
 @pytest.mark.slow(reason="two trainings of three steps, and six times 128 pictures")
 def test_a_training_leaves_what_the_tables_need(tmp_path):
-    runs = [Run("front", arm, 0, steps=3) for arm in ("gate_3", "min")]
+    runs = [Run("front", arm, 0, steps=3) for arm in ("gate_3", "min_3")]
     for run in runs:
         assert left([run], tmp_path) == [run]
         assert do(run, tmp_path).startswith(run.name)
@@ -36,5 +36,5 @@ def test_a_training_leaves_what_the_tables_need(tmp_path):
     assert [point["steps"] for point in results[runs[0].name]["curve"]] == [0, 1, 2, 3]
     assert all("kl_weight" in line for line in results[runs[0].name]["training"])
     rows = [line for line in tables(results, 1, 3) if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == ["gate_3", "min"]
+    assert [row.split("`")[1] for row in rows] == ["gate_3", "min_3"]
     assert all(cell in rows[0] for cell in ends([results[runs[0].name]]))
