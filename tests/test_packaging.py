@@ -1,6 +1,7 @@
 """What pyproject.toml says of the package, as far as nothing has to be built for it."""
 
 import fnmatch
+import re
 import tomllib
 from pathlib import Path
 
@@ -27,3 +28,12 @@ def test_classifiers_are_named_once_and_agree_with_the_versions():
     pythons = [name.rpartition(" ")[2] for name in classifiers if "Python :: 3." in name]
     assert pythons[0] == oldest
     assert not [name for name in classifiers if name.startswith("License ::")], "`license` says it (PEP 639)"
+
+
+def test_the_page_of_a_package_index_has_no_link_that_leads_nowhere_there():
+    page = (ROOT / PROJECT["project"]["readme"]).read_text(encoding="utf-8")
+    targets = re.findall(r"\]\(([^)]+)\)", page)
+    assert targets
+    assert all(target.startswith("https://") for target in targets)
+    urls = PROJECT["project"]["urls"].values()
+    assert {*urls} <= {*targets}
