@@ -242,7 +242,7 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
     if sharding.strategy == "fsdp" and asks_to_fold:
         yield "sharding.fold_lora has no effect: fsdp never folds, the weights are spread over several processes"
     if cfg.model.quantize is not None and asks_to_fold:
-        yield f"sharding.fold_lora has no effect: nothing can be folded into weights in {cfg.model.quantize}"
+        yield f"sharding.fold_lora has no effect with model.quantize={cfg.model.quantize}: these weights cannot change"
     if sharding.strategy != "fsdp" and sharding.shard_size is not None:
         yield f"sharding.shard_size has no effect with sharding.strategy {sharding.strategy}; it is for fsdp"
     if not sharding.two_stage and given & {"recompute_steps", "prefix_batch_size", "decode_batch_size"}:

@@ -191,7 +191,7 @@ def test_it_is_never_folded_and_saying_so_is_answered(tiny_sdxl):
     with folded(model.unet, tolerance=1.0) as was_folded:
         assert not was_folded
     asked = {**IN_8_BITS, "sharding": {"fold_lora": True}}
-    assert "fold_lora has no effect: model.quantize 8bit" in "\n".join(without_effect(check_config(asked)))
+    assert "fold_lora has no effect with model.quantize=8bit" in "\n".join(without_effect(check_config(asked)))
     assert without_effect(check_config(IN_8_BITS)) == []
 
 
