@@ -18,9 +18,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-GATE = ["draftp.kl_coeff=12", "draftp.kl_gate=held_out", "held_out_rewards=[toy_judge]"]
-LEAST = ["rewards={toy: {normalise: std}, toy_judge: {normalise: std}}", "draftp.combine=min", "draftp.kl_coeff=3"]
-RUNS = {**{f"kl-{kl}": [f"draftp.kl_coeff={kl}"] for kl in (0, 3, 6, 12, 30)}, "gate-12": GATE, "min-3": LEAST}
+from held import ARMS
+
+COEFFICIENTS = {f"kl-{kl}": [f"draftp.kl_coeff={kl}"] for kl in (0, 3, 6, 12, 30)}
+RUNS = {**COEFFICIENTS, "gate-12": ARMS["gate_12"], "min-3": ARMS["min_3"]}
 WEIGHTS = ("linear", "power_2", "power_4", "step_0.3", "step_0.6", "cosine")
 SCALES = (0.25, 0.5, 0.75)
 

@@ -185,6 +185,45 @@ def shape_of(name: str, path: Path, tensors: Mapping[str, Tensor], key: str) -> 
     return tuple(tensors[key].shape)
 
 
+def network_config(name: str, place: str, setting: str, kind: str, called: str) -> Any:
+    """The configuration of the network in a folder or on the hub.
+
+    Args:
+        name: of the reward, for messages.
+        place: hub id or folder.
+        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
+        kind: transformers' model_type that it must have.
+        called: such a network in messages, with its article.
+
+    Raises:
+        InputError: there is none, or it is another network's; says what to put where.
+    """
+    from transformers import AutoConfig
+
+    with loading(name, place, setting):
+        config = AutoConfig.from_pretrained(place)
+    if config.model_type != kind:
+        raise InputError(f"reward {name}: {place} is a {config.model_type} model, not {called}")
+    return config
+
+
+def preprocessor_config(name: str, place: str, setting: str) -> dict[str, Any]:
+    """What preprocessor_config.json of a folder or on the hub holds.
+
+    Args:
+        name: of the reward, for messages.
+        place: hub id or folder.
+        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
+
+    Raises:
+        InputError: there is none; says what to put where.
+    """
+    from transformers import CLIPImageProcessor
+
+    with loading(name, place, setting):
+        return CLIPImageProcessor.get_image_processor_dict(place)[0]
+
+
 def load_pretrained(
     name: str, model_class: Any, place: str, setting: str, dtype: torch.dtype = torch.float32, **settings: Any
 ) -> Any:

@@ -22,6 +22,8 @@ from draftcli.rewards.checkpoints import (
     layer_count,
     load_pretrained,
     loading,
+    network_config,
+    preprocessor_config,
     read_checkpoint,
     shape_of,
 )
@@ -112,40 +114,16 @@ def load_clip_reward(name: str, pretrained: str, processor: str | None = None, b
 
 
 def clip_config(name: str, place: str, setting: str) -> Any:
-    """The configuration of the CLIP in a folder or on the hub, as a CLIPConfig.
-
-    Args:
-        name: of the reward.
-        place: hub id or folder.
-        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
-
-    Raises:
-        InputError: there is none, or it is another network's; says what to put where.
-    """
-    from transformers import AutoConfig
-
-    with loading(name, place, setting):
-        config = AutoConfig.from_pretrained(place)
-    if config.model_type != "clip":
-        raise InputError(f"reward {name}: {place} is a {config.model_type} model, not a CLIP")
-    return config
+    """The CLIPConfig in a folder or on the hub; see `network_config`."""
+    return network_config(name, place, setting, "clip", "a CLIP")
 
 
 def clip_pixels(name: str, place: str, setting: str) -> tuple[FitToSquare, Sequence[float], Sequence[float]]:
     """What a CLIP's own preprocessor does to pictures, as `Preprocess` takes it: fit, mean and std.
 
-    Args:
-        name: of the reward.
-        place: hub id or folder that holds preprocessor_config.json.
-        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
-
-    Raises:
-        InputError: there is none; says what to put where.
+    Args and errors are those of `preprocessor_config`.
     """
-    from transformers import CLIPImageProcessor
-
-    with loading(name, place, setting):
-        pixels = CLIPImageProcessor.get_image_processor_dict(place)[0]
+    pixels = preprocessor_config(name, place, setting)
     return "crop", pixels["image_mean"], pixels["image_std"]
 
 

@@ -10,7 +10,15 @@ from torch import Tensor, nn
 
 from draftcli.errors import InputError
 from draftcli.rewards.blank import with_blank
-from draftcli.rewards.checkpoints import Official, Origin, fill, find_checkpoint, read_checkpoint, shape_of
+from draftcli.rewards.checkpoints import (
+    Official,
+    Origin,
+    fill,
+    find_checkpoint,
+    network_config,
+    read_checkpoint,
+    shape_of,
+)
 from draftcli.rewards.clip import load_tokenizer
 from draftcli.rewards.qwen_vl import (
     BlankWords,
@@ -18,7 +26,6 @@ from draftcli.rewards.qwen_vl import (
     plain_words,
     seen_in_plans,
     token_ids,
-    vl_config,
     with_attention_in_plans,
 )
 
@@ -156,7 +163,7 @@ def hpsv3(pretrained: str | None = None, backbone: str = QWEN2_VL) -> HPSv3:
     path = find_checkpoint(name, HPSV3_WEIGHTS, pretrained)
     tensors = read_checkpoint(name, path)
     origin = _origin("visual.patch_embed.proj.weight" in tensors)
-    config = vl_config(name, backbone, "backbone", "qwen2_vl")
+    config = network_config(name, backbone, "backbone", "qwen2_vl", "a qwen2_vl one")
     config.text_config.vocab_size = shape_of(name, path, tensors, origin("language_model.embed_tokens.weight")[0])[0]
     tokenizer = load_tokenizer(name, backbone, "backbone", config.text_config.vocab_size)
     tokenizer.add_tokens([REWARD_TOKEN], special_tokens=True)

@@ -23,7 +23,24 @@ OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class Preprocess(nn.Module):
+class Normalised(nn.Module):
+    """Holds what pixels are normalised by, as buffers (3, 1, 1) that move with the network.
+
+    Args:
+        mean: of the pixels, per channel.
+        std: likewise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(list(mean)).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(list(std)).view(3, 1, 1), persistent=False)
+
+
+class Preprocess(Normalised):
     """(B, 3, H, W) in [0, 1] -> (B, 3, size, size), (x - mean) / std.
 
     Args:
@@ -36,12 +53,8 @@ class Preprocess(nn.Module):
     def __init__(
         self, size: int, fit: FitToSquare, mean: Sequence[float] = OPENAI_MEAN, std: Sequence[float] = OPENAI_STD
     ):
-        super().__init__()
+        super().__init__(mean, std)
         self.size, self.fit = size, fit
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(list(mean)).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""

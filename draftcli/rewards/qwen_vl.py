@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from draftcli.errors import InputError
-from draftcli.rewards.checkpoints import loading
-from draftcli.rewards.pixels import OPENAI_MEAN, OPENAI_STD, resize_saturating
+from draftcli.rewards.pixels import OPENAI_MEAN, OPENAI_STD, Normalised, resize_saturating
 
 LARGEST_RATIO = 200  # of a picture's sides, as Qwen's preprocessing allows
 
 
-class Patches(nn.Module):
+class Patches(Normalised):
     """(B, 3, H, W) in [0, 1] -> patches (B, N, 3 * frames * patch ** 2), and the grid (rows, columns), N their product.
 
     A picture keeps its shape, nearly: its sides become multiples of patch * merge. The patches stand in the order in
@@ -40,13 +39,9 @@ class Patches(nn.Module):
         mean: Sequence[float] = OPENAI_MEAN,
         std: Sequence[float] = OPENAI_STD,
     ) -> None:
-        super().__init__()
+        super().__init__(mean, std)
         self.patch, self.merge, self.frames = vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
         self.least, self.most = least, most
-        self.mean: Tensor
-        self.std: Tensor
-        self.register_buffer("mean", torch.tensor(list(mean)).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(list(std)).view(3, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """See the class.
@@ -92,27 +87,6 @@ def fitted_sides(height: int, width: int, step: int, least: int, most: int) -> t
         ratio = math.sqrt(least / (height * width))
         tall, wide = (math.ceil(side * ratio / step) * step for side in (height, width))
     return tall, wide
-
-
-def vl_config(name: str, place: str, setting: str, kind: str) -> Any:
-    """The configuration of the vision-language model in a folder or on the hub.
-
-    Args:
-        name: of the reward.
-        place: hub id or folder.
-        setting: of the reward that can point elsewhere: `pretrained` or `backbone`.
-        kind: transformers' model_type that it must have.
-
-    Raises:
-        InputError: there is none, or it is another network's; says what to put where.
-    """
-    from transformers import AutoConfig
-
-    with loading(name, place, setting):
-        config = AutoConfig.from_pretrained(place)
-    if config.model_type != kind:
-        raise InputError(f"reward {name}: {place} is a {config.model_type} model, not a {kind} one")
-    return config
 
 
 def token_ids(tokenizer: Any, text: str, device: torch.device) -> Tensor:

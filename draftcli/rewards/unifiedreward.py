@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from draftcli.errors import InputError
 from draftcli.rewards.blank import with_blank
-from draftcli.rewards.checkpoints import load_pretrained, loading
+from draftcli.rewards.checkpoints import load_pretrained, network_config, preprocessor_config
 from draftcli.rewards.clip import load_tokenizer
 from draftcli.rewards.qwen_vl import (
     BlankWords,
@@ -22,7 +22,6 @@ from draftcli.rewards.qwen_vl import (
     plain_words,
     seen_in_plans,
     token_ids,
-    vl_config,
     with_attention_in_plans,
 )
 
@@ -164,7 +163,7 @@ def unifiedreward(pretrained: str = UNIFIED_REWARD, backbone: str | None = None)
     """
     name = UnifiedReward.name
     network_class = _network_class()
-    config = vl_config(name, pretrained, "pretrained", "qwen3_vl")
+    config = network_config(name, pretrained, "pretrained", "qwen3_vl", "a qwen3_vl one")
     place, setting = (backbone, "backbone") if backbone else (pretrained, "pretrained")
     preprocess = _patches(name, place, setting, config.vision_config)
     network = load_pretrained(name, network_class, pretrained, "pretrained", torch.bfloat16)
@@ -181,10 +180,7 @@ def _network_class() -> Any:
 
 def _patches(name: str, place: str, setting: str, vision: Any) -> Patches:
     """As preprocessor_config.json says: its older form calls the limits min_pixels and max_pixels."""
-    from transformers import CLIPImageProcessor
-
-    with loading(name, place, setting):
-        pixels = CLIPImageProcessor.get_image_processor_dict(place)[0]
+    pixels = preprocessor_config(name, place, setting)
     size = pixels.get("size") or {}
     least = pixels.get("min_pixels") or size.get("shortest_edge", QWEN3_VL_AREAS[0])
     most = pixels.get("max_pixels") or size.get("longest_edge", QWEN3_VL_AREAS[1])

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
 import draftcli
+from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.toy import oracle
 from draftcli.toy.train_reward import (
     COMPARED,
@@ -41,7 +42,7 @@ PUSHES = (  # settings that differ from the preset toy; none has a penalty
     ["draftp.truncation_steps=2", "optim.lr=2e-3"],
 )
 LORA_SCALES = (0.4, 0.7, 1.0)
-STEPS = 400
+STEPS, PUSHED_STEPS = 400, 60  # of the second part, and of each LoRA
 
 
 def train_judge(
@@ -58,10 +59,12 @@ def train_judge(
         first: what else `train_reward` takes. `families`: four captions each, of the second part as well.
     """
     figures = train_reward(model_folder, folder, seed, steps, **first)
-    quick = steps < STEPS
-    return figures | teach_extremes(
-        model_folder, reward_folder, folder, seed, min(steps, STEPS), first.get("families", 240), 1 if quick else 60
+    before = {key: figures[key] for key in ("agreement", "agreement_by_tie")}
+    families = first.get("families", 240)
+    after = teach_extremes(
+        model_folder, reward_folder, folder, seed, min(steps, STEPS), families, min(steps, PUSHED_STEPS)
     )
+    return figures | {"before_extremes": before} | after
 
 
 def teach_extremes(
@@ -77,9 +80,9 @@ def teach_extremes(
     asked = [caption(scene) for scene in check]
     drawn = [draw_pictures(pipe, asked, seed + 600_000)]
     for number, settings in enumerate(PUSHES):
-        with tempfile.TemporaryDirectory() as lora:
-            push(model_folder, reward_folder, Path(lora), settings, seed + number, pushed_steps)
-            pipe.load_lora_weights(lora, adapter_name="pushed")
+        with tempfile.TemporaryDirectory() as folder_of_run:
+            lora = push(model_folder, reward_folder, Path(folder_of_run) / "run", settings, seed + number, pushed_steps)
+            pipe.load_lora_weights(str(lora), weight_name=LORA_FILE, adapter_name="pushed")
         for strength in LORA_SCALES:
             pipe.set_adapters("pushed", strength)
             kinds.append(draw_pictures(pipe, prompts, seed + 10_000 * len(kinds)))
@@ -109,16 +112,15 @@ def teach_extremes(
     }  # fmt: skip
 
 
-def push(model: Path, reward: Path, output: Path, settings: list[str], seed: int, steps: int) -> None:
-    """Train a LoRA on the learned reward without penalty, and save it to `output` as diffusers loads it."""
+def push(model: Path, reward: Path, run: Path, settings: list[str], seed: int, steps: int) -> Path:
+    """Train a LoRA on the learned reward without penalty; the folder in which diffusers finds it."""
     given = [
         f"model.pretrained={model}", f"rewards={{toy: {{pretrained: {reward}}}}}", "held_out_rewards=[]",
         "draftp.kl_coeff=0", "trainer.val_check_interval=0", f"trainer.seed={1000 + seed}",
         f"trainer.max_steps={steps}", "optim.sched.warmup_steps=0", "logging.trackers=[]", *settings,
     ]  # fmt: skip
-    run = output / "run"
     draftcli.train(draftcli.load_config("toy", given), run)
-    (run / "final" / "pytorch_lora_weights.safetensors").replace(output / "pytorch_lora_weights.safetensors")
+    return run / "final"
 
 
 @torch.no_grad()
