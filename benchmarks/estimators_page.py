@@ -38,7 +38,8 @@ NAMES = {
     "drtune": "`drtune`, 3 steps",
     "sparse": "`sparse`, 4 steps",
     "sparse_late": "`sparse`, 2 of the last 4, no rescaling",
-    "matching": "`matching`",
+    "matching": "`matching`, scale 1000",
+    "matching_300": "`matching`, scale 300",
     "last_k_1_detached": "`last_k`, K = 1, `detach_uncond`",
     "last_k_4_detached": "`last_k`, K = 4, `detach_uncond`",
     "last_k_1_prefix_5": "`last_k`, K = 1, `prefix_steps` 5",
@@ -141,7 +142,7 @@ def end_of_budget(results: Results) -> list[str]:
 
 
 def sweep(results: Results) -> list[str]:
-    """Learned reward and oracle after half of the budget, by learning rate."""
+    """Learned reward and oracle after a third of the budget, by learning rate."""
     lines = head("mode", *(f"rate {rate:g}" for rate in RATES))
     for arm, name in NAMES.items():
         found = [results.get(f"sweep-{arm}-{rate:g}") for rate in RATES]

@@ -10,7 +10,8 @@ of them are gathered in OUTPUT/held.json, and their tables are written to OUTPUT
 - `front`: every arm from the same start for STEPS steps of the recipe `toy`, with SEEDS seeds. Held-out captions are
   drawn and judged at each third: learned reward, oracle, diversity. The fixed coefficients are the front that the
   others have to beat, at equal steps and at equal learned reward.
-- `scale`: a fixed coefficient and a target at each guidance scale of SCALES: does one setting hold alike at all?
+- `scale`: a fixed coefficient and a target at each guidance scale of SCALES: does one setting hold alike at all? The
+  runs at the recipe's scale are those of `front`.
 
 The gate asks JUDGE, and `min` trains on it beside the learned reward. The oracle is asked by nobody but the tables.
 """
@@ -91,7 +92,8 @@ def runs_of(stage: str, arms: Sequence[str], seeds: int = SEEDS, steps: int = ST
     if stage == "front":
         return [Run(stage, arm, seed, steps) for seed in range(seeds) for arm in arms]
     some = [arm for arm in arms if arm in OF_SCALE]
-    return [Run(stage, arm, seed, steps, scale) for seed in range(seeds) for arm in some for scale in SCALES]
+    kinds = [("front" if scale == Run.scale else stage, scale) for scale in SCALES]
+    return [Run(kind, arm, seed, steps, scale) for seed in range(seeds) for arm in some for kind, scale in kinds]
 
 
 def do(run: Run, folder: Path) -> str:

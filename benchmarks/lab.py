@@ -69,8 +69,8 @@ def _in_time(run: Run[_Job], folder: Path, until: float, job: _Job) -> str:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a file of results, whole or not at all."""
-    aside = path.with_suffix(".part")
+    """Write a file of results, whole or not at all, also where another process writes the same one."""
+    aside = path.with_name(f"{path.stem}.{os.getpid()}.part")
     aside.write_text(json.dumps(content), encoding="utf-8")
     aside.replace(path)
 
@@ -124,6 +124,13 @@ def judge(model: Any, judges: Sequence[str] = ()) -> dict[str, Any]:
         found = {n: load_reward(n)(images, texts).tolist() for n in names}
         features = reading()(images).double().numpy().reshape(len(prompts), HELD_OUT, -1)
     return {**found, "diversity": [cosine_diversity(rows) for rows in features]}
+
+
+def judge_base(model: Any, file: Path) -> dict[str, Any]:
+    """`judge` of a model that is not trained yet: the same for all runs that draw alike, which keep it in a file."""
+    if not file.is_file():
+        write_json(file, judge(model))
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------------------- tables

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from estimators import image_cost
-from lab import HELD_OUT, at_reward, head, interval, judge, number, trainer_of
+from lab import HELD_OUT, at_reward, head, interval, judge, judge_base, number, trainer_of, write_json
 
 METHOD = ["sampling.steps=25", "draftp.truncation_steps=1", "model.device=cpu"]
 PLAIN = "plain"
@@ -76,9 +76,7 @@ def train(job: Job, base: Path) -> dict[str, Any]:
     cost = image_cost(cfg) * cfg.trainer.global_batch_size
     plain = image_cost(settings_of(Job(PLAIN, job.rate, job.seed))) * cfg.trainer.global_batch_size
     trainer = trainer_of(cfg)
-    if not base.is_file():
-        write(base, judge(trainer.model))
-    curve = [{"steps": 0, "evaluations": 0.0, "seconds": 0.0, **json.loads(base.read_text(encoding="utf-8"))}]
+    curve = [{"steps": 0, "evaluations": 0.0, "seconds": 0.0, **judge_base(trainer.model, base)}]
     last, seconds = round(STEPS * plain / cost), 0.0
     for step in range(1, last + 1):
         began = time.process_time()
@@ -147,13 +145,6 @@ def tables(folder: Path) -> list[str]:
     return lines
 
 
-def write(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    aside = path.with_suffix(".part")
-    aside.write_text(json.dumps(content), encoding="utf-8")
-    aside.replace(path)
-
-
 def main() -> None:
     """Do what is not there yet, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,7 +172,7 @@ def one(job: Job, file: Path) -> None:
     torch.set_num_threads(1)
     open_console(quiet=True, debug=False)
     began = time.perf_counter()
-    write(file, train(job, file.with_name("base.part.json")))
+    write_json(file, train(job, file.with_name("base.json")))
     print(f"{job.name}: {time.perf_counter() - began:.0f} s", flush=True)
 
 

@@ -1,5 +1,6 @@
 """The lab of gradient modes measures what it says: the exact mode is exact, budgets are equal, a rate can be chosen."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -42,8 +43,11 @@ def test_fidelity(tmp_path, monkeypatch):
     assert -1 <= gram.sum() / np.sqrt(own.sum() * true.sum()) <= 1
 
 
-def test_training_spends_its_budget():
-    result = estimators.train(Job("final", "refl", rate=RATES[0]), 23 * 8 * 4, 2)
+def test_training_spends_its_budget(tmp_path):
+    """And the base's scores are kept for the runs that follow."""
+    base = tmp_path / "base.json"
+    result = estimators.train(Job("final", "refl", rate=RATES[0]), 23 * 8 * 4, 2, base)
+    assert json.loads(base.read_text(encoding="utf-8"))["toy"] == result["curve"][0]["toy"]
     assert [point["steps"] for point in result["curve"]] == [0, 2, 4]
     assert result["curve"][-1]["evaluations"] == 23 * 8 * 4
     assert len(result["curve"][-1]["toy"]) == 128

@@ -14,8 +14,8 @@ from draftcli.config import conflicts, without_effect
 
 
 def test_every_training_has_a_file_of_its_own():
-    names = [run.name for steps in (90, 4) for stage in STAGES for run in runs_of(stage, [*ARMS], steps=steps)]
-    assert len(set(names)) == len(names) > 100
+    runs = {run for steps in (90, 4) for stage in STAGES for run in runs_of(stage, [*ARMS], steps=steps)}
+    assert len({run.name for run in runs}) == len(runs) > 100
 
 
 @pytest.mark.parametrize("arm", ARMS)
