@@ -22,6 +22,9 @@ class ValidationLine(TypedDict):
     images: int
     rewards: dict[str, dict[str, float]]
     """Figures by reward, trained and held-out ones."""
+    trained: NotRequired[dict[str, float]]
+    """Figures of what the images count in the training: the trained rewards with their weights, targets, normalisation
+    and combination, in units of the base's scores."""
     diversity: dict[str, float]
     """Figures of the mean distance of two pictures in pixels; also kept, kept_low and kept_high, as a share of the
     base's."""

@@ -82,6 +82,24 @@ class WeightedSum:
         scale = 1.0 if setting.normalise == "none" else self._spread[name].scale(setting.normalise)
         return score * (0.0 if scale is None else setting.weight / scale)
 
+    @torch.no_grad()
+    def of_scores(self, scores: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
+        """(n,) float64: what images count in the training, from their raw scores; NaN where no reward says anything.
+
+        Args:
+            scores: (n,) of each reward.
+            base: of each reward, of the base's images: what a normalised reward is divided by, and what `min` starts
+                from. With the running statistics a figure would not mean the same at two steps of a run.
+        """
+        measured = type(self)({}, self.settings)
+        measured.end_step(base)
+        own = {name: score.double() for name, score in scores.items()}
+        silent = torch.stack([score.isnan() for score in own.values()])
+        shares = [
+            measured._share(name, score).masked_fill(score.isnan(), self._of_silence) for name, score in own.items()
+        ]
+        return self._combined(shares, shares[0]).masked_fill(silent.all(0), math.nan)
+
     def pop_scores(self) -> dict[str, Tensor]:
         """Every raw score since the last call, by reward, in the order the images came; forgets them."""
         scores = {name: torch.cat(parts) for name, parts in self._scores.items()}

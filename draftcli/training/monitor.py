@@ -152,11 +152,15 @@ class Monitor:
 
 
 def validation_score(line: ValidationLine, trained: Mapping[str, float], held_out: Sequence[str]) -> float:
-    """How good a validation is: the first held-out reward, else the weighted sum of the trained ones that had something
-    to say. NaN where none had.
+    """How good a validation is: the first held-out reward, else what the images count in the training. NaN where no
+    reward had something to say.
+
+    Lines of older versions do not have the latter; the weighted sum of the trained rewards takes its place.
     """
     if held_out:
         return _mean(line, held_out[0])
+    if "trained" in line:
+        return or_nan(line["trained"].get("tuned"))
     parts = [weight * _mean(line, name) for name, weight in trained.items()]
     return sum(part for part in parts if not math.isnan(part)) if not all(map(math.isnan, parts)) else math.nan
 

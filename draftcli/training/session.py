@@ -278,7 +278,7 @@ def open_session(
             model.penalty.weights.held_out = held_out.to(model.runtime.device).rewards
         validation = None
         if cfg.trainer.val_check_interval and prompts.validation:
-            validation = Validation(model, rewards.rewards, held_out, prompts.validation, ranks)
+            validation = Validation(model, rewards, held_out, prompts.validation, ranks)
         if ranks.is_main:
             _warn_of_long_prompts(prompts, model)
     with ranks.all_or_none():

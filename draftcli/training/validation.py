@@ -59,7 +59,7 @@ class Validation:
 
     Args:
         model: tuned and base.
-        rewards: those that are trained on, by name, on the model's device; of them and of those that are held out the
+        trained: the rewards that are trained on, on the model's device; of them and of those that are held out, the
             first two are shown under the pictures.
         held_out: the others. They are on the model's device while they judge, and no longer.
         prompts: held out from training.
@@ -69,14 +69,14 @@ class Validation:
     def __init__(
         self,
         model: DRaFTPModel,
-        rewards: Mapping[str, Reward],
+        trained: WeightedSum,
         held_out: WeightedSum,
         prompts: Sequence[Prompt],
         ranks: Ranks | None = None,
     ) -> None:
         cfg = model.cfg
-        self.model, self.held_out, self.ranks = model, held_out, ranks or Ranks()
-        self.rewards = {**rewards, **held_out.rewards}
+        self.model, self.trained, self.held_out, self.ranks = model, trained, held_out, ranks or Ranks()
+        self.rewards: Mapping[str, Reward] = {**trained.rewards, **held_out.rewards}
         size = (cfg.sampling.height, cfg.sampling.width)
         self.pictures = plan(prompts, cfg.data.validation_images, cfg.trainer.seed, size)
         count = len(self.pictures)
@@ -115,6 +115,7 @@ class Validation:
             name: paired(base.scores[:, i].numpy(), tuned.scores[:, i].numpy(), self._prompts)
             for i, name in enumerate(self.rewards)
         }
+        worth = [self._worth(judged, base) for judged in (base, tuned)]
         distances = [pairwise_distance(judged.thumbnails, self._groups) for judged in (base, tuned)]
         diversity, kept = paired(*distances), ratio(*distances)
         diversity |= {"kept": kept.mean, "kept_low": kept.low, "kept_high": kept.high}
@@ -126,10 +127,19 @@ class Validation:
             "step": step,
             "images": len(self.pictures),
             "rewards": figures,
+            "trained": paired(worth[0].numpy(), worth[1].numpy(), self._prompts),
             "diversity": diversity,
             "signs": self._signs(base, tuned),
         }
         return line, sheet
+
+    def _worth(self, judged: Judged, base: Judged) -> Tensor:
+        """(n,) what the images count in the training; see `WeightedSum.of_scores`."""
+        scores, before = (
+            {name: one.scores[:, i] for i, name in enumerate(self.rewards) if name in self.trained.rewards}
+            for one in (judged, base)
+        )
+        return self.trained.of_scores(scores, before)
 
     @contextmanager
     def _held_out_on_device(self) -> Iterator[None]:

@@ -374,3 +374,33 @@ def test_statistics_of_a_version_without_the_first_step_are_read() -> None:
     total = mixture()
     total.load_state_dict({"a": torch.tensor([4.0, 2.0, 8.0, 0.0, 5.0], dtype=torch.float64)})
     assert total.state_dict()["a"].tolist() == [4, 2, 8, 0, 5, 2]
+
+
+BASE = {"a": torch.tensor([10.0, 14.0, 12.0, 12.0]), "b": torch.tensor([0.1, 0.3, 0.2, 0.2])}
+TUNED = {"a": torch.tensor([12.0, 18.0, math.nan, math.nan]), "b": torch.tensor([0.3, 0.1, 0.4, math.nan])}
+
+
+def of_scores(combine: str, **settings: object) -> list[float]:
+    """Of TUNED, by the rewards a and b with these settings."""
+    cfg = check_config({"draftp": {"combine": combine}, "rewards": settings})
+    return COMBINATIONS[combine]({"a": Scaled(1), "b": Scaled(1)}, cfg.rewards).of_scores(TUNED, BASE).tolist()
+
+
+def test_what_known_scores_count_as_they_are() -> None:
+    """A weighted sum; what says nothing counts 0; nan where none says anything."""
+    found = of_scores("sum", a=1.0, b=2.0)
+    assert found == pytest.approx([12.6, 18.2, 0.8, math.nan], nan_ok=True)
+
+
+def test_what_known_scores_count_normalised_and_with_a_target() -> None:
+    """In deviations of the base's scores, a's sqrt(2) and b's sqrt(0.005); min(score, 16) of a."""
+    found = of_scores("sum", a={"normalise": "std", "target": 16}, b={"normalise": "std", "weight": -1})
+    a, b = math.sqrt(2), math.sqrt(0.005)
+    assert found == pytest.approx([12 / a - 0.3 / b, 16 / a - 0.1 / b, -0.4 / b, math.nan], nan_ok=True)
+
+
+def test_what_known_scores_count_by_the_least_gain() -> None:
+    """From the base's means, 12 and 0.2."""
+    found = of_scores("min", a={"normalise": "std"}, b={"normalise": "std"})
+    a, b = math.sqrt(2), math.sqrt(0.005)
+    assert found == pytest.approx([min(0 / a, 0.1 / b), min(6 / a, -0.1 / b), 0.2 / b, math.nan], nan_ok=True)

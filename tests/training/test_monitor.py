@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from draftcli.config import MonitorConfig, load_config
 from draftcli.runs import Run
 from draftcli.training import session
-from draftcli.training.monitor import Monitor, alarm_in_words
+from draftcli.training.monitor import Monitor, alarm_in_words, validation_score
 from tests.command import WITH_VALIDATION, draftp, in_child, recipe
 from tests.ranks import train_in_ranks
 
@@ -282,3 +282,17 @@ def test_tensorboard_says_why(tiny_sdxl):
 def test_settings_without_effect_are_said(tiny_sdxl):
     preset = recipe(tiny_sdxl, monitor={"patience": 2}, trainer={"max_steps": 1})
     assert "monitor.stop, patience and final have no effect without validation" in train(preset, "run").err
+
+
+def test_the_best_step_is_by_what_the_training_counts() -> None:
+    """Which is not the sum of means where a reward is normalised or has a target; lines of older versions lack it."""
+    history = lines(*SOUND, (2.0, 1.5))
+    for one, worth in zip(history, (0.0, 2.0, 1.0, 1.5), strict=True):
+        one["trained"] = {"base": 0.0, "tuned": worth}
+    assert [validation_score(one, {"trained": 1.0}, ()) for one in history] == [0, 2, 1, 1.5]
+    falling = [*history, line(20, 3.0, 0.5)]
+    falling[-1]["trained"] = {"base": 0.0, "tuned": 9.0}
+    assert monitor().judge(falling).final == 5
+    for one in falling:
+        del one["trained"]
+    assert monitor().judge(falling).final == 10

@@ -6,7 +6,7 @@ import pytest
 
 from draftcli.core.lora.adapters import lora_layers
 from draftcli.prompts import Prompt
-from draftcli.rewards import load_held_out
+from draftcli.rewards import WeightedSum, load_held_out
 from draftcli.runs import Run
 from draftcli.training.validation import Validation
 from tests.tiny import PROMPTS, prefers_red, tiny_model
@@ -25,9 +25,9 @@ def validated(folder, run, **sharding):
         return prefers_red(images, prompts)
 
     Path(run, "samples").mkdir(parents=True)
-    line, _ = Validation(model, {"red": red}, load_held_out(model.cfg), [Prompt(text) for text in PROMPTS])(
-        Run(Path(run)), 1
-    )
+    line, _ = Validation(
+        model, WeightedSum({"red": red}), load_held_out(model.cfg), [Prompt(text) for text in PROMPTS]
+    )(Run(Path(run)), 1)
     return line["rewards"]["red"], asked, judged
 
 
