@@ -3,14 +3,18 @@
     python benchmarks/train_step.py --preset toy              a CPU, a few minutes
     python benchmarks/train_step.py --preset sdxl --device cuda --set model.precision=bf16
                                                               SDXL's real size, random weights, nothing to download
+    python benchmarks/train_step.py --preset sdxl --height 256 --width 256 --device cpu --set model.precision=fp32 \
+        --set trainer.global_batch_size=1 --reward toy --side plain --once
+                                                              the same on a CPU with 24 GiB of memory, a side at a time
 
 Both sides draw the same pictures from the same weights, LoRA and seeds, in turn, at equal global batch; the run says
 how far their losses and gradients differ. Method and micro-batch are those of the SDXL recipe at both sizes: N 25,
 guidance 5, K 1, KL on, one image per backward; `--set` changes any setting for both, `--lever` for ours alone
 (`--lever sharding.fold_lora=false`). Times are the best of `--rounds`, after a first step that is timed apart (it
-compiles, encodes prompts and fills caches). Memory is what tensors hold at once, weights included.
+compiles, encodes prompts and fills caches). Memory is what tensors hold at once, weights included. With `--once`, for
+networks whose step takes minutes, there is one step, timed and counted at once.
 
-The last line is `ratio: X.XX`, images a second of ours over the plain loop's.
+The last line is `ratio: X.XX`, images a second of ours over the plain loop's, where both sides are there.
 """
 
 from __future__ import annotations
@@ -20,8 +24,9 @@ import copy
 import json
 import math
 import platform
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +45,7 @@ from draftcli.config import Config
 from draftcli.core.batch import Batch
 from draftcli.core.draftp import SDXLDRaFTPModel
 from draftcli.core.engine.folding import folded, lost_share
+from draftcli.core.engine.runtime import choose_runtime
 from draftcli.core.lora.adapters import load_lora_state_dict, lora_state_dict
 from draftcli.core.models.family import Parts
 from draftcli.core.models.loading import load_parts
@@ -64,9 +70,11 @@ Phase = Callable[[str], AbstractContextManager[Any]]
 class Side:
     """One of the two: its networks, and `step(phase)`, which takes an optimizer step and returns the loss."""
 
-    def __init__(self, networks: list[nn.Module], loss_and_gradient: Callable[[Phase], float]) -> None:
-        self.networks, self.loss_and_gradient = networks, loss_and_gradient
-        self.trained = [p for network in networks for p in network.parameters() if p.requires_grad]
+    def __init__(
+        self, unet: nn.Module, others: Iterable[nn.Module], loss_and_gradient: Callable[[Phase], float]
+    ) -> None:
+        self.unet, self.networks, self.loss_and_gradient = unet, [unet, *others], loss_and_gradient
+        self.trained = [p for network in self.networks for p in network.parameters() if p.requires_grad]
         # A rate of zero: the weights stay where they are, so that every round computes the same.
         self.optimizer = torch.optim.AdamW(self.trained, lr=0.0, weight_decay=0.0)
         self.gradient: Tensor | None = None
@@ -86,6 +94,23 @@ def make_sides(
     cfg: Config, levers: Config, parts: Parts, reward: Any, checkpointing: bool
 ) -> tuple[SDXLDRaFTPModel, dict[str, Side]]:
     """Our model; ours and the plain loop by name, on the same weights, LoRA and pictures."""
+    check_plain(cfg, parts)
+    theirs = replace(
+        parts,
+        unet=copy.deepcopy(parts.unet),
+        vae=copy.deepcopy(parts.vae),
+        text_encoders=[copy.deepcopy(encoder) for encoder in parts.text_encoders],
+    )
+    model = our_model(levers, parts, reward)
+    # Under offload ours comes and goes, and may be away when the plain loop asks.
+    asked = copy.deepcopy(reward).to(model.runtime.device) if levers.sharding.offload else reward
+    plain = plain_loop(cfg, theirs, asked, model.runtime.device, checkpointing)
+    load_lora_state_dict(plain.unet, lora_state_dict(model.unet))
+    return model, {"ours": our_side(cfg, model, reward), "plain": plain_side(cfg, plain, theirs, reward)}
+
+
+def check_plain(cfg: Config, parts: Parts) -> None:
+    """Raise SystemExit where a setting is not the plain loop's."""
     if cfg.sampling.schedule != "trailing" or cfg.sampling.s_churn or parts.prediction != "epsilon":
         raise SystemExit("the plain loop knows the trailing schedule, no churn and networks that predict eps")
     if cfg.peft.peft_scheme != "lora":
@@ -99,16 +124,23 @@ def make_sides(
     ]
     if unknown:
         raise SystemExit(f"the plain loop knows no {', '.join(unknown)}; a lever of ours alone is set by --lever")
-    modules = {k: copy.deepcopy(v) for k, v in parts.modules.items()}
-    modules |= {"tokenizer": parts.tokenizers[0], "tokenizer_2": parts.tokenizers[1]}
+
+
+def our_model(levers: Config, parts: Parts, reward: Any) -> SDXLDRaFTPModel:
+    """Our model, with a LoRA that is not at its start."""
     model = SDXLDRaFTPModel(levers, parts)
     model.reward_model = reward
-    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
-        modules[name].to(model.runtime.device)
-    plain = PlainLoop(
-        modules,
-        # Under offload ours comes and goes, and may be away when the plain loop asks.
-        copy.deepcopy(reward).to(model.runtime.device) if levers.sharding.offload else reward,
+    move_lora(model.unet)
+    return model
+
+
+def plain_loop(cfg: Config, parts: Parts, reward: Any, device: torch.device, checkpointing: bool) -> PlainLoop:
+    """The plain loop on networks of its own, which are moved to the device; with a LoRA that is not at its start."""
+    for network in parts.modules.values():
+        network.to(device)
+    loop = PlainLoop(
+        {**parts.modules, "tokenizer": parts.tokenizers[0], "tokenizer_2": parts.tokenizers[1]},
+        reward,
         rank=cfg.peft.rank,
         targets=list(cfg.peft.target_modules),
         steps=cfg.sampling.steps,
@@ -118,26 +150,36 @@ def make_sides(
         micro_batch_size=cfg.trainer.micro_batch_size,
         checkpointing=checkpointing,
     )
-    move_lora(model.unet)
-    load_lora_state_dict(plain.unet, lora_state_dict(model.unet))
-    count, size = cfg.trainer.global_batch_size, (cfg.sampling.height, cfg.sampling.width)
-    prompts, seeds = [TEXTS[i % len(TEXTS)] for i in range(count)], list(range(count))
+    move_lora(loop.unet)
+    return loop
 
-    def ours(phase: Phase) -> float:
+
+def our_side(cfg: Config, model: SDXLDRaFTPModel, reward: Any) -> Side:
+    """A step of ours."""
+    batch = batch_of(cfg)
+
+    def step(phase: Phase) -> float:
         with model.watched(phase):
-            return model.get_loss_and_metrics(Batch(prompts, seeds, size))[0]
+            return model.get_loss_and_metrics(batch)[0]
 
-    def theirs(phase: Phase) -> float:
-        plain.phase = phase
-        return plain.step(prompts, seeds, size)[0]
+    return Side(model.unet, others(model.parts, reward), step)
 
+
+def plain_side(cfg: Config, loop: PlainLoop, parts: Parts, reward: Any) -> Side:
+    """A step of the plain loop."""
+    batch = batch_of(cfg)
+
+    def step(phase: Phase) -> float:
+        loop.phase = phase
+        return loop.step([*batch.prompts], [*batch.seeds], batch.size)[0]
+
+    return Side(loop.unet, others(parts, reward), step)
+
+
+def others(parts: Parts, reward: Any) -> list[nn.Module]:
+    """The networks beside the UNet, those of the reward included."""
     judges = [reward] if isinstance(reward, nn.Module) else list(reward.rewards.values())
-    judge = [m for m in judges if isinstance(m, nn.Module)]
-    their_networks = [m for m in modules.values() if isinstance(m, nn.Module)]
-    return model, {
-        "ours": Side([*model.parts.modules.values(), *judge], ours),
-        "plain": Side([*their_networks, *judge], theirs),
-    }
+    return [parts.vae, *parts.text_encoders, *(judge for judge in judges if isinstance(judge, nn.Module))]
 
 
 def batch_of(cfg: Config) -> Batch:
@@ -191,6 +233,41 @@ def peak_bytes(side: Side) -> tuple[int, dict[str, int]]:
     return live.peak, dict(meter.peaks)
 
 
+def measure_once(side: Side, read: Callable[[], float]) -> dict[str, Any]:
+    """What `measure` and `peak_bytes` find, of a single step: for networks whose step takes minutes."""
+    live = LiveBytes([t for network in side.networks for t in (*network.parameters(), *network.buffers())])
+    counter = FlopCounterMode(display=False)
+    seconds, flops, peaks = Meter(read), Meter(counter.get_total_flops), PeakMeter(live)
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        with seconds(name), flops(name), peaks(name):
+            yield
+
+    began = read()
+    with live, counter:
+        loss = side.step(phase)
+    took = read() - began
+    return {
+        "seconds": took, "all_seconds": [took], "first": took, "loss": loss, "phases": dict(seconds.totals),
+        "flops": counter.get_total_flops(), "phase_flops": dict(flops.totals),
+        "peak": live.peak, "peaks": dict(peaks.peaks),
+    }  # fmt: skip
+
+
+def count(side: Side, read: Callable[[], float], images: int, once: bool) -> dict[str, Any]:
+    """What one more step needs: UNet evaluations an image (forward), and the most bytes; with `once` all figures."""
+    rows: list[int] = []
+    hook = side.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    if once:
+        found = measure_once(side, read)
+    else:
+        peak, peaks = peak_bytes(side)
+        found = {"peak": peak, "peaks": peaks}
+    hook.remove()
+    return found | {"evaluations": sum(rows) / images}
+
+
 @torch.no_grad()
 def folding_error(model: SDXLDRaFTPModel) -> str:
     """How far folding moves x_K of one picture, and what rounding takes from the LoRA, in words."""
@@ -205,12 +282,13 @@ def folding_error(model: SDXLDRaFTPModel) -> str:
     return f"folding moves x_K by {error:.1e} of its norm, rounding takes {share:.1e} of the LoRA: {verdict}"
 
 
-def report(found: dict[str, dict[str, Any]], images: int, evaluations: float, rate: float, console: Console) -> None:
+def report(found: dict[str, dict[str, Any]], images: int, rate: float, console: Console) -> None:
     """The table by phase, then the figures of the whole step."""
     table = Table(title="one optimizer step by phase", title_justify="left")
-    for title in ("phase", "ours s", "plain s", "ours GFLOP", "plain GFLOP", "ours peak MB", "plain peak MB"):
+    titles = [f"{name} {unit}" for unit in ("s", "GFLOP", "peak MB") for name in found]
+    for title in ("phase", *titles):
         table.add_column(title, justify="left" if title == "phase" else "right")
-    for phase in list(dict.fromkeys([*found["ours"]["phases"], *found["plain"]["phases"]])):
+    for phase in dict.fromkeys(phase for side in found.values() for phase in side["phases"]):
         cells: list[str] = []
         for key, scale, digits in (("phases", 1, 3), ("phase_flops", 1e9, 1), ("peaks", 1e6, 0)):
             for side in found.values():
@@ -227,54 +305,11 @@ def report(found: dict[str, dict[str, Any]], images: int, evaluations: float, ra
             highlight=False,
             soft_wrap=True,
         )
-    console.print(f"UNet evaluations an image, forward: {evaluations:g}")
+        console.print(f"{name}: UNet evaluations an image, forward: {side['evaluations']:g}")
 
 
-def main(arguments: list[str] | None = None) -> float:
-    """Run the benchmark; returns the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="toy", help="toy, sdxl (random weights), or any recipe")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of both sides")
-    parser.add_argument("--lever", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours alone")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--cpu-time", action="store_true", help="of this process, on a machine that others use too")
-    parser.add_argument("--threads", type=int, help="of torch on a CPU")
-    parser.add_argument("--keep-activations", action="store_true", help="the plain loop without checkpointing")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    console = quiet_console()
-    preset, settings = SIZES.get(options.preset, (options.preset, []))
-    settings = [*settings, f"model.device={options.device}", *options.set]
-    cfg, levers = draftcli.load_config(preset, settings), draftcli.load_config(preset, [*settings, *options.lever])
-    if options.preset == "sdxl":
-        from sdxl_size import random_pickscore, random_sdxl
-
-        parts, reward = random_sdxl(cfg), random_pickscore()
-    else:
-        parts, reward = load_parts(cfg.model), draftcli.get_reward_model(cfg)
-    model, sides = make_sides(cfg, levers, parts, reward, not options.keep_activations)
-    device, images = model.runtime.device, cfg.trainer.global_batch_size
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    read = clock(device, options.cpu_time)
-    rate = matmul_rate(read, device, model.runtime.dtype)
-    console.print(
-        f"{'CPU' if options.cpu_time else 'wall'} seconds; {platform.machine()} {device} ({name}), "
-        f"{model.runtime.dtype}, matmul {rate / 1e9:.0f} GFLOP/s; torch "
-        f"{torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}; {preset} with "
-        f"{' '.join([*settings, *options.lever])}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    found = measure(sides, read, options.rounds)
-    rows: list[int] = []
-    hook = model.unet.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    for side_name, side in sides.items():
-        found[side_name]["peak"], found[side_name]["peaks"] = peak_bytes(side)
-    hook.remove()
-    report(found, images, sum(rows) / images, rate, console)
+def compare(found: dict[str, dict[str, Any]], sides: dict[str, Side], console: Console) -> float:
+    """Say how far the sides' losses and gradients differ, and how fast they are; returns the ratio."""
     ours, plain = sides["ours"].gradient, sides["plain"].gradient
     assert ours is not None
     assert plain is not None
@@ -284,14 +319,85 @@ def main(arguments: list[str] | None = None) -> float:
         f"{difference:.1e} of their norm",
         highlight=False,
     )
-    console.print(folding_error(model))
     prefix = found["plain"]["phases"]["prefix"] / found["ours"]["phases"]["prefix"]
     ratio = found["plain"]["seconds"] / found["ours"]["seconds"]
-    if options.json:
-        options.json.write_text(
-            json.dumps({**found, "ratio": ratio, "prefix_ratio": prefix}, indent=1), encoding="utf-8"
-        )
     console.print(f"prefix ratio: {prefix:.2f}\nratio: {ratio:.2f}")
+    return ratio
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="toy", help="toy, sdxl (random weights), or any recipe")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of both sides")
+    parser.add_argument("--lever", action="append", default=[], metavar="KEY=VALUE", help="a setting of ours alone")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--height", type=int, help="of the pictures; default: the preset's")
+    parser.add_argument("--width", type=int, help="of the pictures; default: the preset's")
+    parser.add_argument("--reward", help="default: the preset's, for sdxl PickScore with random weights")
+    parser.add_argument("--side", choices=("ours", "plain"), help="it alone, where memory is too small for both")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--once", action="store_true", help="a single step, timed and counted at once; no rounds")
+    parser.add_argument("--cpu-time", action="store_true", help="of this process, on a machine that others use too")
+    parser.add_argument("--threads", type=int, help="of torch on a CPU")
+    parser.add_argument("--keep-activations", action="store_true", help="the plain loop without checkpointing")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    return parser.parse_args(arguments)
+
+
+def load(options: argparse.Namespace, cfg: Config) -> tuple[Parts, Any]:
+    """Networks and reward of the preset."""
+    if options.preset != "sdxl":
+        given = draftcli.get_reward_model(options.reward or cfg)
+        return load_parts(cfg.model), given
+    from sdxl_size import random_pickscore, random_sdxl
+
+    return random_sdxl(cfg), draftcli.get_reward_model(options.reward) if options.reward else random_pickscore()
+
+
+def main(arguments: list[str] | None = None) -> float:
+    """Run the benchmark; returns the ratio, NaN with one side alone."""
+    options = parse(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    console = quiet_console()
+    preset, settings = SIZES.get(options.preset, (options.preset, []))
+    sizes = [f"sampling.{edge}={value}" for edge in ("height", "width") if (value := getattr(options, edge))]
+    settings = [*settings, f"model.device={options.device}", *sizes, *options.set]
+    cfg, levers = draftcli.load_config(preset, settings), draftcli.load_config(preset, [*settings, *options.lever])
+    parts, reward = load(options, cfg)
+    runtime, images = choose_runtime(levers.model.device, levers.model.precision), cfg.trainer.global_batch_size
+    model: SDXLDRaFTPModel | None = None
+    if options.side is None:
+        model, sides = make_sides(cfg, levers, parts, reward, not options.keep_activations)
+    elif options.side == "ours":
+        model = our_model(levers, parts, reward)
+        sides = {"ours": our_side(cfg, model, reward)}
+    else:
+        check_plain(cfg, parts)
+        loop = plain_loop(cfg, parts, reward, runtime.device, not options.keep_activations)
+        sides = {"plain": plain_side(cfg, loop, parts, reward)}
+    device = runtime.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    read = clock(device, options.cpu_time)
+    rate = matmul_rate(read, device, runtime.dtype)
+    console.print(
+        f"{'CPU' if options.cpu_time else 'wall'} seconds; {platform.machine()} {device} ({name}), "
+        f"{runtime.dtype}, matmul {rate / 1e9:.0f} GFLOP/s; torch "
+        f"{torch.__version__}, diffusers {diffusers.__version__}, peft {peft.__version__}; {preset} with "
+        f"{' '.join([*settings, *options.lever])}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    found: dict[str, dict[str, Any]] = {} if options.once else measure(sides, read, options.rounds)
+    for side_name, side in sides.items():
+        found.setdefault(side_name, {}).update(count(side, read, images, options.once))
+    report(found, images, rate, console)
+    if model is not None and not options.once:
+        console.print(folding_error(model))
+    ratio = compare(found, sides, console) if len(sides) == 2 else math.nan
+    if options.json:
+        options.json.write_text(json.dumps({**found, "ratio": ratio}, indent=1), encoding="utf-8")
     return ratio
 
 

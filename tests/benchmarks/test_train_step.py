@@ -1,5 +1,7 @@
 """The benchmark compares like with like, and counts what it says."""
 
+import json
+import math
 import sys
 from pathlib import Path
 
@@ -54,6 +56,22 @@ def test_the_benchmark_ends_with_the_ratio(tiny_sdxl, capsys):
     assert lines[-1] == f"ratio: {ratio:.2f}"
     phases = ["text", "prefix", "gradient", "decode", "reward", "backward", "optimizer", "base"]
     assert all(any(line.startswith(f"│ {phase}") for line in lines) for phase in phases)
+
+
+@pytest.mark.parametrize("side", ["ours", "plain"])
+def test_one_side_alone_in_one_step_counts_the_same(tiny_sdxl, tmp_path, side):
+    """For networks of which only one fits, and whose step takes minutes."""
+    common = ["--preset", str(recipe(tiny_sdxl)), "--threads", "1", "--height", "64", "--width", "32"]
+    both, alone = tmp_path / "both.json", tmp_path / "alone.json"
+    train_step.main([*common, "--rounds", "1", "--json", str(both)])
+    assert math.isnan(train_step.main([*common, "--side", side, "--once", "--json", str(alone)]))
+    expected, found = (json.loads(path.read_text(encoding="utf-8"))[side] for path in (both, alone))
+    # Ours encodes the prompts in the first step alone.
+    flops, later = ({k: v for k, v in one["phase_flops"].items() if k != "text"} for one in (found, expected))
+    assert flops == later
+    assert found["evaluations"] == expected["evaluations"]
+    assert found["phases"].keys() == expected["phases"].keys() == found["peaks"].keys()
+    assert found["peak"] >= max(found["peaks"].values()) >= 0.9 * expected["peak"]
 
 
 def test_meter_leaves_inner_phases_out():
