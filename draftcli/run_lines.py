@@ -31,7 +31,8 @@ class ValidationLine(TypedDict):
     score: NotRequired[float]
     """How good the network is, by one number: what the best checkpoint is chosen by."""
     training_reward: NotRequired[float | None]
-    """The mean reward in training since the validation before."""
+    """The mean reward in training since the validation before; null where it is not known, or where rewards are
+    normalised by statistics that move."""
     signs: NotRequired[dict[str, dict[str, float]]]
     """Figures of the signs of metrics/signs.py, of near_duplicates, and of batch_spread, the deviation of the trained
     reward within a batch, of which base is that of the steps before the first validation."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from draftcli.spread import Spread
 class WeightedSum:
     """sum over rewards of weight * min(score, target) / scale, each raw score kept by name for the log.
 
+    Where the weight is negative, it is max(score, target).
+
     The scale is 1, or with `normalise` what the scores of the steps *before* span: it is a constant within a step, so
     that micro-batches and ranks add up to the gradient of the whole batch, and `end_step` moves it once a step. Nothing
     is subtracted: it would change no gradient, and would hide in the log that a reward rises. While its scores have
@@ -31,8 +33,6 @@ class WeightedSum:
         rewards: by name.
         settings: weight, normalise and target of each, by the same names; None: weight 1, as it is, no target.
     """
-
-    _of_silence = 0.0  # what a reward that has nothing to say counts
 
     def __init__(self, rewards: Mapping[str, Reward], settings: Mapping[str, RewardConfig] | None = None) -> None:
         self.name = "+".join(rewards)
@@ -48,12 +48,13 @@ class WeightedSum:
             InputError: a reward returned no scores, or scores without gradient where one is needed.
         """
         training = torch.is_grad_enabled()
-        shares: list[Tensor] = []
+        scores: dict[str, Tensor] = {}
+        silent: dict[str, Tensor] = {}
         for name, reward in self.rewards.items():
             seen = images.view_as(images)  # one for each reward, so that its gradient can be cleaned alone
             score = reward(seen, prompts)
-            silent = _silent(score, images)
-            if training and images.requires_grad and not score.requires_grad and not silent.all():
+            silent[name] = _silent(score, images)
+            if training and images.requires_grad and not score.requires_grad and not silent[name].all():
                 raise InputError(
                     f"reward {name} cannot be trained on: its score has no gradient in the image (a detach, "
                     "no_grad, numpy or Pillow on the way). It can be in held_out_rewards; "
@@ -61,26 +62,25 @@ class WeightedSum:
                 )
             if training:
                 self._scores[name].append(score.detach().float().cpu())
-            if seen.requires_grad and silent.any():
-                seen.register_hook(_without(silent))
-            shares.append(self._share(name, score).masked_fill(silent, self._of_silence).to(images))
-        total = self._combined(shares, images)
+            if seen.requires_grad and silent[name].any():
+                seen.register_hook(_without(silent[name]))
+            scores[name] = score
+        total = self._combined(scores, silent, images)
         if training and images.requires_grad and not total.requires_grad:  # silent rewards alone, without a graph
             total = total + 0 * images.flatten(1)[:, 0]
         return total
 
-    def _combined(self, shares: Sequence[Tensor], images: Tensor) -> Tensor:
-        """(B,) from what each reward counts, (B,) of each."""
-        return sum(shares, torch.zeros(len(images), device=images.device, dtype=images.dtype))
+    def _combined(self, scores: Mapping[str, Tensor], silent: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        """(B,) from the raw scores (B,) of each reward, and where it has nothing to say; on the device of `like`."""
+        shares = (self._share(name, score).masked_fill(silent[name], 0).to(like) for name, score in scores.items())
+        return sum(shares, torch.zeros(len(like), device=like.device, dtype=like.dtype))
 
     def _share(self, name: str, score: Tensor) -> Tensor:
         setting = self.settings.get(name)
         if setting is None:
             return score
-        if setting.target is not None:
-            score = score.clamp(max=setting.target)
         scale = 1.0 if setting.normalise == "none" else self._spread[name].scale(setting.normalise)
-        return score * (0.0 if scale is None else setting.weight / scale)
+        return _until_target(score, setting) * (0.0 if scale is None else setting.weight / scale)
 
     @torch.no_grad()
     def of_scores(self, scores: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> Tensor:
@@ -94,11 +94,9 @@ class WeightedSum:
         measured = type(self)({}, self.settings)
         measured.end_step(base)
         own = {name: score.double() for name, score in scores.items()}
-        silent = torch.stack([score.isnan() for score in own.values()])
-        shares = [
-            measured._share(name, score).masked_fill(score.isnan(), self._of_silence) for name, score in own.items()
-        ]
-        return self._combined(shares, shares[0]).masked_fill(silent.all(0), math.nan)
+        silent = {name: score.isnan() for name, score in own.items()}
+        total = measured._combined(own, silent, next(iter(own.values())))
+        return total.masked_fill(torch.stack([*silent.values()]).all(0), math.nan)
 
     def pop_scores(self) -> dict[str, Tensor]:
         """Every raw score since the last call, by reward, in the order the images came; forgets them."""
@@ -142,31 +140,40 @@ class WeightedSum:
 class LeastGain(WeightedSum):
     """`draftp.combine: min`. For each image, the reward that has gained least: no reward can be bought with another.
 
-        min over rewards of weight * (score - start) / scale,    weight 1 or -1, without those at their target
+        min over rewards of weight * (min(score, target) - start) / scale,    weight 1 or -1
 
     `start` is its mean over the first step of the training, and `scale` as in `WeightedSum`. Every reward is
-    normalised, as scores of different units cannot be compared. Only the least one has a gradient. One that has nothing
-    to say about an image, has shown no spread yet or has weight 0 is not among them; where none is left, the image
-    counts 0.
+    normalised, as scores of different units cannot be compared. The gradient is that of one reward alone: the least of
+    those that have not reached their target. One that has nothing to say about an image, has shown no spread yet or has
+    weight 0 is not among them; where none is left, the image counts 0.
     """
 
-    _of_silence = math.inf
-
-    def _combined(self, shares: Sequence[Tensor], images: Tensor) -> Tensor:
-        least = super()._combined(shares, images) if not shares else torch.stack([*shares]).min(0).values
-        return least.masked_fill(least == math.inf, 0)
-
-    def _share(self, name: str, score: Tensor) -> Tensor:
-        setting, spread = self.settings[name], self._spread.get(name)
-        scale = None if spread is None else spread.scale(setting.normalise)
-        if spread is None or scale is None or setting.weight == 0:
-            return torch.full_like(score, math.inf)
-        gain = (score - spread.first) * (setting.weight / scale)
-        # What has reached its target is left out, as it has no gradient: the least of the others is trained.
-        return gain if setting.target is None else gain.masked_fill(score.detach() >= setting.target, math.inf)
+    def _combined(self, scores: Mapping[str, Tensor], silent: Mapping[str, Tensor], like: Tensor) -> Tensor:
+        none = torch.full((len(like),), math.inf, device=like.device, dtype=like.dtype)
+        gains, trained = [none], [none]
+        for name, score in scores.items():
+            setting, spread = self.settings[name], self._spread.get(name)
+            scale = None if spread is None else spread.scale(setting.normalise)
+            if spread is None or scale is None or setting.weight == 0:
+                continue
+            held = _until_target(score, setting)
+            gain = ((held - spread.first) * (setting.weight / scale)).masked_fill(silent[name], math.inf).to(like)
+            gains.append(gain)
+            reached = False if setting.target is None else held.detach() == setting.target
+            trained.append(gain.masked_fill(torch.as_tensor(reached, device=gain.device), math.inf))
+        least, pushed = (torch.stack(some).min(0).values for some in (gains, trained))
+        least, pushed = (some.masked_fill(some == math.inf, 0) for some in (least, pushed))
+        return least.detach() + (pushed - pushed.detach())
 
 
 COMBINATIONS = {"sum": WeightedSum, "min": LeastGain}  # by draftp.combine
+
+
+def _until_target(score: Tensor, setting: RewardConfig) -> Tensor:
+    """min(score, target), or max(score, target) where lower scores are wanted."""
+    if setting.target is None:
+        return score
+    return score.clamp(max=setting.target) if setting.weight >= 0 else score.clamp(min=setting.target)
 
 
 def _silent(score: Tensor, images: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def complete_validation(result: ValidationLine, run: Run, monitor: Monitor) -> N
     step = result["step"]
     result["score"] = validation_score(result, monitor.weights, monitor.held_out)
     recent = since_last_validation(run, step)
-    result["training_reward"] = recent["training_reward"]
+    result["training_reward"] = None if monitor.normalised else recent["training_reward"]
     if "batch_spread" in recent:
         result["signs"] = {**result.get("signs", {}), "batch_spread": recent["batch_spread"]}
     verdict = monitor.judge([*run.validations(), result])

@@ -43,16 +43,21 @@ class Monitor:
         rule: the section `monitor` of its settings.
         weights: of the rewards that it is trained on, by name.
         held_out: names of those that it is not.
+        normalised: whether rewards are divided by running statistics in training, so that the mean reward of one step
+            cannot be compared with that of another.
     """
 
-    def __init__(self, rule: MonitorConfig, weights: Mapping[str, float], held_out: Collection[str]) -> None:
-        self.rule, self.weights, self.held_out = rule, dict(weights), tuple(held_out)
+    def __init__(
+        self, rule: MonitorConfig, weights: Mapping[str, float], held_out: Collection[str], normalised: bool = False
+    ) -> None:
+        self.rule, self.weights, self.held_out, self.normalised = rule, dict(weights), tuple(held_out), normalised
 
     @classmethod
     def of(cls, cfg: Config) -> Monitor:
         """The monitor that a run's settings ask for."""
         weights = {name: reward.weight for name, reward in cfg.rewards.items()}
-        return cls(cfg.monitor, weights, cfg.held_out)
+        normalised = any(reward.normalise != "none" for reward in cfg.rewards.values())
+        return cls(cfg.monitor, weights, cfg.held_out, normalised)
 
     @property
     def can_stop(self) -> bool:

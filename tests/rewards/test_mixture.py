@@ -132,6 +132,15 @@ def test_a_target_stops_pushing_above_it() -> None:
     assert (moved[4:] == 0).all()
 
 
+def test_where_lower_scores_are_wanted_a_target_stops_pushing_below_it() -> None:
+    settings = {"rewards": {"a": {"target": 0.5, "weight": -1}}}
+    total = WeightedSum({"a": Scaled(1.0)}, check_config(settings).rewards)
+    dark, light = IMAGES * 0.5, 0.5 + IMAGES * 0.5
+    moved = gradient(total, torch.cat([dark, light]), PROMPTS * 2)
+    assert (moved[:4] == 0).all()
+    assert (moved[4:] < 0).all()
+
+
 def test_a_score_without_gradient_is_refused_with_the_reason() -> None:
     class Detached(Scaled):
         def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
@@ -349,6 +358,25 @@ def test_a_gain_is_measured_from_the_first_step() -> None:
     assert slope[:, 2].abs().amin(0).min() > 0
 
 
+def test_what_has_reached_its_target_counts_but_is_not_pushed() -> None:
+    """The least of the clamped gains, and the gradient of the least that is below its target; none: no gradient."""
+    red, blue = (score.double() for score in gains())
+    reds, blues = IMAGES[:, 0].mean((1, 2)), IMAGES[:, 2].mean((1, 2))
+    first, second = float(reds.sort().values[1:3].mean()), float(blues.sort().values[1:3].mean())
+    total = least_gain(target=second)
+    total.settings["red"] = total.settings["red"].model_copy(update={"target": first})
+    bounds = [(t - score.mean()) / score.std(correction=0) for t, score in ((first, reds), (second, blues))]
+    expected = torch.minimum(red.clamp(max=bounds[0]), blue.clamp(max=bounds[1])).float()
+    torch.testing.assert_close(total(IMAGES, PROMPTS), expected, rtol=1e-3, atol=1e-3)
+    slope = gradient(total, IMAGES, PROMPTS)
+    for i in range(len(IMAGES)):
+        open_ones = {
+            c: g for c, g, is_open in ((0, red[i], reds[i] < first), (2, blue[i], blues[i] < second)) if is_open
+        }
+        pushed = min(open_ones, key=open_ones.__getitem__, default=None)
+        assert {c for c in (0, 1, 2) if slope[i, c].abs().max() > 0} == (set() if pushed is None else {pushed})
+
+
 def test_lower_scores_of_one_can_be_wanted() -> None:
     red, blue = gains()
     found = least_gain(weight=-1)(IMAGES, PROMPTS)
@@ -404,3 +432,6 @@ def test_what_known_scores_count_by_the_least_gain() -> None:
     found = of_scores("min", a={"normalise": "std"}, b={"normalise": "std"})
     a, b = math.sqrt(2), math.sqrt(0.005)
     assert found == pytest.approx([min(0 / a, 0.1 / b), min(6 / a, -0.1 / b), 0.2 / b, math.nan], nan_ok=True)
+    # An image that has reached both targets counts no less than one that has not.
+    found = of_scores("min", a={"normalise": "std", "target": 12}, b={"normalise": "std", "target": 0.25})
+    assert found == pytest.approx([0, min(0 / a, -0.1 / b), 0.05 / b, math.nan], nan_ok=True)

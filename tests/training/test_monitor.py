@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from draftcli.config import MonitorConfig, load_config
 from draftcli.runs import Run
 from draftcli.training import session
+from draftcli.training.log import complete_validation
 from draftcli.training.monitor import Monitor, alarm_in_words, validation_score
 from tests.command import WITH_VALIDATION, draftp, in_child, recipe
 from tests.ranks import train_in_ranks
@@ -282,6 +283,17 @@ def test_tensorboard_says_why(tiny_sdxl):
 def test_settings_without_effect_are_said(tiny_sdxl):
     preset = recipe(tiny_sdxl, monitor={"patience": 2}, trainer={"max_steps": 1})
     assert "monitor.stop, patience and final have no effect without validation" in train(preset, "run").err
+
+
+def test_rewards_in_training_are_not_compared_where_their_unit_moves(tmp_path):
+    """A normalised reward is divided by statistics that move: the mean of one step says nothing beside another's."""
+    cfg = load_config("toy", ["rewards={toy: {normalise: std}}"])
+    run = Run(tmp_path)
+    run.metrics.write_text('{"step": 1, "reward": 2.0, "reward_std": 1.0}\n')
+    for given, expected in ((Monitor.of(cfg), None), (monitor(), 2.0)):
+        now = line(1, 1.0, 1.0)
+        complete_validation(now, run, given)
+        assert now["training_reward"] == expected
 
 
 def test_the_best_step_is_by_what_the_training_counts() -> None:
