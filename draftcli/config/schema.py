@@ -65,9 +65,9 @@ class DraftpConfig(Section):
     noise estimates, as in the reference. conditional: those for the prompt alone, so that kl_coeff does not depend on
     sampling.scale. x0: the images predicted at each step, eps times sigma^2."""
     kl_target: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Steer the coefficient so that the penalty stays near this value: after a step whose penalty was above 1.5 times
-    it the coefficient grows by half, after one below 1 / 1.5 of it it shrinks as much. It begins at kl_coeff and stays
-    within 100 times that, up and down. Default: the coefficient is kl_coeff throughout."""
+    """Steer the coefficient so that the penalty stays near this value: after each step it grows or shrinks by a quarter
+    of the penalty's relative distance from the target, at most by 5 %. It begins at kl_coeff and stays within 100 times
+    that, up and down. Default: the coefficient is kl_coeff throughout."""
     kl_gate: Literal["none", "held_out"] = "none"
     """How much the penalty counts for each image. none: as much for all. held_out: for those that rank higher by the
     trained reward than by held_out_rewards, as much more as the two ranks differ, and not for the others; 1 on average,

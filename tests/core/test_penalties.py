@@ -99,13 +99,14 @@ def steered(beta: float = 8.0, target: float = 0.3) -> Penalty:
     ("penalties", "beta"),
     [
         ([], 8.0),
-        ([0.46], 12.0),  # above 1.5 * 0.3
-        ([0.46, 1e9], 18.0),  # how far above does not matter
-        ([0.44, 0.3, 0.21], 8.0),  # between 0.2 and 0.45
-        ([0.19], 8 / 1.5),
-        ([0.19, 0.46, 0.0], 8 / 1.5),
+        ([0.3], 8.0),
+        ([0.33], 8 * 1.025),  # a tenth above the target: a quarter of that
+        ([0.27], 8 * 0.975),
+        ([0.36], 8 * 1.05),
+        ([0.36, 1e9], 8 * 1.05**2),  # how far beyond a fifth does not matter
+        ([0.0, 0.4], 8 * 0.95 * 1.05),
         ([0.0] * 100, 0.08),  # it begins at 0, and the coefficient stays within reach
-        ([0.0] * 100 + [1.0], 0.12),
+        ([0.0] * 100 + [1.0], 0.084),
         ([1.0] * 100, 800.0),
     ],
 )
