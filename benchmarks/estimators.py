@@ -190,7 +190,7 @@ def gradients(job: Job, draws: int, half_way: Path) -> Any:
         rows: list[Any] = []
         for draw in range(draws):
             batch = Batch([text], [derived_seed("draw", pair, draw)], size)
-            work = Work.of(cfg, model.mode.recomputes)
+            work = Work.of(cfg, model.mode)
             training_step(nets, reward, model.mode, model.penalty, model.sampler, batch, work)
             weights = model.trainable_parameters
             rows.append(torch.cat([-p.grad.flatten() for p in weights if p.grad is not None]).float())

@@ -64,11 +64,12 @@ def train(
             on_step(line)
 
     with quiet_libraries():
+        from draftcli.core.gradient.mode import idle_beside_mode
         from draftcli.planning.plan import following_init_from
         from draftcli.training.loop import train as run_training
 
         cfg = following_init_from(cfg)
-        for text in without_effect(cfg):
+        for text in [*without_effect(cfg), *idle_beside_mode(cfg)]:
             warn(text)
         return run_training(cfg, folder, literal_console(quiet=True), after_step)
 

@@ -99,19 +99,23 @@ def _places(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for section in _SECTIONS:
         rewards = settings.get(section)
         for reward, source in rewards.items() if isinstance(rewards, dict) else ():
-            if _is_trained_reward(reward):
-                yield f"{section}.{reward}", reward
+            if (path := _path_of(reward)) is not None:
+                yield f"{section}.{reward}", path
             for name in _OF_A_REWARD if isinstance(source, dict) else ():
                 if isinstance(value := source.get(name), str):
                     yield f"{section}.{reward}.{name}", value
 
 
-def _is_trained_reward(name: str) -> bool:
-    """Whether a reward is named by the folder that `draftp rewards train` left; see rewards/folders.py."""
-    config = Path(name).expanduser() / "config.json"
+def _path_of(reward: str) -> str | None:
+    """The file that a reward's name `file.py:object` has, or the folder that `draftp rewards train` left and that names
+    it; see rewards/references.py and rewards/folders.py. None: the name is no path.
+    """
+    if (file := reward.rpartition(":")[0]).endswith(".py"):
+        return file
+    config = Path(reward).expanduser() / "config.json"
     with suppress(OSError, ValueError):  # too long for a path, or with a zero byte
-        return '"draftp_reward"' in config.read_text(encoding="utf-8", errors="replace")
-    return False
+        return reward if '"draftp_reward"' in config.read_text(encoding="utf-8", errors="replace") else None
+    return None
 
 
 def _hash_of(path: Path) -> str:

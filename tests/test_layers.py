@@ -32,7 +32,7 @@ ALLOWED = {
     "run_states": {"disk", "lines", "runs"},
     "spread": set(),
     "core": {"built_in", "config", "runs", "umask", "file_kinds", "spread"},
-    "rewards": {"config", "file_kinds", "spread"},
+    "rewards": {"config", "contents", "file_kinds", "spread"},
     "metrics": {"core"},
     "sampling": {"pages", "pictures", "metrics", "core", "config", "prompts", "runs", "lines", "__init__"},
     # A run hands its LoRA over by the names of other programs too, as merge-lora does.

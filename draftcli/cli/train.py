@@ -134,11 +134,15 @@ def train(
 
         with process.one_speaker():
             cfg = following_init_from(cfg)
+    from draftcli.core.gradient.mode import idle_beside_mode
+
+    given = frozenset(text.partition("=")[0].strip() for text in override or [])
+    with process.one_speaker():
+        idle = idle_beside_mode(cfg, given)
     if process.is_main:
-        _warn(cfg, processes, process.size)
+        _warn(cfg, idle, processes, process.size)
     found = None
     if size is not None:
-        given = frozenset(text.partition("=")[0].strip() for text in override or [])
         with process.one_speaker():
             found = _fitted(cfg, size, given, process.size, console)
         cfg = found.cfg
@@ -161,10 +165,10 @@ def _launch(cfg: Config, processes: int, fits: bool) -> int:
     return launch(processes, sys.argv[1:], int(60 * cfg.sharding.timeout_minutes))
 
 
-def _warn(cfg: Config, processes: int, started: int) -> None:
+def _warn(cfg: Config, idle: list[str], processes: int, started: int) -> None:
     from draftcli.config import without_effect
 
-    for text in without_effect(cfg):
+    for text in [*without_effect(cfg), *idle]:
         warn(text)
     if processes not in (1, started):
         warn(f"--processes {processes} has no effect: the launcher has started {started}")

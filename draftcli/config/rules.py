@@ -1,4 +1,7 @@
-"""What settings forbid each other in a training, and which have no effect beside others."""
+"""What settings forbid each other in a training, and which have no effect beside others.
+
+What only the gradient mode can tell is in core/gradient/mode.py, which asks it.
+"""
 
 from __future__ import annotations
 
@@ -36,9 +39,7 @@ def contradictions(cfg: Config) -> Iterator[str]:
 def conflicts(cfg: Config) -> Iterator[str]:
     """Why the settings cannot train, each reason in one line."""
     yield from contradictions(cfg)
-    steps, k, sharding = cfg.sampling.steps, cfg.draftp.truncation_steps, cfg.sharding
-    if k > steps:
-        yield f"draftp.truncation_steps is {k}, sampling.steps {steps}: K can be at most {steps}"
+    sharding = cfg.sharding
     try:
         check_batch_size(cfg)
     except InputError as error:
@@ -258,5 +259,3 @@ def _idle_sharding(cfg: Config) -> Iterator[str]:
         )
     if (sharding.decode_batch_size or 0) > micro:
         yield f"sharding.decode_batch_size has no effect above trainer.micro_batch_size {micro}"
-    if sharding.recompute_steps is False and cfg.draftp.gradient_mode[0] == "low_variance":
-        yield "sharding.recompute_steps false has no effect: gradient low_variance recomputes"

@@ -57,7 +57,8 @@ class DraftpConfig(Section):
     """The method."""
 
     truncation_steps: Count = 1
-    """K: the last K sampler steps carry gradient."""
+    """K: the last K sampler steps carry gradient. For the modes last_k and low_variance of draftp.gradient; the others
+    have options of their own."""
     kl_coeff: Annotated[float, Field(ge=0)] = 0.1
     """Weight of the KL penalty to the frozen base. With kl_kind eps its effect depends on sampling.scale."""
     kl_kind: str = "eps"
@@ -303,8 +304,8 @@ class ShardingConfig(Section):
     """First decoder and reward with their backward, then the gradient steps: the peak is the larger, not the sum."""
     recompute_steps: bool | None = None
     """Run each gradient step again when its backward comes, so that memory does not grow with K: one more forward pass
-    a step. Default: where K is above 1 and activation_checkpointing on, with offload, and where draftp.gradient cannot
-    do otherwise."""
+    a step. Default: where several steps in a row carry gradient (K above 1, random_k) and activation_checkpointing is
+    on, with offload, and where draftp.gradient cannot do otherwise."""
     prefix_batch_size: Count | None = None
     """Images generated together in the steps without gradient and in validation; default 8, at least
     trainer.micro_batch_size."""

@@ -76,6 +76,13 @@ class Piece:
             )
 
 
+class CutsSteps(Protocol):
+    """What is to know here of a gradient mode, which says what pieces there are; see gradient/mode.py."""
+
+    recomputes: bool
+    longest: int
+
+
 @dataclass(frozen=True)
 class Work:
     """How a training step is cut up and computed. None of it changes the gradient beyond rounding.
@@ -97,24 +104,27 @@ class Work:
     lockstep: bool = False
 
     @classmethod
-    def of(cls, cfg: Config, recomputes: bool = False, scale: Callable[[Tensor], Tensor] = lambda loss: loss) -> Work:
+    def of(
+        cls, cfg: Config, mode: CutsSteps | None = None, scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    ) -> Work:
         """As `cfg.sharding` and `cfg.trainer` say.
 
         Args:
             cfg: the settings.
-            recomputes: whether the gradient mode cannot do otherwise.
+            mode: whose pieces are run; None: none are.
             scale: see the class.
         """
         settings, micro = cfg.sharding, cfg.trainer.micro_batch_size
         asked = settings.recompute_steps
         if asked is None:
-            asked = settings.offload or (settings.activation_checkpointing and cfg.draftp.truncation_steps > 1)
+            several = mode is not None and mode.longest > 1
+            asked = settings.offload or (settings.activation_checkpointing and several)
         return cls(
             micro=micro,
             # Whole micro-batches.
             prefix=max(micro, (settings.prefix_batch_size or 8) // micro * micro) if settings.two_stage else micro,
             decode=settings.decode_batch_size or micro,
-            recompute=asked or recomputes,
+            recompute=asked or (mode is not None and mode.recomputes),
             scale=scale,
             lockstep=settings.strategy == "fsdp",
         )

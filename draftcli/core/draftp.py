@@ -39,7 +39,7 @@ from draftcli.core.batch import Batch, derived_seed
 from draftcli.core.denoise import Sampler
 from draftcli.core.engine.networks import PlacedNetworks, Watch
 from draftcli.core.gradient.last_k import LastK
-from draftcli.core.gradient.mode import GradientMode, check_sampler, make_mode
+from draftcli.core.gradient.mode import GradientMode, check_sampler, make_mode, named_mode
 from draftcli.core.lora.files import Lora
 from draftcli.core.models.family import Conditioning, Parts
 from draftcli.core.models.recognition import family_of
@@ -122,6 +122,12 @@ class StepFigures:
         return as_metrics(loss, reward, kl)
 
 
+def _last_steps(cfg: Config) -> LastK:
+    """The last K steps, whatever the mode; all of them where K is above N, as a mode that does not use K allows."""
+    check_sampler(cfg.sampling.sampler)
+    return LastK(cfg.sampling.steps, min(cfg.draftp.truncation_steps, cfg.sampling.steps))
+
+
 class DRaFTPModel:
     """A model being tuned, its frozen base, and the reward it is tuned for.
 
@@ -155,8 +161,10 @@ class DRaFTPModel:
         loras: Sequence[tuple[Lora, float]] | None = None,
         loss: Objective | None = None,
     ) -> None:
-        if loras is None and (problem := next(conflicts(cfg), None)) is not None:
-            raise InputError(problem)
+        if loras is None:
+            if (problem := next(conflicts(cfg), None)) is not None:
+                raise InputError(problem)
+            named_mode(cfg)  # one that cannot be is an error before anything is loaded
         family = family_of(cfg.model, fetch=True) if parts is None else parts.family
         if self.kind not in (None, family.name):
             raise InputError(f"{type(self).__name__} is for the family {self.kind}, and this model is {family.title}")
@@ -260,7 +268,7 @@ class DRaFTPModel:
         Returns:
             image (B, 3, 8 H, 8 W) in [0, 255]; guided eps (K, B, C, H, W) of the tuned network; of the base.
         """
-        (piece,) = self._pieces(self._last_steps(), self._sized(batch, x_T), x_T)
+        (piece,) = self._pieces(_last_steps(self.cfg), self._sized(batch, x_T), x_T)
         forward = KeptGraph().forward(self.networks, piece, with_base=True)
         assert forward.eps is not None
         assert forward.eps_base is not None
@@ -313,7 +321,7 @@ class DRaFTPModel:
 
         def forward(data_iterator: Iterator[Batch | Sequence[str]], model: DRaFTPModel) -> tuple[Tensor, LossFunction]:
             batch = model.as_batch(next(data_iterator), training=not validation_step)
-            mode = model._last_steps() if validation_step else model.mode
+            mode = _last_steps(model.cfg) if validation_step else model.mode
             pieces = model._pieces(mode, batch, model.initial_noise(batch), training=not validation_step)
             return images_and_loss(model.networks, model._reward(), model.penalty, pieces, validation_step)
 
@@ -335,7 +343,7 @@ class DRaFTPModel:
         batches = [part for part in given if isinstance(part, Batch)]
         batches = batches or [self.as_batch([text for text in given if isinstance(text, str)], not forward_only)]
         if self.loss is None and self.cfg.sharding.two_stage and not forward_only:
-            work = Work.of(self.cfg, self.mode.recomputes, self.grad_scaler.scale)
+            work = Work.of(self.cfg, self.mode, self.grad_scaler.scale)
             sampler = training_sampler(self.cfg, self.mode.first, self.sampler)
             step = self.networks, self._reward(), self.mode, self.penalty, sampler, batches, work
             metrics = training_step(*step).metrics(self.penalty.beta)
@@ -355,10 +363,6 @@ class DRaFTPModel:
         if self._reward_model is None:
             raise InputError("there is no reward to train on: assign model.reward_model first")
         return self._reward_model
-
-    def _last_steps(self) -> LastK:
-        check_sampler(self.cfg.sampling.sampler)
-        return LastK(self.cfg.sampling.steps, self.cfg.draftp.truncation_steps)
 
     @torch.no_grad()
     def _pieces(self, mode: GradientMode, batch: Batch, x_T: Tensor, training: bool = False) -> list[Piece]:

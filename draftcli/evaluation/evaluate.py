@@ -30,6 +30,7 @@ from draftcli.evaluation.report import About
 from draftcli.evaluation.request import Request, check_request, command_line, find_compared, find_judges
 from draftcli.metrics.diversity import NEIGHBOURS
 from draftcli.prompts import read_prompts
+from draftcli.rewards.fingerprint import settings_and_files
 from draftcli.rewards.first_call import ask_once
 from draftcli.rewards.registry import load_from
 from draftcli.runs import disk_errors, write_aside
@@ -117,13 +118,10 @@ def load_judges(rewards: dict[str, RewardSource], features: str | None, sources:
     for reward in loaded.values():
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
-    settings = [
-        f"{name} {setting.model_dump(include=set(RewardSource.model_fields))}" for name, setting in rewards.items()
-    ]
     model = sources[0].cfg.model.pretrained if sources else ""
     trained = {name for source in sources for name in source.cfg.rewards} if sources else set(rewards)
     chosen = choose_features(features, model, loaded, sorted(trained))
-    return Judges(loaded, chosen.to(device), device, tuple(settings))
+    return Judges(loaded, chosen.to(device), device, settings_and_files(rewards))
 
 
 def _title(label: str, judges: Judges) -> str:

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from draftcli.errors import DraftpError
 from draftcli.evaluation.features import Features
@@ -23,7 +22,7 @@ from draftcli.evaluation.pictures import Gallery, Item, read_picture
 from draftcli.metrics.signs import SIGNS
 from draftcli.metrics.thumbnails import thumbnail
 from draftcli.rewards import Reward
-from draftcli.rewards.wrappers import innermost, source_file
+from draftcli.rewards.fingerprint import code_and_weights
 from draftcli.runs import disk_errors
 
 CHUNK = 8
@@ -38,26 +37,20 @@ class Judges:
         rewards: by name.
         features: of diversity.
         device: where pictures are put.
-        settings: of the rewards, as text: what is neither in their code nor in their weights.
+        settings: of the rewards, as `settings_and_files` has them: what is neither in their code nor in their weights.
     """
 
     rewards: Mapping[str, Reward]
     features: Features
     device: torch.device
-    settings: tuple[str, ...] = ()
+    settings: str = ""
 
     @cached_property
     def fingerprint(self) -> str:
-        """Changes where a judge's code, weights or settings do."""
-        digest = hashlib.sha256("\n".join((CHUNK_VERSION, *self.settings)).encode())
-        for name, judge in [*self.rewards.items(), (self.features.name, self.features.network)]:
-            source, inner = source_file(judge), innermost(judge)
-            digest.update(f"{name} {getattr(inner, '__qualname__', type(inner).__qualname__)}".encode())
-            digest.update(Path(source).read_bytes() if source else b"")
-            if isinstance(inner, nn.Module):
-                for key, tensor in inner.state_dict().items():
-                    digest.update(f"{key} {tuple(tensor.shape)} {tensor.double().sum().item()!r}".encode())
-        return digest.hexdigest()
+        """Changes where a judge's code, weights or settings do, or the files that these name."""
+        judges = [*self.rewards.items(), (self.features.name, self.features.network)]
+        facts = [CHUNK_VERSION, self.settings, *(f"{name} {code_and_weights(judge)}" for name, judge in judges)]
+        return hashlib.sha256("\n".join(facts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from draftcli.config import Config, check_config
+from draftcli.core.gradient.mode import make_mode
 from draftcli.core.phase import JUDGING_PHASES, Phase
 from draftcli.errors import InputError
 from draftcli.planning.memory import GB, MemoryPlan
@@ -131,7 +132,8 @@ def _concessions(cfg: Config, plan: MemoryPlan) -> Iterator[Choice]:
             yield Choice("sharding.fold_lora", False, "three matrix products a layer instead of one in the prefix")
     if steps:
         yield Choice("sharding.activation_checkpointing", True, _evaluations(cfg, "activation_checkpointing"))
-    if steps and cfg.draftp.truncation_steps > 1:
+    mode = make_mode(cfg)
+    if steps and mode.longest > 1 and not mode.recomputes:
         yield Choice("sharding.recompute_steps", True, _evaluations(cfg, "recompute_steps"))
     if _may_offload(cfg):
         travel = f"UNet, decoder and rewards travel to the GPU each step; {_evaluations(cfg, 'offload')}"

@@ -70,7 +70,7 @@ def source_file(reward: Any) -> str | None:
     inner = innermost(reward)
     try:
         return inspect.getsourcefile(inner if inspect.isroutine(inner) else type(inner))
-    except TypeError:  # of what is built in, or made by functools.partial
+    except (TypeError, OSError):  # of what is built in, made by functools.partial, or typed into a running Python
         return None
 
 

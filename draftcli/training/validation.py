@@ -17,7 +17,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from draftcli import __version__
-from draftcli.config import RewardSource
 from draftcli.core.backward import Work
 from draftcli.core.draftp import DRaFTPModel
 from draftcli.core.engine.ranks import Ranks
@@ -26,8 +25,9 @@ from draftcli.metrics.statistics import paired, ratio
 from draftcli.metrics.thumbnails import THUMBNAIL_EDGE, pairwise_distance, thumbnail
 from draftcli.prompts import Prompt
 from draftcli.rewards import Reward, WeightedSum
+from draftcli.rewards.fingerprint import code_and_weights, settings_and_files
 from draftcli.runs import Run, ValidationLine, disk_errors, write_aside
-from draftcli.sampling.draw import Column, Picture, batches, draw, plan
+from draftcli.sampling.draw import Column, batches, draw, plan
 from draftcli.sampling.identity import Provenance
 from draftcli.sampling.sheet import Cell, made_by_line, score_line, sheet_edge, spread, to_pil, write_sheet
 
@@ -155,7 +155,7 @@ class Validation:
     ) -> tuple[Judged, Judged]:
         """Base and tuned network; the base's part is made once."""
         if self._base is None:
-            made_by = _made_by(self.model, self.pictures, list(self.rewards))
+            made_by = self._made_by()
             places = [run.base, *self._shared(made_by)]
             found = next(filter(None, (self._kept(path, made_by) for path in places)), None)
             self._base = found or self._judge("base", progress, give_up_if_late)
@@ -225,6 +225,19 @@ class Validation:
             for _ in draw(self.model, self.pictures[:1], kind, 1):
                 pass
 
+    def _made_by(self) -> str:
+        """A hash of everything that the base's pictures and their scores depend on (collective)."""
+        provenance, base, cfg = Provenance(self.model), Column.of("base").on(self.model), self.model.cfg
+        pictures = [provenance.key(picture, base) for picture in self.pictures]
+        sources = {name: source for name, source in {**cfg.held_out, **cfg.rewards}.items() if name in self.rewards}
+        judges: list[str] = []
+        with self.ranks.all_or_none():
+            if self.ranks.is_main:  # the other processes have the same ones
+                judges = [f"{name} {code_and_weights(reward)}" for name, reward in self.rewards.items()]
+                judges += [settings_and_files(sources)]
+        facts = [pictures, self.ranks.broadcast(judges), __version__]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
     def _shared(self, made_by: str) -> list[Path]:
         """The file that other runs find the base's part in, where a folder is given for it."""
         folder = self.model.cfg.data.validation_cache
@@ -282,12 +295,3 @@ class Validation:
             for r, name in enumerate([*self.rewards][:2])
         ]
         return "\n".join([who, *lines])
-
-
-def _made_by(model: DRaFTPModel, pictures: Sequence[Picture], rewards: Sequence[str]) -> str:
-    """A hash of everything that the base's pictures and their scores depend on. Collective where weights are split."""
-    provenance, base, cfg = Provenance(model), Column.of("base").on(model), model.cfg
-    sources = [cfg.rewards.get(name) or cfg.held_out_rewards.get(name) for name in rewards]
-    settings = [source and source.model_dump(mode="json", include={*RewardSource.model_fields}) for source in sources]
-    facts = [[provenance.key(picture, base) for picture in pictures], rewards, settings, __version__]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -11,7 +11,7 @@ from draftcli.core.batch import Batch, derived_seed
 from draftcli.core.denoise import Sampler
 from draftcli.core.draftp import training_step
 from draftcli.core.gradient.matching import Matching
-from draftcli.core.gradient.mode import make_mode
+from draftcli.core.gradient.mode import idle_beside_mode, make_mode, mode_names, recomputes_steps
 from draftcli.core.guidance import network_input
 from draftcli.core.penalty import kl_penalty
 from draftcli.core.rollout import Rollout
@@ -19,7 +19,7 @@ from draftcli.core.schedule import Level, make_schedule
 from draftcli.errors import InputError
 from draftcli.planning.plan import count_evaluations
 from tests.core.test_gradient_modes import ON_ALL, assert_same, gradient, model_of, step
-from tests.tiny import batch, latents_at, prefers_red, tiny_config, tiny_model
+from tests.tiny import batch, latents_at, prefers_red, rows_asked, tiny_config, tiny_model
 
 N = 4
 
@@ -251,6 +251,9 @@ def pieces_of(mode, count):
         ({"mode": "sparse", "at": [1, 1]}, r"has at \[1, 1\], in which a step is repeated"),
         ({"mode": "sparse", "at": []}, "it is a list of sampler steps"),
         ({"mode": "sparse", "at": 3}, "it is a list of sampler steps"),
+        ({"mode": "sparse", "at": [1], "steps": 1}, "has at, which names the steps, and steps for drawing them"),
+        ({"mode": "sparse", "at": [1], "late_bias": 1.0, "tail": 0.5}, "and late_bias and tail for drawing them"),
+        ({"mode": "drtune", "at": [1], "steps": 2}, "draftp.gradient drtune has at, which names the steps, and steps"),
         ({"mode": "drtune", "at": [-1]}, "step -1 is not among 0 .. 3"),
         ({"mode": "drtune", "at": [0, 0], "stop": 1}, "in which a step is repeated"),
         ({"mode": "drtune", "at": [3]}, "trains step 3, and can stop at step 2 of 4: give stop 1 or less"),
@@ -265,6 +268,64 @@ def pieces_of(mode, count):
 def test_an_option_that_cannot_be_is_refused(tiny_sdxl, options, words):
     with pytest.raises(InputError, match=words):
         make_mode(tiny_config(tiny_sdxl, draftp={"gradient": options}))
+
+
+@pytest.mark.parametrize(
+    ("draftp", "given", "said"),
+    [
+        ({}, (), None),
+        ({"truncation_steps": 4, "gradient": "low_variance"}, (), None),
+        ({"truncation_steps": 1, "gradient": "refl"}, (), None),
+        ({"truncation_steps": 2, "gradient": "refl"}, (), "truncation_steps 2 has no effect with draftp.gradient refl"),
+        ({"truncation_steps": 9, "gradient": "sparse"}, (), "truncation_steps 9 has no effect with draftp.gradient"),
+        ({"truncation_steps": 9, "gradient": "random_k"}, ("draftp.gradient",), None),
+        (
+            {"truncation_steps": 1, "gradient": "drtune"},
+            ("draftp.gradient", "draftp.truncation_steps"),
+            "drtune, whose",
+        ),
+    ],
+    ids=str,
+)
+def test_a_k_that_a_mode_does_not_use_is_said_and_not_refused(tiny_sdxl, draftp, given, said):
+    """That of a recipe stands for the recipe's mode, and is passed over where another one is given beside it."""
+    found = idle_beside_mode(tiny_config(tiny_sdxl, draftp=draftp), given)
+    assert found == [] if said is None else said in found[0]
+
+
+def test_a_k_above_n_changes_nothing_where_the_mode_does_not_use_it(tiny_sdxl):
+    large, small = (model_of(tiny_sdxl, "refl", k=k) for k in (9, 2))
+    assert_same(step(large), step(small))
+    assert large.generate(batch(1), large.initial_noise(batch(1)))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("name", mode_names())
+def test_steps_that_are_kept_in_vain_are_said(tiny_sdxl, name):
+    """Where the mode runs its steps again in any case, asking for the opposite has no effect."""
+    cfg = tiny_config(tiny_sdxl, draftp={"gradient": name}, sharding={"recompute_steps": False})
+    found = [text for text in idle_beside_mode(cfg, ("draftp.gradient",)) if "recompute_steps" in text]
+    assert bool(found) == recomputes_steps(cfg)
+
+
+@pytest.mark.parametrize(
+    ("draftp", "again"),
+    [
+        ({"truncation_steps": 2}, True),
+        ({"truncation_steps": 1}, False),
+        ({"truncation_steps": 1, "gradient": {"mode": "random_k", "low": 3, "high": 3}}, True),
+        ({"truncation_steps": 2, "gradient": {"mode": "random_k", "low": 1, "high": 1}}, False),
+        ({"truncation_steps": 2, "gradient": {"mode": "refl", "window": 1}}, False),
+    ],
+    ids=str,
+)
+def test_by_default_checkpointed_steps_run_again_where_several_follow_each_other(tiny_sdxl, draftp, again):
+    """Whatever the number is called; and the plan counts what runs. A checkpoint repeats blocks, not the network."""
+    sharding = {"activation_checkpointing": True, "fold_lora": False}
+    model = tiny_model(tiny_sdxl, 0.1, draftp=draftp, sharding=sharding)
+    assert recomputes_steps(model.cfg) == again
+    rows, planned = rows_asked(model, batch(4)), count_evaluations(model.cfg)
+    assert rows[True] == 4 * planned["with_gradient"]
+    assert rows[False] == 4 * (planned["forward"] - planned["with_gradient"] + planned["base"])
 
 
 @pytest.mark.parametrize("name", ["sparse", "drtune", "matching", "low_variance"])

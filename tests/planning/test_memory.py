@@ -51,6 +51,13 @@ SETTINGS = {
     "a large prefix": ["sharding.prefix_batch_size=8", "trainer.micro_batch_size=1", "sampling.height=768"],
     "without guidance and base": ["sampling.scale=1", "draftp.kl_coeff=0", "draftp.log_kl=false"],
     "guidance in part, not at the end": ["sampling.guidance_interval=[0,0.2]", "sampling.height=256"],
+    "random K, checkpointed": [
+        "draftp.gradient={mode: random_k, low: 4, high: 4}",
+        "draftp.truncation_steps=1",
+        "sharding.activation_checkpointing=true",
+        "sampling.height=256",
+        "sampling.width=256",
+    ],
     "DRaFT-LV": ["draftp.low_variance_samples=2", "draftp.truncation_steps=1", "sampling.height=256"],
 }
 IN_8_BITS = {
@@ -91,7 +98,7 @@ def planned(cfg) -> memory.MemoryPlan:
     return memory.memory_plan(cfg, Path(model_path(cfg.model.pretrained)))
 
 
-@pytest.mark.slow  # thirteen trainings of two steps at a size where memory is worth a plan
+@pytest.mark.slow  # trainings of two steps at a size where memory is worth a plan
 @pytest.mark.parametrize("name", [*SETTINGS, *(pytest.param(name, marks=needs_bitsandbytes) for name in IN_8_BITS)])
 def test_the_plan_is_within_15_percent_of_what_a_step_holds(name):
     cfg = load_config("toy", [*BASE, *(SETTINGS | IN_8_BITS)[name]])

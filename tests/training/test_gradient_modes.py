@@ -62,3 +62,13 @@ def test_a_run_of_every_mode(tiny_sdxl, name):
     assert draftp("sample", "whole", "--prompt", "a red circle", "--output", "drawn").code == 0
     merged = draftp("merge-lora", "whole", "--format", "kohya", "--output", "lora.safetensors", "--verify", "keys")
     assert merged.code == 0, merged.err
+
+
+def test_the_k_of_a_recipe_does_not_stand_in_the_way_of_another_mode(tiny_sdxl):
+    """Not even above N, where the mode does not use it; and one that is given beside that mode is warned about."""
+    command = ["train", "--preset", recipe(tiny_sdxl), "--dry-run", "--set=draftp.gradient=refl"]
+    command += ["--set=sampling.steps=1"]
+    silent, said = draftp(*command), draftp(*command, "--set=draftp.truncation_steps=2")
+    assert (silent.code, silent.err) == (0, "")
+    assert said.code == 0
+    assert said.err.startswith("warning: draftp.truncation_steps 2 has no effect with draftp.gradient refl")

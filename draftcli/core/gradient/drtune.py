@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from draftcli.core.backward import Piece
-from draftcli.core.gradient.mode import Evaluations, at_once, check_count, check_steps
+from draftcli.core.gradient.mode import Evaluations, at_once, check_count, check_not_drawn, check_steps
 from draftcli.core.rollout import Rollout
 from draftcli.errors import InputError
 
@@ -30,9 +30,11 @@ class Drtune:
             trained and no early stop that is full backpropagation, last_k with K = N.
 
     Raises:
-        InputError: an option is out of range, a step in `at` is repeated, or lies after a stop that can be drawn.
+        InputError: an option is out of range, a step in `at` is repeated, or lies after a stop that can be drawn, or
+            `steps` is given beside it.
     """
 
+    uses_k = False
     recomputes = True
     pieces_per_image = 1
     like_last_k = True
@@ -49,6 +51,7 @@ class Drtune:
         detach: bool = True,
     ) -> None:
         self.total = total
+        check_not_drawn("drtune", at, steps=steps)
         self.at = None if at is None else check_steps("drtune", at, total)
         if self.at is None and total == 1:
             raise InputError("draftp.gradient drtune trains steps before the stop: it needs sampling.steps 2 or more")

@@ -22,9 +22,10 @@ class LastK:
         k: draftp.truncation_steps.
 
     Raises:
-        InputError: K is outside 1 .. N.
+        InputError: K is above N.
     """
 
+    uses_k = True
     recomputes = False
     pieces_per_image = 1
     like_last_k = True
@@ -32,11 +33,8 @@ class LastK:
     even = True
 
     def __init__(self, total: int, k: int) -> None:
-        if not 1 <= k <= total:
-            raise InputError(
-                f"draftp.truncation_steps is {k} with sampling.steps {total}: between 1 and {total} steps can carry "
-                "gradient"
-            )
+        if k > total:
+            raise InputError(f"draftp.truncation_steps is {k}, sampling.steps {total}: K can be at most {total}")
         self.total = total
         self.k = self.longest = k
         self.first = total - k

@@ -40,6 +40,7 @@ class Matching:
         InputError: an option is out of range.
     """
 
+    uses_k = False
     recomputes = True
     longest = 1
     first = 0

@@ -7,14 +7,14 @@ itself what it takes. See last_k.py for the shortest.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from math import nan
 from pathlib import Path
 from typing import Any, Protocol
 
-from draftcli.config import Config
+from draftcli.config import Config, DraftpConfig
 from draftcli.core.backward import Piece, Work
 from draftcli.core.prefix import evaluations_per_step
 from draftcli.core.rollout import Rollout
@@ -42,6 +42,7 @@ class GradientMode(Protocol):
     """Cuts trajectories into pieces that carry gradient.
 
     Attributes:
+        uses_k: whether draftp.truncation_steps says how many steps carry gradient.
         recomputes: whether it needs x_0 before the steps with gradient are run (backward.py: RecomputedSteps).
         pieces_per_image: pieces that a batch is cut into, each with all of its images.
         longest: steps with gradient in the longest piece, whose graph may be kept.
@@ -52,6 +53,7 @@ class GradientMode(Protocol):
             gathers weights from all processes.
     """
 
+    uses_k: bool
     recomputes: bool
     pieces_per_image: int
     longest: int
@@ -92,16 +94,7 @@ def make_mode(cfg: Config) -> GradientMode:
             sharding or a prefix that cannot be combined with the mode.
     """
     check_sampler(cfg.sampling.sampler)
-    name, options = cfg.draftp.gradient_mode
-    if name not in mode_names():
-        raise InputError(f"draftp.gradient {name!r}: there is no such mode; available are {', '.join(mode_names())}")
-    # last_k.py has LastK.
-    factory: Any = getattr(import_module(f"draftcli.core.gradient.{name}"), name.title().replace("_", ""))
-    known = [option for option in inspect.signature(factory).parameters if option not in ("total", "k")]
-    if unknown := sorted(options.keys() - set(known)):
-        allowed = f"it has {', '.join(known)}" if known else "it has none"
-        raise InputError(f"draftp.gradient {name} has no option {unknown[0]!r}; {allowed}")
-    mode = factory(total=cfg.sampling.steps, k=cfg.draftp.truncation_steps, **options)
+    name, mode = cfg.draftp.gradient_mode[0], named_mode(cfg)
     if mode.recomputes and not cfg.sharding.two_stage:
         raise InputError(f"draftp.gradient {name} needs sharding.two_stage true")
     if not mode.even and cfg.sharding.strategy == "fsdp":
@@ -113,9 +106,51 @@ def make_mode(cfg: Config) -> GradientMode:
     return mode
 
 
+def named_mode(cfg: Config) -> GradientMode:
+    """The mode that `draftp.gradient` names, whether or not other sections go with it, as `make_mode` sees to.
+
+    Raises:
+        InputError: no such mode, or an option that it does not have or allow.
+    """
+    name, options = cfg.draftp.gradient_mode
+    if name not in mode_names():
+        raise InputError(f"draftp.gradient {name!r}: there is no such mode; available are {', '.join(mode_names())}")
+    # last_k.py has LastK.
+    factory: Any = getattr(import_module(f"draftcli.core.gradient.{name}"), name.title().replace("_", ""))
+    known = [option for option in inspect.signature(factory).parameters if option not in ("total", "k")]
+    if unknown := sorted(options.keys() - set(known)):
+        allowed = f"it has {', '.join(known)}" if known else "it has none"
+        raise InputError(f"draftp.gradient {name} has no option {unknown[0]!r}; {allowed}")
+    return factory(total=cfg.sampling.steps, k=cfg.draftp.truncation_steps, **options)
+
+
+def idle_beside_mode(cfg: Config, given: Collection[str] = ()) -> list[str]:
+    """Settings that have no effect beside the gradient mode, each in one line; `config.without_effect` has the others.
+
+    Args:
+        cfg: the settings.
+        given: dotted keys that somebody gave beside a recipe. Where the mode is one of them and K is not, K is the
+            recipe's, for the recipe's mode, and nothing is said of it.
+
+    Raises:
+        InputError: as for `named_mode`.
+    """
+    name, mode, k = cfg.draftp.gradient_mode[0], named_mode(cfg), cfg.draftp.truncation_steps
+    found: list[str] = []
+    is_the_recipes = "draftp.gradient" in given or k == DraftpConfig().truncation_steps
+    if not mode.uses_k and ("draftp.truncation_steps" in given or not is_the_recipes):
+        found.append(
+            f"draftp.truncation_steps {k} has no effect with draftp.gradient {name}, whose own options say which steps "
+            "carry gradient"
+        )
+    if mode.recomputes and cfg.sharding.recompute_steps is False:
+        found.append(f"sharding.recompute_steps false has no effect: gradient {name} recomputes")
+    return found
+
+
 def recomputes_steps(cfg: Config) -> bool:
     """Whether gradient steps run again in backward, as the settings ask or as their mode cannot do otherwise."""
-    return Work.of(cfg, make_mode(cfg).recomputes).recompute
+    return Work.of(cfg, make_mode(cfg)).recompute
 
 
 def at_once(level: Level) -> Level:
@@ -160,6 +195,25 @@ def check_steps(mode: str, at: object, total: int) -> list[int]:
     if len(set(at)) < len(at):
         raise InputError(f"draftp.gradient {mode} has at {list(at)}, in which a step is repeated")
     return sorted(at)
+
+
+def check_not_drawn(mode: str, at: object, **how: object) -> None:
+    """See that steps are not both named by `at` and drawn.
+
+    Args:
+        mode: its name.
+        at: the named steps; None: they are drawn.
+        how: the options that say how they are drawn; None: not given.
+
+    Raises:
+        InputError: they are.
+    """
+    given = [option for option, value in how.items() if value is not None]
+    if at is not None and given:
+        raise InputError(
+            f"draftp.gradient {mode} has at, which names the steps, and {' and '.join(given)} for drawing them: leave "
+            "out one or the other"
+        )
 
 
 def check_sampler(sampler: str) -> None:

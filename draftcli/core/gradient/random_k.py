@@ -32,6 +32,7 @@ class RandomK:
         InputError: an option is out of range, or one of `mean` and `std` is missing.
     """
 
+    uses_k = False
     recomputes = False
     pieces_per_image = 1
     like_last_k = True

@@ -26,6 +26,7 @@ class Refl:
         InputError: `window` is outside 1 .. N.
     """
 
+    uses_k = False
     recomputes = False
     pieces_per_image = 1
     longest = 1

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 
 from draftcli.core.backward import Piece
-from draftcli.core.gradient.mode import Evaluations, check_count, check_number, check_steps
+from draftcli.core.gradient.mode import Evaluations, check_count, check_not_drawn, check_number, check_steps
 from draftcli.core.rollout import Rollout
 
 
@@ -27,15 +27,16 @@ class Sparse:
         total: N, sampler steps.
         k: draftp.truncation_steps, which has no say here.
         steps: K, how many steps carry gradient; default 4.
-        late_bias: b; step i is drawn with a probability proportional to (i + 1)^b.
-        tail: share of the steps, the last ones, that are drawn from, in (0, 1].
+        late_bias: b; step i is drawn with a probability proportional to (i + 1)^b; default 1.
+        tail: share of the steps, the last ones, that are drawn from, in (0, 1]; default 1, all of them.
         rescale: rho, in [0, 1]: 0 leaves each step its own weight, 1 makes up for all that were left out.
-        at: the steps outright, 0 .. N - 1, rather than drawn.
+        at: the steps outright, 0 .. N - 1, rather than drawn: without `steps`, `late_bias` and `tail`.
 
     Raises:
-        InputError: an option is out of range, or a step in `at` is repeated.
+        InputError: an option is out of range, a step in `at` is repeated, or options for drawing are given beside it.
     """
 
+    uses_k = False
     recomputes = True
     pieces_per_image = 1
     like_last_k = True
@@ -47,16 +48,17 @@ class Sparse:
         total: int,
         k: int,
         steps: int | None = None,
-        late_bias: float = 1.0,
-        tail: float = 1.0,
+        late_bias: float | None = None,
+        tail: float | None = None,
         rescale: float = 0.5,
         at: Sequence[int] | None = None,
     ) -> None:
         self.total = total
-        self.tail = check_number("sparse", "tail", tail, 0, 1, above=True)
+        check_not_drawn("sparse", at, steps=steps, late_bias=late_bias, tail=tail)
+        share = check_number("sparse", "tail", 1.0 if tail is None else tail, 0, 1, above=True)
         self.rescale = check_number("sparse", "rescale", rescale, 0, 1)
-        self.late_bias = check_number("sparse", "late_bias", late_bias, 0, 100)
-        self.pool = range(total - max(1, round(tail * total)), total)
+        self.late_bias = check_number("sparse", "late_bias", 1.0 if late_bias is None else late_bias, 0, 100)
+        self.pool = range(total - max(1, round(share * total)), total)
         self.at = None if at is None else check_steps("sparse", at, total)
         default = min(4, len(self.pool))
         self.steps = check_count("sparse", "steps", default if steps is None else steps, len(self.pool))
