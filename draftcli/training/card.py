@@ -90,7 +90,12 @@ def _is_built_in(lora: Path) -> bool:
 
 
 def _goes_with(cfg: Config) -> list[str]:
-    """What the weights need beside the base model; by content, as files are called otherwise elsewhere."""
+    """What the weights need beside the base model; LoRAs by content, as files are called otherwise elsewhere."""
+    vae = [f"Its images were decoded with the VAE {cfg.model.vae} (model.vae), not with the base model's.", ""]
+    return [*_goes_with_loras(cfg), *(vae if cfg.model.vae else [])]
+
+
+def _goes_with_loras(cfg: Config) -> list[str]:
     if not cfg.model.loras:
         return []
     hashes = list(base_loras_contents(cfg.model.loras).values())
