@@ -149,7 +149,7 @@ def _print_result(result: EvaluationResult, console: Console) -> None:
         table.add_row(name, *(cell(figures[metric]) for metric in shown), diversity)
     console.print(table)
     console.print(f"diversity in percent of {comparison.base}'s: 1 - cosine on {result.features}")
-    trained = ", ".join(comparison.trained) or "none of these"
+    trained = comparison.trained_in_words or "none of these"
     console.print(f"trained on: {trained}; * differs from {comparison.base} beyond its 95 % interval")
     for warning in comparison.warnings:
         console.print(f"warning: {warning}")

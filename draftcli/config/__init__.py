@@ -39,6 +39,7 @@ from draftcli.config.schema import (
     SchedConfig,
     ShardingConfig,
     TrainerConfig,
+    trained_signs,
 )
 from draftcli.config.section import Precision, expand_home
 
@@ -84,5 +85,6 @@ __all__ = [
     "section_names",
     "settings_schema",
     "settings_sections",
+    "trained_signs",
     "without_effect",
 ]

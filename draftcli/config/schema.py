@@ -182,6 +182,11 @@ class RewardConfig(RewardSource):
     image. The paper takes 0.01."""
 
 
+def trained_signs(weights: dict[str, float]) -> dict[str, int]:
+    """The rewards that `weights` train on, in their order: 1 where higher scores are wanted, -1 where lower."""
+    return {name: 1 if weight > 0 else -1 for name, weight in weights.items() if weight}
+
+
 def _weight_alone(value: Any) -> Any:
     return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -384,6 +389,11 @@ class Config(Section):
     monitor: MonitorConfig = MonitorConfig()
     sharding: ShardingConfig = ShardingConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @property
+    def trained(self) -> dict[str, int]:
+        """As `trained_signs` has it."""
+        return trained_signs({name: reward.weight for name, reward in self.rewards.items()})
 
     @property
     def held_out(self) -> dict[str, RewardSource]:

@@ -23,6 +23,7 @@ from draftcli.evaluation.figures import (
 from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Gallery, Item
 from draftcli.metrics.hacking import RewardMean, SignChange, Standing, find_hacking
+from draftcli.metrics.roles import reward_role, trained_in_words
 from draftcli.metrics.statistics import has_interval
 
 FEW_PROMPTS = 10  # below it intervals are rough
@@ -45,7 +46,7 @@ class ColumnComparison:
         rewards: names of those that judged.
         judge: the reward of the Pareto front and the recommendation.
         prefer: 1 wants the reward alone, 0 diversity alone.
-        trained: those of `rewards` that were trained on.
+        trained: those of `rewards` that were trained on: 1 where higher scores are wanted, -1 where lower.
         figures: by the columns' names.
         fronts: by reward, the columns on its Pareto front with diversity.
         recommendation: by judge and preference.
@@ -56,7 +57,7 @@ class ColumnComparison:
     rewards: Sequence[str]
     judge: str
     prefer: float
-    trained: Sequence[str]
+    trained: Mapping[str, int]
     figures: Mapping[str, Figures]
     fronts: Mapping[str, Sequence[str]]
     recommendation: Recommendation
@@ -70,7 +71,20 @@ class ColumnComparison:
     @property
     def metrics(self) -> list[Metric]:
         """Those that `figures` has, in their order."""
-        return metrics_of(self.rewards)
+        return metrics_of({reward: self.better(reward) for reward in self.rewards})
+
+    def better(self, reward: str) -> int:
+        """1 where higher scores of a reward are better, -1 where lower ones are."""
+        return self.trained.get(reward, 1)
+
+    @property
+    def trained_in_words(self) -> str:
+        """The rewards that were trained on, for people; empty where there are none."""
+        return trained_in_words(self.trained)
+
+    def role(self, reward: str) -> str:
+        """Whether a reward was trained on or held out, and whether lower scores of it are better."""
+        return reward_role(reward, self.trained)
 
     def to_json(self) -> dict[str, Any]:
         """The comparison's part of metrics.json; docs/evaluation.md describes it."""
@@ -95,10 +109,10 @@ def compare(
     columns: Sequence[Gallery],
     items: Sequence[Item],
     measured: Mapping[str, Measured],
-    trained: Sequence[str],
+    trained: Mapping[str, int],
     judge: str,
     prefer: float = 0.5,
-    caution: str = "",
+    cautions: Sequence[str] = (),
 ) -> ColumnComparison:
     """Compare `columns`, the first of which is the base.
 
@@ -106,10 +120,10 @@ def compare(
         columns: what is compared.
         items: prompts and seeds, those of a prompt next to each other.
         measured: by the columns' names.
-        trained: rewards that were trained on.
+        trained: rewards that were trained on: 1 where higher scores are wanted, -1 where lower.
         judge: the reward of the Pareto front and the recommendation.
         prefer: 1 wants the reward alone, 0 diversity alone.
-        caution: about what was measured, to be said before all other warnings.
+        cautions: sentences about what was measured, to be said before all other warnings.
     """
     base = columns[0].name
     prompts = list(dict.fromkeys(item.prompt for item in items))
@@ -118,18 +132,18 @@ def compare(
     figures = {
         c.name: column_figures(c, measured[c.name], None if c.name == base else measured[base], groups) for c in columns
     }
-    fronts = {reward: _front(figures, reward) for reward in rewards}
+    fronts = {reward: _front(figures, reward, trained.get(reward, 1)) for reward in rewards}
     return ColumnComparison(
         columns=columns,
         rewards=rewards,
         judge=judge,
         prefer=prefer,
-        trained=[name for name in trained if name in rewards],
+        trained={name: sign for name, sign in trained.items() if name in rewards},
         figures=figures,
         fronts=fronts,
-        recommendation=recommend(figures, base, judge, fronts[judge], prefer),
+        recommendation=recommend(figures, base, judge, fronts[judge], prefer, trained.get(judge, 1)),
         warnings=[
-            *([caution] if caution else []),
+            *cautions,
             *(
                 f"{name}: identical images, those of {base}: there is no difference."
                 for name, seen in measured.items()
@@ -149,22 +163,26 @@ def pareto_front(x: Sequence[float], y: Sequence[float]) -> np.ndarray:
 
 
 def recommend(
-    figures: Mapping[str, Figures], base: str, judge: str, front: Sequence[str], prefer: float
+    figures: Mapping[str, Figures], base: str, judge: str, front: Sequence[str], prefer: float, better: int = 1
 ) -> Recommendation:
     """The column of the front nearest to the ideal: the best reward with the most diversity of all columns.
 
     Both axes are scaled to [0, 1] over the columns; the distance is sqrt(p (1 - reward)^2 + (1 - p) (1 - diversity)^2)
     with p = `prefer` (compromise programming, Zeleny 1973).
 
-    Only columns whose reward is above the base's are candidates: others cost diversity or buy nothing.
+    Only columns whose reward is better than the base's are candidates: others cost diversity or buy nothing. Where
+    lower scores of the judge are better (`better` -1), its negative is the reward.
     """
     for figure, what in ((figures[base].diversity, "diversity"), (figures[base].reward(judge), judge)):
         if figure.value is None:
             return Recommendation(None, f"{what} was not measured ({figure.why})")
-    candidates = [name for name in front if name != base and (figures[name].reward(judge).difference or 0) > 0]
+    candidates = [name for name in front if name != base and better * (figures[name].reward(judge).difference or 0) > 0]
+    raises, rises = ("raises", "rises") if better > 0 else ("lowers", "falls")
     if not candidates:
-        return Recommendation(None, f"keep {base}: no column raises {judge} and is on its Pareto front with diversity")
-    gain = _scaled({name: f.reward(judge).value for name, f in figures.items()})
+        return Recommendation(
+            None, f"keep {base}: no column {raises} {judge} and is on its Pareto front with diversity"
+        )
+    gain = _scaled({name: None if (v := f.reward(judge).value) is None else better * v for name, f in figures.items()})
     varied = _scaled({name: f.diversity.value for name, f in figures.items()})
 
     def distance(name: str) -> float:
@@ -177,13 +195,13 @@ def recommend(
     text = f"{judge} {figure.difference:+.3g} against {base} ({known})"
     if kept is not None:
         text += f", {kept.words} of its diversity"
-    if figure.direction != 1:
-        text += f"; that {judge} rises at all is not certain"
+    if figure.direction != better:
+        text += f"; that {judge} {rises} at all is not certain"
     return Recommendation(best, text)
 
 
 def warnings(
-    figures: Mapping[str, Figures], base: str, rewards: Sequence[str], trained: Sequence[str], prompts: int
+    figures: Mapping[str, Figures], base: str, rewards: Sequence[str], trained: Mapping[str, int], prompts: int
 ) -> list[str]:
     """What a reader must not overlook, in whole sentences; only what the intervals are sure of."""
     lines = []
@@ -247,10 +265,9 @@ def _base_and_column(
     return [Standing(base, before), Standing(name, now, signs=signs)]
 
 
-def _front(figures: Mapping[str, Figures], reward: str) -> list[str]:
-    x, y = ([_known(figure.value) for figure in axis] for axis in (
-        [f.diversity for f in figures.values()], [f.reward(reward) for f in figures.values()],
-    ))  # fmt: skip
+def _front(figures: Mapping[str, Figures], reward: str, better: int) -> list[str]:
+    x = [_known(f.diversity.value) for f in figures.values()]
+    y = [better * _known(f.reward(reward).value) for f in figures.values()]
     return [name for name, is_on_it in zip(figures, pareto_front(x, y), strict=True) if is_on_it]
 
 

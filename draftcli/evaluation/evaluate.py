@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -27,8 +27,17 @@ from draftcli.evaluation.measure import Judges, Measured, collect, measure
 from draftcli.evaluation.outputs import write_outputs
 from draftcli.evaluation.pictures import Gallery, Item, folder_gallery, items_of, read_entries, read_picture
 from draftcli.evaluation.report import About
-from draftcli.evaluation.request import Request, check_request, command_line, find_compared, find_judges
+from draftcli.evaluation.request import (
+    Request,
+    check_request,
+    command_line,
+    find_compared,
+    find_judges,
+    opposite_aims,
+    trained_by,
+)
 from draftcli.metrics.diversity import NEIGHBOURS
+from draftcli.metrics.roles import trained_in_words
 from draftcli.prompts import read_prompts
 from draftcli.rewards.fingerprint import settings_and_files
 from draftcli.rewards.first_call import ask_once
@@ -98,7 +107,8 @@ def evaluate(
         measured = _measure(galleries, items, judges, output / "measured", ranks, console, progress)
         if not ranks.is_main:
             return None
-        comparison = compare(galleries, items, measured, trained, judge, request.prefer, judges.features.caution)
+        cautions = [*filter(None, [judges.features.caution]), *opposite_aims(sources)]
+        comparison = compare(galleries, items, measured, trained, judge, request.prefer, cautions)
         settings = _settings(request, sources, items, judges, trained)
         about = About(_title(labels[0], judges), settings, _bibtex(request, sources, judges))
         written = write_outputs(output, comparison, about, items, measured)
@@ -119,8 +129,7 @@ def load_judges(rewards: dict[str, RewardSource], features: str | None, sources:
         if isinstance(reward, torch.nn.Module):
             reward.to(device)
     model = sources[0].cfg.model.pretrained if sources else ""
-    trained = {name for source in sources for name in source.cfg.rewards} if sources else set(rewards)
-    chosen = choose_features(features, model, loaded, sorted(trained))
+    chosen = choose_features(features, model, loaded, sorted(trained_by(sources) if sources else rewards))
     return Judges(loaded, chosen.to(device), device, settings_and_files(rewards))
 
 
@@ -240,7 +249,11 @@ def _measure(
 
 
 def _settings(
-    request: Request, sources: Sequence[DrawingSource], items: Sequence[Item], judges: Judges, trained: Sequence[str]
+    request: Request,
+    sources: Sequence[DrawingSource],
+    items: Sequence[Item],
+    judges: Judges,
+    trained: Mapping[str, int],
 ) -> dict[str, str | float]:
     """What a reader needs to repeat it."""
     prompts = len({item.prompt for item in items})
@@ -253,7 +266,7 @@ def _settings(
         "number_of_prompts": prompts,
         "pictures_per_prompt": len(items) // prompts,
         "seeds": f"{min(seeds)} to {max(seeds)}",
-        "trained_on": ", ".join(trained) or "unknown",
+        "trained_on": trained_in_words(trained) or "unknown",
         "held_out": ", ".join(name for name in judges.rewards if name not in trained) or "none",
         "intervals": "95 %, percentile bootstrap over prompts, 10,000 resamples",
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -50,9 +50,9 @@ class Metric:
     about: str = ""
 
     @classmethod
-    def of_reward(cls, name: str) -> Metric:
+    def of_reward(cls, name: str, better: int = 1) -> Metric:
         """The metric of the reward `name`."""
-        return cls(f"reward/{name}", name, "reward", 1, 3)
+        return cls(f"reward/{name}", name, "reward", better, 3)
 
 
 def _diversity(key: str, label: str, digits: int, about: str) -> Metric:
@@ -108,11 +108,15 @@ EVALUATIONS = Metric("evaluations", "UNet evaluations", "cost", -1, 0, "of one i
 SECONDS = Metric("seconds", "seconds", "cost", -1, 2, "of one image, on the machine that generated it")
 
 
-def metrics_of(rewards: Sequence[str]) -> list[Metric]:
-    """Every metric, in the order of metrics.json and of the report."""
+def metrics_of(rewards: Mapping[str, int]) -> list[Metric]:
+    """Every metric, in the order of metrics.json and of the report.
+
+    Args:
+        rewards: by name, 1 where higher scores are better and -1 where lower ones are.
+    """
     return [
-        *map(Metric.of_reward, rewards), *DIVERSITY, PIXELS, *NEIGHBOURHOODS, *DISTANCES, *SIGN_METRICS,
-        EVALUATIONS, SECONDS,
+        *(Metric.of_reward(name, better) for name, better in rewards.items()), *DIVERSITY, PIXELS, *NEIGHBOURHOODS,
+        *DISTANCES, *SIGN_METRICS, EVALUATIONS, SECONDS,
     ]  # fmt: skip
 
 
@@ -165,6 +169,10 @@ class Figure:
     def direction(self) -> int:
         """1 or -1 where the interval of the difference to the base is above or below 0; else 0."""
         return direction(self.difference_low, self.difference_high)
+
+    def wins(self, better: int) -> float | None:
+        """How often it is better than the base, in [0, 1], ties half: `win_rate`, or the rest where less is better."""
+        return self.win_rate if self.win_rate is None or better > 0 else 1 - self.win_rate
 
     def to_json(self) -> dict[str, Any]:
         """The figure in metrics.json: "value" and what applies."""

@@ -83,12 +83,11 @@ def _figures(comparison: ColumnComparison, column: str) -> list[tuple[str, str]]
     found = []
     figures, judge = comparison.figures[column], comparison.judge
     change, kept = figures.reward(judge), figures.diversity.diversity_kept
-    role = "trained on" if judge in comparison.trained else "held out"
     if change.difference is not None:
         low, high = change.difference_low, change.difference_high
         known = low is not None and high is not None and has_interval(low, high)
         interval = f", 95 % {signed(low)} to {signed(high)}" if known else ", no interval"  # type: ignore[arg-type]
-        found.append((signed(change.difference), f"{judge} ({role}){interval}"))
+        found.append((signed(change.difference), f"{judge} ({comparison.role(judge)}){interval}"))
     if kept is not None:
         found.append((f"{100 * kept.share:.3g} %", f"diversity kept, {kept.words.partition(' (')[2].rstrip(')')}"))
     return [(number.replace("−", "-"), words.replace("−", "-")) for number, words in found]

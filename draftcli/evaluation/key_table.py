@@ -53,8 +53,7 @@ def key_table(comparison: ColumnComparison) -> KeyTable:
     """Rewards with their change, interval and wins, the diversity kept, and the cost, of every column."""
     base = comparison.base
     rewards = sorted(comparison.rewards, key=lambda reward: reward != comparison.judge)
-    roles = {reward: "trained on" if reward in comparison.trained else "held out" for reward in rewards}
-    heads = [f"{reward} ({roles[reward]})" for reward in rewards]
+    heads = [f"{reward} ({comparison.role(reward)})" for reward in rewards]
     rows = []
     for name, figures in comparison.figures.items():
         kept = figures.diversity.diversity_kept
@@ -63,19 +62,19 @@ def key_table(comparison: ColumnComparison) -> KeyTable:
         rows.append(
             [
                 name,
-                *(_reward(figures.reward(reward)) for reward in rewards),
+                *(_reward(figures.reward(reward), comparison.better(reward)) for reward in rewards),
                 diversity,
                 "unknown" if cost is None else f"{cost:g}",
             ]
         )
     caption = (
         f"Mean reward of every column, the change against {base} with its 95 % interval over prompts, and the share of "
-        f"pairs in which the column scores higher; diversity in percent of that of {base}; UNet evaluations per image."
+        f"pairs in which the column scores better; diversity in percent of that of {base}; UNet evaluations per image."
     )
     return KeyTable(caption, ["column", *heads, "diversity kept", "UNet evaluations"], rows)
 
 
-def _reward(figure: Figure) -> str:
+def _reward(figure: Figure, better: int) -> str:
     if figure.value is None:
         return "not measured"
     text = significant(figure.value)
@@ -85,7 +84,7 @@ def _reward(figure: Figure) -> str:
     text += f", {signed(figure.difference)}"
     if low is not None and high is not None and has_interval(low, high):
         text += f" ({signed(low)} to {signed(high)})"
-    return text if figure.win_rate is None else f"{text}, wins {100 * figure.win_rate:.3g} %"
+    return text if (wins := figure.wins(better)) is None else f"{text}, wins {100 * wins:.3g} %"
 
 
 def _in_markdown(text: str) -> str:

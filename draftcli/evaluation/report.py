@@ -21,6 +21,7 @@ from draftcli.evaluation.measure import Measured
 from draftcli.evaluation.pictures import Item
 from draftcli.evaluation.plot import Point, clear_front, forest, scatter
 from draftcli.evaluation.verdict import EvaluationVerdict
+from draftcli.metrics.roles import which_is_better
 from draftcli.metrics.statistics import has_interval, or_nan
 from draftcli.pages.embed import EMBEDDED_IMAGES, embedded, is_small
 from draftcli.pages.numbers import signed, significant
@@ -30,7 +31,7 @@ from draftcli.pictures import open_picture
 _TEMPLATE = Path(__file__).parent / "page" / "report.html"
 SCORE_DIGITS = 5  # significant digits of a score inside the page
 GROUPS = {
-    "reward": ("Rewards", "Higher is better. A reward that was trained on cannot judge its own training."),
+    "reward": ("Rewards", "{better}. A reward that was trained on cannot judge its own training."),
     "diversity": ("Diversity", "Among the images of one prompt, on {features}; the mean over prompts."),
     "distance": (
         "Distance from the base",
@@ -83,6 +84,7 @@ def render_page(
         key=key_table(comparison),
         csv=table,
         plots=_plots(comparison),
+        better=_better(comparison),
         groups=_groups(comparison, about),
         settings=[
             (name.replace("_", " ").replace("pictures", "images"), value)
@@ -142,6 +144,7 @@ def _plots(comparison: ColumnComparison) -> list[dict[str, Any]]:
                 {
                     "reward": reward,
                     "trained": reward in comparison.trained,
+                    "role": comparison.role(reward),
                     "svg": scatter(points, f"diversity kept, % of {comparison.base}", y, base_lines=True),
                     "has_front": bool(clear_front(points)),
                 }
@@ -152,7 +155,7 @@ def _plots(comparison: ColumnComparison) -> list[dict[str, Any]]:
 def reward_label(comparison: ColumnComparison, reward: str) -> str:
     """What `reward_points` has on the vertical axis, with its unit."""
     unit = f"% of {comparison.base}" if _is_positive(comparison, reward) else "in the reward's own unit"
-    return f"change of {reward}, {unit}"
+    return f"change of {reward}, {unit}{'' if comparison.better(reward) > 0 else ' (lower is better)'}"
 
 
 def reward_points(comparison: ColumnComparison, reward: str) -> list[Point]:
@@ -205,18 +208,22 @@ def _groups(comparison: ColumnComparison, about: About) -> list[dict[str, Any]]:
             cells = [_cell(found[m], m, reach) for m, reach in zip(metrics, reaches, strict=True)]
             reasons = {cell["why"] for cell in cells}
             rows.append({"name": name, "cells": cells, "alike": reasons.pop() if len(reasons) == 1 else None})
-        note = text.format(features=about.settings["features"], k=about.settings["k"], base=comparison.base)
+        note = text.format(
+            features=about.settings["features"], k=about.settings["k"], base=comparison.base, better=_better(comparison)
+        )
         groups.append({"title": title, "about": note, "metrics": heads, "rows": rows})
     return groups
 
 
 def _head(metric: Metric, comparison: ColumnComparison) -> dict[str, Any]:
     """The head of a table's column."""
-    trained = tag = None
-    if metric.group == "reward":
-        trained = metric.label in comparison.trained
-        tag = "trained on" if trained else "held out"
-    return {**asdict(metric), "tag": tag, "trained": trained}
+    if metric.group != "reward":
+        return {**asdict(metric), "tag": None, "trained": None}
+    return {**asdict(metric), "tag": comparison.role(metric.label), "trained": metric.label in comparison.trained}
+
+
+def _better(comparison: ColumnComparison) -> str:
+    return which_is_better(comparison.rewards, comparison.trained)
 
 
 def _reach(figures: Iterable[Figures], metric: Metric) -> float:
@@ -240,8 +247,8 @@ def _cell(figure: Figure, metric: Metric, reach: float) -> dict[str, Any]:
         better = figure.direction * metric.better
         cell["kind"] = "up" if better > 0 else "down" if better < 0 else ""
         cell["forest"] = forest(value, low, high, reach, cell["kind"])
-        if metric.group == "reward" and figure.win_rate is not None:
-            cell["wins"] = f"{100 * figure.win_rate:.3g} %"
+        if metric.group == "reward" and (wins := figure.wins(metric.better)) is not None:
+            cell["wins"] = f"{100 * wins:.3g} %"
     return cell
 
 
@@ -272,6 +279,7 @@ def _page_data(
         "columns": names,
         "rewards": list(comparison.rewards),
         "judge": comparison.judge,
+        "better": {reward: comparison.better(reward) for reward in comparison.rewards},
         "left": 0,
         "right": names.index(comparison.recommendation.column or names[-1]),
         "small": size if is_small(size) else None,

@@ -135,21 +135,53 @@ def find_compared(request: Request) -> tuple[list[DrawingSource], list[Path]]:
     return sources, folders
 
 
-def find_judges(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[str, RewardSource], list[str]]:
-    """Every judge with its settings, and the names of those that were trained on.
+def find_judges(request: Request, sources: Sequence[DrawingSource]) -> tuple[dict[str, RewardSource], dict[str, int]]:
+    """Every judge with its settings, and those that were trained on as `trained_by` has them.
+
+    The judges are in the order of the report: those that were trained on, held-out ones, those of weight 0, and those
+    that were asked for beside them.
 
     Raises:
         InputError: nothing has that name, or nobody judges.
     """
-    rewards: dict[str, RewardSource] = {}
+    settings: dict[str, RewardSource] = {}
     for source in sources:
-        rewards |= source.cfg.rewards
-    trained = list(rewards)
-    for held_out in (*(source.cfg.held_out for source in sources), dict.fromkeys(request.rewards)):
-        rewards |= {name: setting or RewardSource() for name, setting in held_out.items() if name not in rewards}
+        settings |= source.cfg.rewards
+    trained = trained_by(sources)
+    rewards = {name: settings[name] for name in trained}
+    for others in (*(source.cfg.held_out for source in sources), settings, dict.fromkeys(request.rewards)):
+        rewards |= {
+            name: settings.get(name) or setting or RewardSource()
+            for name, setting in others.items()
+            if name not in rewards
+        }
     if not rewards:
         raise InputError("image folders have no rewards; name one, such as --reward pickscore")
     check_sources(rewards)
     if request.judge is not None and request.judge not in rewards:
         raise InputError(f"--judge {request.judge}: the rewards here are {', '.join(rewards)}; add it with --reward")
     return rewards, trained
+
+
+def trained_by(sources: Sequence[DrawingSource]) -> dict[str, int]:
+    """The rewards that any of the runs was trained on, by name: 1 where higher scores are wanted, -1 where lower. Where
+    two runs want opposite ones, the first decides.
+    """
+    trained: dict[str, int] = {}
+    for source in sources:
+        trained |= {name: sign for name, sign in source.cfg.trained.items() if name not in trained}
+    return trained
+
+
+def opposite_aims(sources: Sequence[DrawingSource]) -> list[str]:
+    """A sentence for each reward of which one run wants higher scores and another lower ones."""
+    found = []
+    for name, sign in trained_by(sources).items():
+        first, *others = [source for source in sources if name in source.cfg.trained]
+        if other := next((source for source in others if source.cfg.trained[name] != sign), None):
+            one, opposite = ("higher", "lower") if sign > 0 else ("lower", "higher")
+            found.append(
+                f"{first.name} was trained towards {one} scores of {name} and {other.name} towards {opposite} ones: "
+                f"{one} is taken for better, as the first run has it."
+            )
+    return found

@@ -59,7 +59,10 @@ def find_verdict(comparison: ColumnComparison, prompts: int, images: int) -> Eva
     column = TUNED if TUNED in others else comparison.recommendation.column or others[-1]
     figures, base = comparison.figures[column], comparison.base
     rewards = sorted(comparison.rewards, key=lambda reward: (reward != comparison.judge, reward in comparison.trained))
-    found = [reward_change(reward, figures.reward(reward), _role(comparison, reward)) for reward in rewards]
+    found = [
+        reward_change(reward, figures.reward(reward), comparison.role(reward), comparison.better(reward))
+        for reward in rewards
+    ]
     over = f"Over {prompts} {_plural('prompt', prompts)} with {images} {_plural('image', images)} each"
     changes = "; ".join(filter(None, found)) or "no reward could be measured"
     sentences = [
@@ -69,8 +72,10 @@ def find_verdict(comparison: ColumnComparison, prompts: int, images: int) -> Eva
     return EvaluationVerdict(column, " ".join(filter(None, sentences)), _uses(comparison))
 
 
-def reward_change(reward: str, figure: Figure, role: str) -> str:
-    """What became of a reward, with its interval and how often it is higher; empty where it was not measured."""
+def reward_change(reward: str, figure: Figure, role: str, better: int = 1) -> str:
+    """What became of a reward, with its interval and how often it is higher, or lower where that is better; empty where
+    it was not measured.
+    """
     if figure.value is None or figure.difference is None:
         return ""
     before = figure.value - figure.difference
@@ -79,7 +84,8 @@ def reward_change(reward: str, figure: Figure, role: str) -> str:
     if low is None or high is None or not has_interval(low, high):
         return f"{reward} ({role}) goes {values}, and there is no interval to judge that by"
     interval = f"{signed(figure.difference)}, 95 % interval {signed(low)} to {signed(high)}"
-    wins = "" if figure.win_rate is None else f"; higher in {100 * figure.win_rate:.3g} % of pairs"
+    rate, side = figure.wins(better), "higher" if better > 0 else "lower"
+    wins = "" if rate is None else f"; {side} in {100 * rate:.3g} % of pairs"
     if not figure.direction:
         return f"{reward} ({role}) does not change measurably ({interval}{wins})"
     verb = "rises" if figure.direction > 0 else "falls"
@@ -89,10 +95,6 @@ def reward_change(reward: str, figure: Figure, role: str) -> str:
 def cost_in_words(kept: DiversityKept | None, base: str) -> str:
     """How much diversity is left; empty where it was not measured."""
     return "" if kept is None else f"{kept.words} of the diversity of {base}"
-
-
-def _role(comparison: ColumnComparison, reward: str) -> str:
-    return "trained on" if reward in comparison.trained else "held out"
 
 
 def _cost(figures: Figures, of_base: Figures, base: str) -> str:
@@ -105,18 +107,19 @@ def _cost(figures: Figures, of_base: Figures, base: str) -> str:
 
 
 def _uses(comparison: ColumnComparison) -> list[Use]:
-    """The balance that `--prefer` asks for, the highest reward, and the most diversity."""
-    judge, base = comparison.judge, comparison.base
+    """The balance that `--prefer` asks for, the best reward, and the most diversity."""
+    judge, base, sign = comparison.judge, comparison.base, comparison.better(comparison.judge)
+    raises, highest = ("raises", "highest") if sign > 0 else ("lowers", "lowest")
     if comparison.figures[base].reward(judge).value is None:
         return []
     picked = comparison.recommendation.column
-    better = [name for name, f in comparison.figures.items() if name != base and f.reward(judge).direction > 0]
-    best = max(better, key=lambda name: comparison.figures[name].reward(judge).value or 0, default=None)
+    better = [name for name, f in comparison.figures.items() if name != base and f.reward(judge).direction == sign]
+    best = max(better, key=lambda name: sign * (comparison.figures[name].reward(judge).value or 0), default=None)
     varied = {name: f.diversity.value for name, f in comparison.figures.items() if f.diversity.value is not None}
     uses = [Use("a balance of reward and diversity", picked or base, _why(comparison, picked or base))]
     if best is None:
-        return [Use("anything", base, f"no column raises {judge} by more than its interval")] if not picked else uses
-    uses.append(Use(f"the highest {judge}", best, _why(comparison, best)))
+        return [Use("anything", base, f"no column {raises} {judge} by more than its interval")] if not picked else uses
+    uses.append(Use(f"the {highest} {judge}", best, _why(comparison, best)))
     if varied:
         most = max(varied, key=lambda name: varied[name])
         certain = most != base and comparison.figures[most].diversity.direction > 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -22,6 +22,7 @@ from draftcli.core.models.recognition import family_of_file, family_of_folder
 from draftcli.core.models.single_file import check_networks
 from draftcli.core.models.weight_files import clean_key, weight_files
 from draftcli.errors import InputError, brief
+from draftcli.export.other_vae import OtherVae
 from draftcli.export.tensors import StoredTensor, stored_tensors
 
 
@@ -56,6 +57,7 @@ class Base:
         zero_terminal_snr: whether it was trained with rescaled betas.
         layout: of a single file: how its tensors are made of ours.
         extra: of a single file: tensors that belong to no network, kept as they are.
+        vae: what the result decodes with instead of the base's own VAE; None: that.
     """
 
     name: str
@@ -65,6 +67,11 @@ class Base:
     zero_terminal_snr: bool
     layout: list[Original] = field(default_factory=list)
     extra: dict[str, StoredTensor] = field(default_factory=dict)
+    vae: OtherVae | None = None
+
+    def take_vae(self, vae: OtherVae) -> None:
+        """Put another VAE in the place of its own."""
+        self.vae, self.tensors["vae"] = vae, dict(vae.tensors)
 
     @property
     def family(self) -> Family:
@@ -78,7 +85,7 @@ class Base:
 
 def family_shapes(family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
     """The same of the model that a family is known by, from its configuration alone."""
-    return _layers(_expected(family.config_folder, family))
+    return _layers(_expected(family.config_folder, family, tuple(family.networks)))
 
 
 def _layers(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -94,7 +101,9 @@ def _layers(shapes: Shapes) -> dict[str, dict[str, tuple[int, ...]]]:
     }
 
 
-def open_base(pretrained: str, config: str | None = None, variant: str | None = None) -> Base:
+def open_base(
+    pretrained: str, config: str | None = None, variant: str | None = None, elsewhere: Sequence[str] = ()
+) -> Base:
     """Find out what the model is made of; nothing but headers is read.
 
     Args:
@@ -102,18 +111,20 @@ def open_base(pretrained: str, config: str | None = None, variant: str | None = 
         config: for a single file, folder with configuration (and, for --format diffusers, tokenizers) of a model of
             its shape; default that of the model that its family is known by.
         variant: which files of a folder, such as fp16.
+        elsewhere: networks that are not read from it; the base is without them.
 
     Raises:
         InputError: nothing is there, it is of no family that we know, it is damaged or incomplete.
     """
     source = model_path(pretrained)
     if source.endswith((".safetensors", ".ckpt")):
-        return _open_single_file(pretrained, Path(checked_file(source, "--base")), config)
-    folder = local_folder(source, variant, "--base")
+        return _open_single_file(pretrained, Path(checked_file(source, "--base")), config, elsewhere)
+    folder = local_folder(source, variant, "--base", elsewhere)
     family = family_of_folder(folder)
-    tensors = {part: _part_of_folder(folder, part, variant) for part in family.networks}
-    expected = _expected(folder, family)
-    for part in family.networks:
+    parts = [part for part in family.networks if part not in elsewhere]
+    tensors = {part: _part_of_folder(folder, part, variant) for part in parts}
+    expected = _expected(folder, family, parts)
+    for part in parts:
         if missing := sorted(expected[part].keys() - tensors[part].keys()):
             raise InputError(f"{folder}: {len(missing)} tensors of {part} are missing, the first is {missing[0]}")
         if odd := sorted(key for key in expected[part] if tensors[part][key].shape != expected[part][key]):
@@ -133,16 +144,18 @@ def _scheduled(folder: Path) -> tuple[str, bool]:
     return prediction, bool(scheduler.get("rescale_betas_zero_snr"))
 
 
-def _open_single_file(name: str, file: Path, config: str | None) -> Base:
+def _open_single_file(name: str, file: Path, config: str | None, elsewhere: Sequence[str]) -> Base:
     family = family_of_file(file)
     folder = Path(model_path(config)) if config else family.config_folder
     if not folder.is_dir():
         raise InputError(f"--config {config}: there is no such folder; give a local diffusers folder of {family.title}")
-    check_networks(file, tuple(family.networks), "--base", family)
-    held = stored_tensors(file)
-    expected, layout = _expected(folder, family), []
-    tensors: dict[str, dict[str, StoredTensor]] = {part: {} for part in family.networks}
-    for part in family.networks:
+    parts = [part for part in family.networks if part not in elsewhere]
+    check_networks(file, parts, "--base", family)
+    unread = tuple(family.original_prefixes[part] for part in elsewhere)
+    held = {key: stored for key, stored in stored_tensors(file).items() if not key.startswith(unread)}
+    expected, layout = _expected(folder, family, parts), []
+    tensors: dict[str, dict[str, StoredTensor]] = {part: {} for part in parts}
+    for part in parts:
         originals = family.original_layout(part, expected[part])
         if missing := [o.key for o in originals if o.key not in held]:
             raise InputError(
@@ -181,9 +194,9 @@ def _part_of_folder(folder: Path, part: str, variant: str | None) -> dict[str, S
     return {clean_key(part, key): stored for key, stored in held.items()}
 
 
-def _expected(config: Path, family: Family) -> dict[str, dict[str, tuple[int, ...]]]:
+def _expected(config: Path, family: Family, parts: Sequence[str]) -> dict[str, dict[str, tuple[int, ...]]]:
     """Every tensor that the configuration wants, with its shape."""
     return {
         part: {clean_key(part, key): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
-        for part, module in modules_on_meta(config, family).items()
+        for part, module in modules_on_meta(config, family, parts).items()
     }

@@ -43,6 +43,7 @@ def merge_card(report: MergeReport, where: str) -> str:
             f"{kind.programs} Made by draftp {report.draftp} from {report.origin} and:",
             "",
             *(f"- {item.name} (scale {item.scale:g})" for item in report.inputs),
+            *([f"- {report.vae} (the VAE, in the place of the base's own)"] if report.vae else []),
             "",
             "```python",
             opening(report.format, where, base, family),

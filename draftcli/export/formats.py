@@ -86,7 +86,6 @@ class OutputFormat(ABC):
         programs: for the card: what it is, and where programs look for it.
         opening: for the card: Python that opens it as `pipe`, {where} standing for its name as a literal. A LoRA's
             finds the model that it is for in `pipe` already.
-        also_verified: lines on what `verify` proves beside its comparisons.
     """
 
     name: ClassVar[str]
@@ -96,10 +95,14 @@ class OutputFormat(ABC):
     is_lora: ClassVar[bool]
     programs: ClassVar[str]
     opening: ClassVar[str]
-    also_verified: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def __init__(self, job: MergeJob) -> None: ...
+
+    @property
+    def also_verified(self) -> tuple[str, ...]:
+        """Lines on what `verify` proves beside its comparisons."""
+        return ()
 
     @abstractmethod
     def write(self, target: Path) -> MergeFigures:
@@ -132,12 +135,17 @@ class ModelFormat(OutputFormat):
 
     needs_base = True
     is_lora = False
-    also_verified = ("vae: bit for bit the base's, encoder included",)
 
     def __init__(self, job: MergeJob) -> None:
         assert job.base is not None, "needs_base"
         self.job, self.base = job, job.base
         self.merger = Merger(job.base, job.changes, job.dtype)
+
+    @property
+    def also_verified(self) -> tuple[str, ...]:
+        """That of the VAE."""
+        whose = f"that of model.vae {self.base.vae.name}" if self.base.vae else "the base's"
+        return (f"vae: bit for bit {whose}, encoder included",)
 
     @abstractmethod
     def entries(self) -> Mapping[str, PlannedTensor]:
@@ -180,7 +188,8 @@ class ModelFormat(OutputFormat):
     def verify(self, target: Path) -> list[verify.Comparison]:
         """Every network but the VAE by its output, the VAE by its weights."""
         coarsest = max(self.merger.moved, key=lambda dtype: verify.TOLERANCE.get(dtype, 1.0))
-        return verify.compare_model(self.base.location, self.job.changes, self.location(target), coarsest)
+        base, result = self.base, self.location(target)
+        return verify.compare_model(base.location, self.job.changes, result, coarsest, base.vae)
 
     def _rounding(self) -> dict[str, float]:
         """By dtype written: the norm of what casting moved over the norm of the change."""
@@ -236,6 +245,8 @@ class SingleFile(ModelFormat):
                 f"--format single-file: {self.base.name} predicts the image (sample), and a single file has no mark "
                 "that tells other programs so; use --format diffusers"
             )
+        if self.base.vae:
+            self.base.vae.check_single_file(self.base.name)
 
     def entries(self) -> Mapping[str, PlannedTensor]:
         """By their keys in the original layout."""

@@ -126,6 +126,22 @@ def base_of(inputs: Sequence[MergeInput]) -> tuple[str, str | None, str | None] 
     return next(iter(found), None)
 
 
+def vae_of(inputs: Sequence[MergeInput]) -> tuple[str, str | None] | None:
+    """(model.vae, model.variant) of the runs among `inputs`, or None where they have the VAE of their model.
+
+    Raises:
+        InputError: they were trained with different ones.
+    """
+    runs = [(source.run, source.cfg.model) for source in inputs if source.run and source.cfg]
+    named = list(dict.fromkeys(model.vae or f"that of {model.pretrained}" for _, model in runs))
+    if len(named) > 1:
+        raise InputError(
+            f"the runs were trained with different VAEs ({', '.join(named)}), and a model has one; give the LoRAs' "
+            f"files that are to be merged, such as {runs[0][0].final / LORA_FILE}, with --base MODEL"
+        )
+    return next(((model.vae, model.variant) for _, model in runs if model.vae), None)
+
+
 def base_loras_of(inputs: Sequence[MergeInput]) -> list[str]:
     """model.loras of the runs among `inputs`: what their base has beside the model's own weights, and what their
     networks need on any other model too.

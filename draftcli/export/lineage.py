@@ -92,7 +92,7 @@ def lineage_of_merge(
         zero_terminal_snr=base is not None and base.zero_terminal_snr,
         resolution=trained_resolution(settings[0]) if settings else native_resolution(base, family),
         steps=steps_taken(inputs[0].path) if len(inputs) == 1 else None,
-        rewards=tuple(settings[0].rewards) if len(inputs) == 1 and settings else (),
+        rewards=tuple(settings[0].trained) if len(inputs) == 1 and settings else (),
         date=max((date_of(i.path) for i in inputs), default=None),
     )
 

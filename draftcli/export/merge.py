@@ -23,8 +23,17 @@ from draftcli.export.arguments import check_options
 from draftcli.export.base import Base, family_shapes, open_base
 from draftcli.export.card import merge_card, push_to_hub
 from draftcli.export.formats import OUTPUT_FORMATS, MergeJob, OutputFormat
-from draftcli.export.inputs import MergeInput, base_loras_of, base_of, find_inputs, read_base_loras, read_changes
+from draftcli.export.inputs import (
+    MergeInput,
+    base_loras_of,
+    base_of,
+    find_inputs,
+    read_base_loras,
+    read_changes,
+    vae_of,
+)
 from draftcli.export.lineage import lineage_of_merge
+from draftcli.export.other_vae import open_vae
 from draftcli.export.report import REPORT, MergeReport, ReportedInput
 from draftcli.export.tensors import Wrote, close_files
 from draftcli.runs import disk_errors
@@ -113,7 +122,10 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
     merged = [ReportedInput(i.text, str(i.path), i.scale * request.scale) for i in inputs]
     report = MergeReport(__version__, output.stem, kind.name, family.name, base.name if base else None, merged)
     listed = ", ".join(f"{i.name} x {i.scale:g}" for i in merged)
-    console.print(f"writing {kind.name} from {listed} (base: {report.origin})")
+    if base is not None and base.vae is not None:
+        report.vae = base.vae.name
+    decoder = f", VAE: {report.vae}" if report.vae else ""
+    console.print(f"writing {kind.name} from {listed} (base: {report.origin}{decoder})")
     job = MergeJob(
         base,
         changes,
@@ -132,7 +144,7 @@ def merge(request: MergeRequest, console: Console) -> MergeResult:
             close_files()  # mapped pages would count beside those of the loaded networks
             console.print("verifying with diffusers' own loader")
             report.verification = result.verify(staged)
-            report.checks += [*(comparison.line() for comparison in report.verification), *kind.also_verified]
+            report.checks += [*(comparison.line() for comparison in report.verification), *result.also_verified]
         if staged.is_dir():
             (staged / REPORT).write_text(report.to_json(), encoding="utf-8")
             (staged / "README.md").write_text(merge_card(report, output.name), encoding="utf-8")
@@ -159,7 +171,11 @@ def _base(
             )
         return None, family, shapes
     pretrained, config, variant = found
-    base = open_base(pretrained, request.config or config, request.variant or variant)
+    vae = None if kind.is_lora else vae_of(inputs)
+    elsewhere = ["vae"] if kind.is_lora or vae else []
+    base = open_base(pretrained, request.config or config, request.variant or variant, elsewhere)
+    if vae:
+        base.take_vae(open_vae(*vae, base.location.config, base.family))
     if not request.base:
         _predicts_as_trained(base, inputs)
     return base, base.family, base.shapes()
@@ -201,6 +217,7 @@ def _output(asked: Path | None, kind: type[OutputFormat], inputs: Sequence[Merge
 
 def _check_output(output: Path, overwrite: bool, inputs: Sequence[MergeInput], base: Base | None) -> None:
     read = [i.path for i in inputs] + ([base.location.path, base.location.config] if base else [])
+    read += base.vae.files.files if base and base.vae else []
     for path in read:
         if output.resolve() == path.resolve() or output.resolve() in path.resolve().parents:
             raise InputError(f"--output {output} is what is read ({path}); choose another")

@@ -55,6 +55,7 @@ class MergeReport:
         family: of the model that it is, or is for.
         base: the model merged into, as the user gave it; None: LoRAs were merged without one.
         inputs: what was merged.
+        vae: what a model decodes with, as model.vae of its run has it; None: with the base's own VAE.
         figures: of the result.
         verification: outputs of the result's networks beside those that were wanted; None: not compared.
         checks: one line for each check that it passed.
@@ -66,6 +67,7 @@ class MergeReport:
     family: str
     base: str | None
     inputs: list[ReportedInput]
+    vae: str | None = None
     figures: MergeFigures = MergeFigures()
     verification: list[Comparison] | None = None
     checks: list[str] = field(default_factory=list)

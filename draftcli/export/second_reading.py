@@ -91,8 +91,7 @@ def _same(one: Tensor, two: Tensor) -> bool:
 
 def _second_reading(file: Path, config: Path, family: Family) -> dict[tuple[str, str], Update]:
     """By network and clean name of the module: each layer that the loaders found in the file."""
-    found = modules_on_meta(config, family)
-    networks = {part: network for part, network in found.items() if part in LORA_PARTS}
+    networks = modules_on_meta(config, family, [part for part in family.networks if part in LORA_PARTS])
     for network in networks.values():
         _hollow(network)
     tensors, metadata = read_tensors(file)

@@ -18,10 +18,12 @@ from draftcli.core.lora.files import LORA_PARTS, Lora, Shapes, Update, attach_lo
 from draftcli.core.lora.reading import read_lora
 from draftcli.core.models.family import Family, tokenizer_folders
 from draftcli.core.models.meta import modules_on_meta
+from draftcli.core.models.vae import load_vae
 from draftcli.core.models.weight_files import clean_key, weight_files
 from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import ModelLocation
 from draftcli.export.inputs import Changes
+from draftcli.export.other_vae import OtherVae
 from draftcli.export.tensors import close_files, stored_tensors
 
 # Largest difference allowed, as a part of the largest value of the output. Rounding of each weight is relative to it
@@ -134,7 +136,9 @@ def _same_update(meant: Update, found: Update) -> bool:
     return bool(((one - two).abs() <= kind.eps * one.abs() + smallest).all())
 
 
-def compare_model(base: ModelLocation, changes: Changes, result: ModelLocation, dtype: torch.dtype) -> list[Comparison]:
+def compare_model(
+    base: ModelLocation, changes: Changes, result: ModelLocation, dtype: torch.dtype, vae: OtherVae | None = None
+) -> list[Comparison]:
     """The result, as diffusers' own loader has it, beside base + adapter; its VAE tensor by tensor.
 
     Args:
@@ -142,9 +146,10 @@ def compare_model(base: ModelLocation, changes: Changes, result: ModelLocation, 
         changes: what was merged.
         result: what was written.
         dtype: of the weights written, for the tolerance.
+        vae: what the result decodes with; None: with the base's own.
 
     Raises:
-        DraftpError: the loader fails, a difference is above tolerance, or the VAE is not the base's bit for bit.
+        DraftpError: the loader fails, a difference is above tolerance, or the VAE is not that one bit for bit.
     """
     touched = {part for part, _ in changes.touched()}
     found = []
@@ -152,11 +157,20 @@ def compare_model(base: ModelLocation, changes: Changes, result: ModelLocation, 
         before, wanted = _base_and_tuned(base, part, changes)
         with _loaded(result, part) as network:
             found.append(_compared(part, before, wanted, _output(network), dtype, part in touched))
-    with _loaded(base, "vae") as one, _loaded(result, "vae") as two:
-        own, other = one.state_dict(), two.state_dict()
-        if own.keys() != other.keys() or not all(torch.equal(own[key], other[key]) for key in own):
-            raise DraftpError(f"{result.path}: its VAE is not the base's")
+    if vae is not None:
+        with _loader_errors(result.path):
+            _check_same_vae(result.path, vae.load(), load_vae(str(result.path), vae.like), f"model.vae {vae.name}")
+    else:
+        with _loaded(base, "vae") as one, _loaded(result, "vae") as two:
+            _check_same_vae(result.path, one, two, "the base's")
     return found
+
+
+def _check_same_vae(result: Path, wanted: Any, found: Any, name: str) -> None:
+    """The same configuration is not asked for: that of a folder is a copy, and a single file has none."""
+    own, other = wanted.float().state_dict(), found.float().state_dict()
+    if own.keys() != other.keys() or not all(torch.equal(own[key], other[key]) for key in own):
+        raise DraftpError(f"{result}: its VAE is not {name}")
 
 
 def compare_lora(base: ModelLocation, lora: Lora, file: Path, dtype: torch.dtype) -> list[Comparison]:
@@ -174,7 +188,7 @@ def compare_lora(base: ModelLocation, lora: Lora, file: Path, dtype: torch.dtype
     import diffusers
 
     pipeline = getattr(diffusers, base.family.pipeline)
-    unet_config = modules_on_meta(base.config, base.family)["unet"].config
+    unet_config = modules_on_meta(base.config, base.family, ["unet"])["unet"].config
     found = []
     for part in lora.parts:
         before, wanted = _base_and_tuned(base, part, Changes([lora]))

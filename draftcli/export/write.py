@@ -19,12 +19,14 @@ from draftcli.core.lora.adapters import ADAPTER_METADATA, stored_settings
 from draftcli.core.lora.files import Lora, Update
 from draftcli.core.models.family import Family, tokenizer_folders
 from draftcli.core.models.original_layout import V_MARKER, ZERO_SNR_MARKER, Original, original_shape, to_original
-from draftcli.core.models.weight_files import WEIGHT_NAMES
+from draftcli.core.models.vae import VAE_CLASS
+from draftcli.core.models.weight_files import WEIGHT_NAMES, clean_key
 from draftcli.core.precision import DTYPES
 from draftcli.errors import DraftpError, InputError, first_line
 from draftcli.export.base import Base, ModelLocation
 from draftcli.export.inputs import Changes
 from draftcli.export.lineage import Lineage, modelspec
+from draftcli.export.other_vae import OtherVae
 from draftcli.export.tensors import PlannedTensor, StoredTensor, Wrote, file_metadata, times, write_safetensors
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -75,8 +77,9 @@ class Merger:
         """The tensors of one part, by the names that its own file has."""
         found = []
         for key, stored in self.base.tensors[part].items():
-            # Text encoders' keys here are those that every version of transformers reads; a folder's may not be.
-            name = key if self.base.location.single_file or part.startswith("text") else stored.key
+            # Text encoders' keys here are those that every version of transformers reads; a folder's may not be. Other
+            # networks keep theirs, where they come from a folder.
+            name = key if part.startswith("text") or clean_key(part, stored.key) != key else stored.key
             found.append(PlannedTensor(name, self.dtype_of(part, stored), stored.shape, partial(self.make, part, key)))
         return found
 
@@ -87,7 +90,8 @@ class Merger:
             part: {key: stored.shape for key, stored in base.tensors[part].items()} for part in base.family.networks
         }
         if base.location.single_file:
-            layout = base.layout
+            own_vae = base.family.original_layout("vae", shapes["vae"]) if base.vae else []
+            layout = [*base.layout, *own_vae]
         else:
             layout = [o for part in base.family.networks for o in base.family.original_layout(part, shapes[part])]
         found = [self._original_entry(original, shapes[original.part]) for original in layout]
@@ -129,7 +133,8 @@ def write_single_file(merger: Merger, file: Path, lineage: Lineage, wrote: Wrote
     base = merger.base
     metadata = file_metadata(base.location.path) if base.location.single_file else {}
     metadata = {key: value for key, value in metadata.items() if "hash" not in key}
-    metadata |= modelspec(replace(lineage, merged_from=(base.name, *lineage.merged_from)))
+    other = (base.vae.name,) if base.vae else ()
+    metadata |= modelspec(replace(lineage, merged_from=(base.name, *lineage.merged_from, *other)))
     write_safetensors(file, merger.original_entries(), metadata, wrote)
 
 
@@ -147,6 +152,8 @@ def write_folder(merger: Merger, folder: Path, shard_size: int, wrote: Wrote) ->
     source = _with_tokenizers(base.location) if base.location.single_file else base.location.config
     _copy_all_but_weights(source, folder, base.family)
     _write_scheduler(base, folder / "scheduler" / "scheduler_config.json")
+    if base.vae is not None:
+        _write_vae_configuration(base.vae, folder)
     for part in base.family.networks:
         (folder / part).mkdir(exist_ok=True)
         _write_shards(folder / part, WEIGHT_NAMES[part], merger.entries(part), shard_size, wrote)
@@ -245,6 +252,16 @@ def _copy_all_but_weights(source: Path, folder: Path, family: Family) -> None:
             weights = ".index." in file.name or file.suffix not in {".json", ".txt"}
             if file.is_file() and not (weights and part in family.networks):
                 shutil.copyfile(file, folder / part / file.name)
+
+
+def _write_vae_configuration(vae: OtherVae, folder: Path) -> None:
+    """That of a VAE from elsewhere; the base may have none, or one of another class."""
+    index = folder / "model_index.json"
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    if parts.get("vae") != (entry := ["diffusers", VAE_CLASS]):
+        index.write_text(json.dumps(parts | {"vae": entry}, indent=2), encoding="utf-8")
+    (folder / "vae").mkdir(exist_ok=True)
+    shutil.copyfile(vae.config_file, folder / "vae" / "config.json")
 
 
 def _write_scheduler(base: Base, file: Path) -> None:

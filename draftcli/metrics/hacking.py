@@ -16,13 +16,15 @@ base's, which has gained nothing: the fall is then the difference itself, and it
 the interval lies below 0 (exactly so where the difference is in its middle). Without an interval there is no verdict.
 
 A trained reward can fall too: while another trained one rises, or while it rises on the prompts of the training itself.
+Where lower scores of a reward are wanted, the rule takes its negative, which it calls `-NAME`. A reward of weight 0 is
+a judge as one that is held out.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from draftcli.metrics.statistics import direction, has_interval, or_nan
@@ -172,19 +174,20 @@ class Hacking:
         return f"{'; '.join(falls)}: this looks like reward hacking"
 
 
-def find_hacking(history: Sequence[Standing], trained: Collection[str]) -> Hacking | None:
+def find_hacking(history: Sequence[Standing], trained: Mapping[str, int]) -> Hacking | None:
     """Whether the newest standing looks like reward hacking; the rule is at the top of this file.
 
     Args:
         history: the newest last; at least one.
-        trained: names of the rewards that are trained on.
+        trained: the rewards that are trained on, by name: 1 where higher scores are wanted, -1 where lower.
 
     Returns:
         None where nothing does.
     """
-    *earlier, now = history
-    falls = [fall for name in now.rewards if (fall := _fall(name, earlier, now, trained)) is not None]
-    signs, rose = _signs_that_convict(now, trained)
+    *earlier, now = [_higher_is_better(standing, trained) for standing in history]
+    wanted = [_wanted(name, trained) for name in trained]
+    falls = [fall for name in now.rewards if (fall := _fall(name, earlier, now, wanted)) is not None]
+    signs, rose = _signs_that_convict(now, wanted)
     return Hacking(tuple(falls), signs, rose) if falls or signs else None
 
 
@@ -193,6 +196,22 @@ def sign_changes(line: Mapping[str, Any]) -> list[SignChange]:
     figures = {"diversity": line.get("diversity"), **(line.get("signs") or {})}
     keys = ("base", "tuned", "low", "high")
     return [SignChange(name, *(or_nan(f.get(key)) for key in keys)) for name, f in figures.items() if f]
+
+
+def _wanted(name: str, trained: Mapping[str, int]) -> str:
+    """What is to rise: the reward, or `-NAME` where lower scores of it are wanted."""
+    return f"-{name}" if trained.get(name, 1) < 0 else name
+
+
+def _higher_is_better(standing: Standing, trained: Mapping[str, int]) -> Standing:
+    """The same with the negative of each reward whose lower scores are wanted."""
+    rewards = {
+        _wanted(name, trained): RewardMean(-reward.mean, -reward.high, -reward.low, -reward.gained)
+        if trained.get(name, 1) < 0
+        else reward
+        for name, reward in standing.rewards.items()
+    }
+    return replace(standing, rewards=rewards)
 
 
 def _fall(name: str, earlier: Sequence[Standing], now: Standing, trained: Collection[str]) -> Fall | None:

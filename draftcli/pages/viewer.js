@@ -39,11 +39,15 @@ const signed = (value) => (value > 0 ? "+" : "") + number(value);
 
 // ---- which rows, and in which order
 
+const better = (reward) => data.better?.[reward] ?? 1; // -1 where lower scores are better
+const gain = (item, reward, left, right) => better(reward) * change(item, reward, left, right);
+const kind = (by, reward) => (by * better(reward) > 0 ? "up" : by * better(reward) < 0 ? "down" : "");
+
 const showable = () => data.items.filter((item) => item.pictures);
 
 function ranked({ left, right, reward }) {
   const known = showable().filter((item) => change(item, reward, left, right) !== null);
-  return known.sort((a, b) => change(a, reward, left, right) - change(b, reward, left, right) || a.number - b.number);
+  return known.sort((a, b) => gain(a, reward, left, right) - gain(b, reward, left, right) || a.number - b.number);
 }
 
 function take(items, count, used) { // one row a prompt
@@ -61,10 +65,11 @@ function spread(now) {
   const far = (item) => Math.abs(change(item, now.reward, now.left, now.right) - middle);
   const worst = take(order, count, used), best = take([...order].reverse(), count, used);
   const between = take([...order].sort((a, b) => far(a) - far(b) || a.number - b.number), count, used);
+  const [falls, rises] = better(now.reward) > 0 ? ["falls", "rises"] : ["rises", "falls"];
   const prompts = new Set(order.map((item) => item.prompt)).size;
   return {
-    groups: [["Worst: " + now.reward + " falls most or rises least", worst], ["Middle: around the median change", between],
-      ["Best: " + now.reward + " rises most", best]].filter(([, items]) => items.length),
+    groups: [[`Worst: ${now.reward} ${falls} most or ${rises} least`, worst], ["Middle: around the median change", between],
+      [`Best: ${now.reward} ${rises} most`, best]].filter(([, items]) => items.length),
     rest: used.size < prompts,
   };
 }
@@ -115,7 +120,7 @@ function scoreOf(item, reward, column, left) {
   if (!reward || !item.scores[reward]) return null;
   const by = column === left ? null : change(item, reward, left, column);
   return make("span", { className: "name" }, `${reward} ${number(item.scores[reward][column])} `,
-    make("span", { className: by > 0 ? "up" : by < 0 ? "down" : "", textContent: by === null ? "" : signed(by) }));
+    make("span", { className: kind(by, reward), textContent: by === null ? "" : signed(by) }));
 }
 
 function sideBySide(item, columns, open, score = () => null) {
@@ -166,7 +171,7 @@ function slider(item, left, right, enlarge, edge, key) {
 function scores(item, reward, left, right) {
   const by = change(item, reward, left, right);
   return make("p", { className: "scores" }, `${reward} ${number(item.scores[reward]?.[left])} → ${number(item.scores[reward]?.[right])} `,
-    make("span", { className: by > 0 ? "up" : by < 0 ? "down" : "", textContent: by === null ? "" : signed(by) }));
+    make("span", { className: kind(by, reward), textContent: by === null ? "" : signed(by) }));
 }
 
 function card(item, { left, right, reward, view }, underPrompt) {

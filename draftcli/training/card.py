@@ -90,7 +90,12 @@ def _is_built_in(lora: Path) -> bool:
 
 
 def _goes_with(cfg: Config) -> list[str]:
-    """What the weights need beside the base model; by content, as files are called otherwise elsewhere."""
+    """What the weights need beside the base model; LoRAs by content, as files are called otherwise elsewhere."""
+    vae = [f"Its images were decoded with the VAE {cfg.model.vae} (model.vae), not with the base model's.", ""]
+    return [*_goes_with_loras(cfg), *(vae if cfg.model.vae else [])]
+
+
+def _goes_with_loras(cfg: Config) -> list[str]:
     if not cfg.model.loras:
         return []
     hashes = list(base_loras_contents(cfg.model.loras).values())
@@ -153,7 +158,7 @@ def model_card(
         card_head(cfg, title, validation, sheet).strip(),
         "---",
         "",
-        f"# {cfg.model.pretrained} tuned on {', '.join(cfg.rewards)} with DRaFT+",
+        f"# {cfg.model.pretrained} tuned on {', '.join(cfg.trained)} with DRaFT+",
         "",
         (
             f"Made by draftp {__version__}: {step} steps of {cfg.trainer.global_batch_size} images, "
@@ -190,12 +195,13 @@ def model_card(
             "| reward | base | tuned | difference | 95 % interval | trained on |",
             "|---|---|---|---|---|---|",
         ]
+        yes = {1: "yes", -1: "yes, lower is better"}
         for name, figures in validation["rewards"].items():
             f = {key: or_nan(value) for key, value in figures.items()}
             interval = f"{f['low']:+.4f} to {f['high']:+.4f}" if has_interval(f["low"], f["high"]) else "none"
             lines.append(
                 f"| {name} | {f['base']:.4f} | {f['tuned']:.4f} | {f['difference']:+.4f} | "
-                f"{interval} | {'yes' if name in cfg.rewards else 'no'} |"
+                f"{interval} | {yes.get(cfg.trained.get(name, 0), 'no')} |"
             )
         f = {key: or_nan(value) for key, value in validation["diversity"].items()}
         lines += [

@@ -12,6 +12,7 @@ from draftcli.config import Config, is_hub_id
 from draftcli.core.models.family import Family
 from draftcli.core.models.places import BUILT_IN, card_base
 from draftcli.core.models.recognition import family_of
+from draftcli.metrics.roles import reward_role
 from draftcli.metrics.statistics import has_interval
 from draftcli.runs import ValidationLine
 from draftcli.training.result import diversity_kept
@@ -74,11 +75,10 @@ def _results(cfg: Config, validation: ValidationLine) -> list[EvalResult]:
     for name, figures in validation["rewards"].items():
         if not (_is_known(figures["base"]) and _is_known(figures["tuned"])):
             continue
-        trained = "trained on" if name in cfg.rewards else "held out"
         args = {"base": figures["base"], "change": figures["difference"]}
         if has_interval(figures["low"], figures["high"]):
             args |= {"change_95_percent_low": figures["low"], "change_95_percent_high": figures["high"]}
-        results.append(result(name, f"{name}, {trained}", figures["tuned"], args))
+        results.append(result(name, f"{name}, {reward_role(name, cfg.trained)}", figures["tuned"], args))
     if (kept := diversity_kept(validation)) is not None:
         args = {"low": kept.low, "high": kept.high} if has_interval(kept.low, kept.high) else {}
         results.append(result("diversity-kept", "diversity in pixels, as a share of the base's", kept.share, args))

@@ -91,7 +91,7 @@ def _write_kohya_file(folder: Path, run: Run, step: int, trainer: Trainer) -> st
         zero_terminal_snr=parts.zero_terminal_snr,
         resolution=trained_resolution(trainer.cfg),
         steps=step,
-        rewards=tuple(trainer.cfg.rewards),
+        rewards=tuple(trainer.cfg.trained),
         date=date_of(folder / LORA_FILE),
     )
     file = folder / run.kohya_file.name

@@ -12,9 +12,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from draftcli.config import Config, MonitorConfig
+from draftcli.config import Config, MonitorConfig, trained_signs
 from draftcli.errors import InputError
-from draftcli.metrics.hacking import Hacking, RewardMean, Standing, find_hacking, sign_changes
+from draftcli.metrics.hacking import Hacking, Standing, find_hacking, sign_changes
 from draftcli.metrics.statistics import or_nan
 from draftcli.runs import Run, ValidationLine
 
@@ -60,6 +60,11 @@ class Monitor:
         return cls(cfg.monitor, weights, cfg.held_out, normalised)
 
     @property
+    def trained(self) -> dict[str, int]:
+        """As `trained_signs` has it."""
+        return trained_signs(self.weights)
+
+    @property
     def can_stop(self) -> bool:
         """Whether it may end the run."""
         return bool(self.held_out) if self.rule.stop is None else self.rule.stop == "hacking"
@@ -99,36 +104,20 @@ class Monitor:
         # The last step as well: where the next validation is well again, all that raised no alarm may be gone back to.
         causes = {self._cause(history, alarms), history[-1]["step"]}
         for name in {name for line in history for name in line["rewards"]}:
-            sign = math.copysign(1, self.weights.get(name, 1))
+            sign = self.trained.get(name, 1)
             means = {line["step"]: sign * _mean(line, name) for line in history if not math.isnan(_mean(line, name))}
             causes |= {max(means, key=means.__getitem__)} if means else set()
         return {self._best(history, alarms, cause) for cause in causes} - {0}
 
     def _verdicts(self, history: Sequence[ValidationLine]) -> list[Hacking | None]:
         """The verdict of the rule at each validation, as it was then."""
-        standings = [self._standing(line) for line in history]
+        standings = [Standing.of_validation(line) for line in history]
         # What peft.init_from brought along is not this run's doing.
         begun: set[str] = set()
         if history and not history[0]["step"]:
             begun = {sign.name for sign in standings[0].signs if sign.is_far}
         standings = [replace(s, signs=[sign for sign in s.signs if sign.name not in begun]) for s in standings]
-        trained = [self._wanted(name) for name, weight in self.weights.items() if weight]
-        return [find_hacking(standings[: i + 1], trained) for i in range(len(standings))]
-
-    def _wanted(self, name: str) -> str:
-        """What is to rise: the reward, or `-NAME` where lower scores of it are wanted."""
-        return f"-{name}" if self.weights.get(name, 1) < 0 else name
-
-    def _standing(self, line: ValidationLine) -> Standing:
-        """As the rule takes it: higher is better, whatever the weights."""
-        plain = Standing.of_validation(line)
-        rewards = {
-            self._wanted(name): reward
-            if self._wanted(name) == name
-            else RewardMean(-reward.mean, -reward.high, -reward.low, -reward.gained)
-            for name, reward in plain.rewards.items()
-        }
-        return replace(plain, rewards=rewards)
+        return [find_hacking(standings[: i + 1], self.trained) for i in range(len(standings))]
 
     def _cause(self, history: Sequence[ValidationLine], alarms: Sequence[Hacking | None]) -> int:
         """The last step at which all was well: that of the newest validation, or, where the newest ones in a row raised

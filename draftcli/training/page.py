@@ -15,6 +15,7 @@ import yaml
 
 from draftcli.errors import first_line, warn
 from draftcli.metrics.hacking import sign_changes
+from draftcli.metrics.roles import reward_role
 from draftcli.metrics.statistics import or_nan
 from draftcli.pages.curve import StepCurve, curve_chart
 from draftcli.pages.embed import embedded
@@ -52,9 +53,9 @@ def train_page(run: Run) -> str:
     """The page as text; the run has had at least one validation."""
     settings, monitor = yaml.safe_load(run.config.read_text(encoding="utf-8-sig")), Monitor.of(run.settings())
     validations, steps = run.validations(), run.steps()
-    trained = list(settings["rewards"])
+    trained = monitor.trained
     last = validations[-1]
-    rows = [_reward_row(name, figures, name in trained) for name, figures in last["rewards"].items()]
+    rows = [_reward_row(name, figures, trained) for name, figures in last["rewards"].items()]
     return render_html(
         _TEMPLATE,
         f"{run.folder.name}: training",
@@ -92,19 +93,19 @@ def find_alarms(
     return [text for _, text in sorted(found, key=lambda alarm: alarm[0])]
 
 
-def _reward_row(name: str, figures: Mapping[str, float | None], is_trained: bool) -> dict[str, str | bool]:
+def _reward_row(name: str, figures: Mapping[str, float | None], trained: Mapping[str, int]) -> dict[str, str | bool]:
     values = {key: or_nan(figures[key]) for key in ("base", "tuned", "difference", "low", "high")}
-    has_fallen = values["high"] < 0
+    direction = trained.get(name, 1) * ((values["low"] > 0) - (values["high"] < 0))
     interval = f"{signed(values['low'])} to {signed(values['high'])}" if math.isfinite(values["low"]) else "none"
     return {
         "name": name,
-        "role": "trained on" if is_trained else "held out",
-        "trained": is_trained,
+        "role": reward_role(name, trained),
+        "trained": name in trained,
         "base": significant(values["base"]),
         "tuned": significant(values["tuned"]),
         "change": signed(values["difference"]),
         "interval": interval,
-        "kind": "up" if values["low"] > 0 else "down" if has_fallen else "",
+        "kind": ("", "up", "down")[direction],
     }
 
 
@@ -124,7 +125,7 @@ def _sign_rows(line: ValidationLine) -> list[dict[str, str | bool]]:
     ]
 
 
-def _validation_charts(validations: Sequence[ValidationLine], trained: Sequence[str]) -> list[dict[str, str]]:
+def _validation_charts(validations: Sequence[ValidationLine], trained: Mapping[str, int]) -> list[dict[str, str]]:
     """Each reward on the held-out prompts, the held-out ones first, and the diversity kept."""
     steps = [line["step"] for line in validations]
     charts = []
@@ -134,7 +135,7 @@ def _validation_charts(validations: Sequence[ValidationLine], trained: Sequence[
         values, base = ([or_nan(f.get(key)) for f in figures] for key in ("tuned", "base"))
         low, high = ([b + or_nan(f.get(key)) for f, b in zip(figures, base, strict=True)] for key in ("low", "high"))
         level = next((value for value in reversed(base) if math.isfinite(value)), None)
-        role = "trained on" if name in trained else "held out"
+        role = reward_role(name, trained)
         text = f"{name} ({role}) on validation prompts. Level line: base. Band: 95 % interval of the change."
         charts.append(_chart(StepCurve(steps, values, low, high, level, marked=True), name, text))
     kept = [diversity_kept(line) for line in validations]

@@ -115,10 +115,10 @@ def validation_in_words(line: ValidationLine, held_out: Collection[str] = ()) ->
 
 def side_by_side(line: ValidationLine, cfg: Config) -> str:
     """A validation in one row for the live view: held-out rewards first, then those that are trained on."""
-    names = sorted(line["rewards"], key=lambda name: name in cfg.rewards)
+    names = sorted(line["rewards"], key=lambda name: name in cfg.trained)
     figures = line["rewards"]
     each = [
-        f"{'trained' if name in cfg.rewards else 'held out'} {name} {figures[name]['tuned']:.3f} "
+        f"{'trained' if name in cfg.trained else 'held out'} {name} {figures[name]['tuned']:.3f} "
         f"({figures[name]['difference']:+.3f})"
         for name in names
     ]

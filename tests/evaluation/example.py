@@ -67,7 +67,7 @@ ABOUT = About(f"What {NASTY} bought", {"features": "toy, CLIP image embedding", 
 
 def example_comparison(galleries: list[Gallery], items: list[Item], measured: dict[str, Measured]) -> ColumnComparison:
     """What `draftp eval` would conclude from it."""
-    return compare(galleries, items, measured, ["toy"], "toy_oracle")
+    return compare(galleries, items, measured, {"toy": 1}, "toy_oracle")
 
 
 def write_example(folder: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from draftcli.evaluation.features import load_features
@@ -15,6 +16,7 @@ from tests.cli.test_bad_input import expect
 from tests.command import DRAWN, draftp
 from tests.example_rewards import Red
 
+RED, GREEN = "tests.example_rewards:red", "tests.example_rewards:green"
 TOY = ("--features", "toy")  # in the package; the default, OpenAI's CLIP, would come from the hub
 
 
@@ -58,6 +60,35 @@ def test_bare_eval_compares_the_newest_run(lora_run):
     assert [item["prompt"] for item in data["items"]] == [prompt for prompt in DRAWN for _ in range(2)]
     assert all((output / file).is_file() for file in data["pictures"]["linear"]["files"])
     assert "warning: Only 3 prompts" in result.out
+
+
+def copy_of_run(run_folder, name, weights):
+    """A copy of a run whose settings say that it was trained with other weights of rewards."""
+    shutil.copytree(run_folder, name)
+    config = Path(name) / "config.yaml"
+    settings = yaml.safe_load(config.read_text(encoding="utf-8"))
+    settings["rewards"] = {reward: {"weight": weight} for reward, weight in weights.items()}
+    config.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return name
+
+
+def test_weights_of_rewards_say_what_was_trained_on_and_which_way(lora_run):
+    """A reward of weight 0 judges as one that is held out, and lower scores are better where the weight is below 0."""
+    one = copy_of_run(lora_run, "one", {RED: -1, GREEN: 0})
+    other = copy_of_run(lora_run, "other", {RED: 2})
+    result = run(one, other, "--num-images", 2, "--weight", "base", "--output", "out")
+    data = json.loads(Path("out/metrics.json").read_text(encoding="utf-8"))
+    assert (data["trained"], data["judge"]) == ([RED], GREEN)
+    assert [(metric["label"], metric["better"]) for metric in data["metrics"][:2]] == [(RED, -1), (GREEN, 1)]
+    assert data["settings"]["trained_on"] == f"{RED} (lower is better)"
+    assert data["settings"]["held_out"] == GREEN
+    assert f"trained on: {RED} (lower is better); *" in " ".join(result.out.split())
+    assert (
+        f"one was trained towards lower scores of {RED} and other towards higher ones: lower is taken for better, "
+        "as the first run has it." in data["warnings"]
+    )
+    report = Path("out/report.html").read_text(encoding="utf-8")
+    assert report.count("trained on, lower is better") >= 3, "in the verdict, the key table and the details"
 
 
 def test_what_is_there_is_not_done_again(lora_run):

@@ -80,7 +80,7 @@ def test_lost_diversity_is_said_where_it_is_certain(result, features, pixels, wo
         key: Figure(share, kept=share, kept_low=low, kept_high=high) for key, (share, low, high) in shares.items()
     }
     column = Figures({**result.figures["base"].by_key, **changed})
-    said = warnings({"base": result.figures["base"], "tuned": column}, "base", [], [], 50)
+    said = warnings({"base": result.figures["base"], "tuned": column}, "base", [], {}, 50)
     assert (words is None and not said) or words in " ".join(said)
 
 
@@ -101,15 +101,29 @@ def test_all_that_drifts_in_a_column_is_one_line(result):
             factor * value, difference=change, difference_low=change - 0.01, difference_high=change + 0.01
         )
     figures = {**result.figures, "tuned": Figures(changed)}
-    said = [line for line in warnings(figures, "base", ["toy"], ["toy"], 50) if "times the base's" in line]
+    said = [line for line in warnings(figures, "base", ["toy"], {"toy": 1}, 50) if "times the base's" in line]
     assert len(said) == 1
     assert "tuned: saturation is 2 times the base's, contrast is 0.5 times the base's" in said[0]
 
 
 def test_the_preference_moves_the_recommendation(example):
     galleries, items, measured = example
-    chosen = [compare(galleries, items, measured, ["toy"], "toy", prefer).recommendation.column for prefer in (0, 1)]
+    chosen = [compare(galleries, items, measured, {"toy": 1}, "toy", prefer).recommendation.column for prefer in (0, 1)]
     assert chosen == ["power_2", "tuned"]
+
+
+@pytest.mark.parametrize("prefer", [0.5, 1])
+@pytest.mark.parametrize("judge", ["toy", "toy_oracle"])
+def test_where_lower_scores_are_wanted_the_conclusions_are_those_of_the_negative(example, judge, prefer):
+    galleries, items, measured = example
+    negative = {n: replace(m, scores={**m.scores, "toy": -m.scores["toy"]}) for n, m in measured.items()}
+    expected = compare(galleries, items, measured, {"toy": 1}, judge, prefer)
+    got = compare(galleries, items, negative, {"toy": -1}, judge, prefer)
+    assert (got.fronts, got.recommendation.column) == (expected.fronts, expected.recommendation.column)
+    assert got.warnings == [line.replace("while toy,", "while -toy,") for line in expected.warnings]
+    assert got.figures["tuned"].reward("toy").difference == -expected.figures["tuned"].reward("toy").difference
+    assert [(m.label, m.better) for m in got.metrics[:2]] == [("toy", -1), ("toy_oracle", 1)]
+    assert got.to_json()["trained"] == ["toy"]
 
 
 def test_where_nothing_gains_the_base_is_recommended():
@@ -120,13 +134,17 @@ def test_where_nothing_gains_the_base_is_recommended():
     got = recommend(figures, "base", "r", ["base", "less"], 0.5)
     assert got.column is None
     assert got.why.startswith("keep base: no column raises r")
+    assert recommend(figures, "base", "r", ["base", "less"], 0.5, better=-1).column == "less"
+    assert recommend(figures, "less", "r", ["base", "less"], 0.5, better=-1).why.startswith(
+        "keep less: no column lowers r"
+    )
 
 
 def test_too_few_pictures_are_said_instead_of_a_number(example):
     galleries, items, measured = example
     few = {name: _first(m, 2 * EACH) for name, m in measured.items()}
     short = [replace(g, files=g.files[: 2 * EACH]) for g in galleries]
-    got = compare(short, items[: 2 * EACH], few, ["toy"], "toy")
+    got = compare(short, items[: 2 * EACH], few, {"toy": 1}, "toy")
     tuned = got.figures["tuned"].by_key
     assert tuned["recall"] == Figure(why="needs 50 images for k = 5, has 10")
     assert tuned["kid"].value is None
@@ -134,7 +152,7 @@ def test_too_few_pictures_are_said_instead_of_a_number(example):
     assert got.warnings[0].startswith("Only 2 prompts")
     one_each = {name: _every(m, EACH) for name, m in measured.items()}
     alone = [replace(g, files=g.files[::EACH]) for g in galleries]
-    got = compare(alone, items[::EACH], one_each, ["toy"], "toy")
+    got = compare(alone, items[::EACH], one_each, {"toy": 1}, "toy")
     assert got.figures["tuned"][VENDI] == Figure(why="needs 2 images a prompt, has 1")
     assert "diversity was not measured" in got.recommendation.why
 
@@ -142,7 +160,7 @@ def test_too_few_pictures_are_said_instead_of_a_number(example):
 def test_a_reward_that_says_nothing_is_said(example):
     galleries, items, measured = example
     silent = {n: replace(m, scores={**m.scores, "mute": np.full(len(items), np.nan)}) for n, m in measured.items()}
-    got = compare(galleries, items, silent, ["toy"], "toy")
+    got = compare(galleries, items, silent, {"toy": 1}, "toy")
     assert got.figures["tuned"].reward("mute").why == "not applicable to these prompts"
     assert got.fronts["mute"] == []
 
@@ -153,7 +171,7 @@ def test_a_copy_of_the_base_is_said_to_be_one_and_nothing_differs(example, promp
     base = galleries[0]
     seen = _first(measured[base.name], prompts * EACH)
     columns = [replace(g, files=base.files[: prompts * EACH]) for g in galleries[:2]]
-    got = compare(columns, items[: prompts * EACH], {g.name: seen for g in columns}, ["toy"], "toy_oracle")
+    got = compare(columns, items[: prompts * EACH], {g.name: seen for g in columns}, {"toy": 1}, "toy_oracle")
     assert got.warnings[0] == "tuned: identical images, those of base: there is no difference."
     assert all("tuned" not in warning for warning in got.warnings[1:])
     assert not any(figure.direction for figure in got.figures["tuned"].by_key.values())
@@ -170,7 +188,7 @@ def test_differences_that_are_all_equal_or_of_one_prompt_are_not_certain(example
     base = _first(measured["base"], count)
     moved = replace(base, scores={name: scores + shift for name, scores in base.scores.items()})
     columns = [replace(g, files=g.files[:count]) for g in galleries[:2]]
-    got = compare(columns, items[:count], {"base": base, "tuned": moved}, ["toy"], "toy")
+    got = compare(columns, items[:count], {"base": base, "tuned": moved}, {"toy": 1}, "toy")
     assert got.figures["tuned"].reward("toy").difference == pytest.approx(shift)
     assert not any("*" in cell(got.figures["tuned"][metric]) for metric in got.metrics)
     assert not any("hacking" in warning for warning in got.warnings)

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from draftcli.evaluation.citations import bibtex
+from draftcli.evaluation.compare import compare
 from draftcli.evaluation.figures import Figure
 from draftcli.evaluation.key_table import KeyTable, key_table
 from draftcli.evaluation.outputs import write_outputs
@@ -159,6 +161,29 @@ def test_the_verdict_quotes_the_figures(written):
     assert f"higher in {100 * figures.reward('toy').win_rate:.3g} % of pairs" in verdict.sentence
     assert verdict.sentence.endswith(f"It keeps {kept.words} of the diversity of base.")
     assert [use.column for use in verdict.uses] == [comparison.recommendation.column, "linear", "base"]
+
+
+def test_where_lower_scores_are_wanted_the_report_shows_them_as_they_are_and_says_so(written, tmp_path):
+    galleries, items, measured = written[2]
+    negative = {n: replace(m, scores={**m.scores, "toy": -m.scores["toy"]}) for n, m in measured.items()}
+    comparison = compare(galleries, items, negative, {"toy": -1}, "toy")
+    figure = comparison.figures["tuned"].reward("toy")
+    verdict = find_verdict(comparison, len(PROMPTS), EACH)
+    assert "toy (trained on, lower is better) falls from −1.98 to −2.97" in verdict.sentence
+    assert f"lower in {100 * (1 - figure.win_rate):.3g} % of pairs" in verdict.sentence
+    assert [use.purpose for use in verdict.uses][1] == "the lowest toy"
+    assert verdict.uses[1].column == "tuned"
+    table = key_table(comparison)
+    assert list(table.heads[1:3]) == ["toy (trained on, lower is better)", "toy_oracle (held out)"]
+    assert table.rows[1][1].startswith("−2.97, −0.99")
+    assert table.rows[1][1].endswith("wins 100 %")
+    page = write_outputs(tmp_path, comparison, ABOUT, items, negative)["report"].read_text(encoding="utf-8")
+    assert page.count("Higher is better, except for toy") == 2, "above the plots and above the table"
+    assert "own unit (lower is better)" in page
+    assert f'<span class="difference up">{signed(figure.difference)}</span> <span class="interval">wins 100 %' in page
+    data = json.loads(Tags(page).scripts[0])
+    assert data["better"] == {"toy": -1, "toy_oracle": 1}
+    assert data["items"][0]["scores"]["toy"][0] < 0
 
 
 @pytest.mark.parametrize(

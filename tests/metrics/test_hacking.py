@@ -40,11 +40,11 @@ HISTORY = [at(0, 0.5, 1.0), at(1, 1.0, 1.2), at(2, 0.99, 1.3)]
     ],
 )
 def test_a_held_out_reward_falls_while_a_trained_one_rises(now: Standing, is_hacking: bool) -> None:
-    assert bool(find_hacking([*HISTORY, now], ["trained"])) == is_hacking
+    assert bool(find_hacking([*HISTORY, now], {"trained": 1})) == is_hacking
 
 
 def test_the_verdict_says_what_fell_since_when_and_what_rose() -> None:
-    verdict = find_hacking([*HISTORY, at(3, 0.7, 1.5)], ["trained"])
+    verdict = find_hacking([*HISTORY, at(3, 0.7, 1.5)], {"trained": 1})
     assert verdict is not None
     assert verdict.falls == (Fall("held_out", 1.0 - 0.7, "step 1", "trained"),)
     assert verdict.sentence("held-out prompts") == (
@@ -54,7 +54,7 @@ def test_the_verdict_says_what_fell_since_when_and_what_rose() -> None:
 
 
 def test_a_first_validation_has_nothing_to_fall_from() -> None:
-    assert find_hacking(HISTORY[:1], ["trained"]) is None
+    assert find_hacking(HISTORY[:1], {"trained": 1}) is None
 
 
 def test_without_a_held_out_reward_the_reward_of_the_training_steps_is_what_rises() -> None:
@@ -62,7 +62,7 @@ def test_without_a_held_out_reward_the_reward_of_the_training_steps_is_what_rise
         Standing(f"step {step}", {"trained": RewardMean(mean, mean - 0.1, mean + 0.1)}, in_training)
         for step, mean, in_training in ((1, 1.0, 1.0), (2, 0.5, 2.0))
     ]
-    verdict = find_hacking(history, ["trained"])
+    verdict = find_hacking(history, {"trained": 1})
     assert verdict is not None
     assert verdict.sentence("held-out prompts").startswith(
         "trained on held-out prompts fell by 0.5 against step 1 while the reward in training rose"
@@ -71,14 +71,14 @@ def test_without_a_held_out_reward_the_reward_of_the_training_steps_is_what_rise
 
 def test_a_line_with_null_is_one_that_could_not_be_measured() -> None:
     line = {"step": 2, "rewards": {"held_out": {"tuned": None, "low": None, "high": None}}, "training_reward": None}
-    assert find_hacking([*HISTORY, Standing.of_validation(line)], ["trained"]) is None
+    assert find_hacking([*HISTORY, Standing.of_validation(line)], {"trained": 1}) is None
 
 
 def test_every_fall_is_named() -> None:
     base = Standing("base", {name: RewardMean(1.0) for name in ("trained", "one", "two")})
     now = {"trained": RewardMean(2.0, 0.9, 1.1), "one": RewardMean(0.5, -0.6, -0.4)}
     for interval, falls in (((-0.21, 0.01), ["one"]), ((-0.15, -0.05), ["one", "two"])):  # 0 inside, 0 outside
-        verdict = find_hacking([base, Standing("now", {**now, "two": RewardMean(0.9, *interval)})], ["trained"])
+        verdict = find_hacking([base, Standing("now", {**now, "two": RewardMean(0.9, *interval)})], {"trained": 1})
         assert verdict is not None
         assert [fall.reward for fall in verdict.falls] == falls
 
@@ -90,7 +90,26 @@ def test_a_held_out_reward_that_rises_is_not_a_trained_one() -> None:
         "one": RewardMean(0.5, -0.6, -0.4),
         "two": RewardMean(2.0, 0.9, 1.1),
     }
-    assert find_hacking([before, Standing("now", rewards)], ["trained"]) is None
+    assert find_hacking([before, Standing("now", rewards)], {"trained": 1}) is None
+
+
+def test_where_lower_scores_are_wanted_the_negative_of_a_reward_rises_and_falls() -> None:
+    """As the same numbers with the other sign do where higher ones are wanted."""
+
+    def flipped(standing: Standing, name: str) -> Standing:
+        was = standing.rewards[name]
+        return Standing(
+            standing.when, {**standing.rewards, name: RewardMean(-was.mean, -was.high, -was.low, -was.gained)}
+        )
+
+    history = [*HISTORY, at(3, held_out=0.7, trained=1.5)]
+    found = find_hacking([flipped(standing, "trained") for standing in history], {"trained": -1})
+    assert found == Hacking((Fall("held_out", 1.0 - 0.7, "step 1", "-trained"),))
+    assert find_hacking([flipped(standing, "trained") for standing in history], {"trained": 1}) is None
+    both = [flipped(standing, "held_out") for standing in history]
+    assert find_hacking(both, {"trained": 1, "held_out": -1}) == Hacking(
+        (Fall("-held_out", 1.0 - 0.7, "step 1", "trained"),)
+    )
 
 
 def change(name: str, base: float, tuned: float, width: float = 0.02) -> SignChange:
@@ -145,7 +164,7 @@ def test_signs_speak_together_and_where_nothing_held_out_agrees(signs, trained, 
     differences = {"trained": trained, **({} if held_out is None else {"held_out": held_out})}
     rewards = {name: RewardMean(1 + by, by - 0.1, by + 0.1) for name, by in differences.items()}
     base = Standing("base", {name: RewardMean(1.0, 0.0, 0.0) for name in rewards})
-    verdict = find_hacking([base, Standing("now", rewards, signs=signs)], ["trained"])
+    verdict = find_hacking([base, Standing("now", rewards, signs=signs)], {"trained": 1})
     assert bool(verdict) == is_hacking
     if verdict is not None:
         assert verdict.signs == tuple(signs)

@@ -8,6 +8,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 import draftcli
+from draftcli.training.card import model_card
 from draftcli.training.card_head import card_head
 from tests.command import WITH_VALIDATION, draftp, recipe
 
@@ -111,3 +112,13 @@ def test_the_card_of_a_run_is_one_that_the_hub_reads(tiny_sdxl):
     assert sheet.read_bytes() == Path("runs/mine/samples/step-000002-sheet.png").read_bytes()
     assert "<Gallery />" in card.text
     assert str(tiny_sdxl.parent) not in str(head_of(card.content))
+
+
+def test_the_card_says_what_was_trained_on_which_way_and_what_decoded():
+    cfg = draftcli.load_config("toy", ["rewards.toy.weight=-1", "rewards.toy_oracle.weight=0", "model.vae=my/vae"])
+    data = {"count": 3, "sha256": 64 * "0"}
+    lines = model_card(cfg, "mine", 20, VALIDATION, data, None).splitlines()
+    assert "# toy tuned on toy with DRaFT+" in lines
+    roles = {line.split(" | ")[0]: line.split(" | ")[-1] for line in lines if line.startswith("| toy")}
+    assert roles == {"| toy": "yes, lower is better |", "| toy_oracle": "no |"}
+    assert "Its images were decoded with the VAE my/vae (model.vae), not with the base model's." in lines

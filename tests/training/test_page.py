@@ -70,6 +70,15 @@ def test_the_page_shows_what_the_run_wrote_down(run):
     assert "http" not in html.replace("http-equiv", "").replace("http://www.w3.org/2000/svg", ""), "nothing is fetched"
 
 
+def test_a_reward_whose_lower_scores_are_wanted_got_better_where_it_fell_and_weight_0_is_held_out(run):
+    weights = {REWARD: {"weight": 0.0}, HELD_OUT: {"weight": -1.0}}
+    run.config.write_text(dump_config(Config.model_validate({"rewards": weights})), encoding="utf-8")
+    html = train_page(run)
+    assert f'{REWARD} <span class="tag ">held out</span>' in html
+    assert f'{HELD_OUT} <span class="tag in">trained on, lower is better</span>' in html
+    assert html.count('<td class="up">') == 2, "one rose and one fell, and both are better for it"
+
+
 def test_alarms_are_those_of_the_run_at_their_steps():
     monitor = Monitor.of(Config.model_validate({"rewards": {REWARD: 1.0}, "held_out_rewards": [HELD_OUT]}))
     assert find_alarms(HISTORY[:2], STEPS[:2], monitor) == []

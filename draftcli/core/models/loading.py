@@ -24,7 +24,7 @@ from draftcli.core.models.meta import read_json
 from draftcli.core.models.places import BUILT_IN, checked_file, model_path
 from draftcli.core.models.recognition import family_of, family_of_folder, family_of_pipeline
 from draftcli.core.models.single_file import check_networks, ensure_taken
-from draftcli.core.models.vae import check_vae_channels, check_vae_class, load_vae
+from draftcli.core.models.vae import check_vae_channels, check_vae_class, load_vae, vae_configuration, vae_place
 from draftcli.core.models.weight_files import ensure_loaded, weight_files
 from draftcli.core.precision import DTYPES
 from draftcli.errors import InputError, first_line
@@ -189,9 +189,7 @@ def _networks_from_elsewhere(cfg: ModelConfig, family: Family, config: str, else
     """Those that are not read from the model's own files; `config` is where its configuration is."""
     given: dict[str, Any] = {}
     if cfg.vae:
-        source = checked_file(cfg.vae, "model.vae") if is_single_file(cfg.vae) else model_path(cfg.vae)
-        has_one = not Path(config).is_dir() or (Path(config) / "vae" / "config.json").is_file()
-        given["vae"] = load_vae(source, config if has_one else str(family.config_folder), cfg.variant)
+        given["vae"] = load_vae(vae_place(cfg.vae), vae_configuration(config, family), cfg.variant)
     if "unet" in elsewhere:
         given["unet"] = _hollow_unet(config)
     return given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ DEPTHS = ("layers_per_block", "transformer_layers_per_block", "num_hidden_layers
 DEEPEST = 100  # SDXL has 32 layers at most; a wrong number here would build networks for ever
 
 
-def modules_on_meta(config: Path, family: Family | None = None) -> dict[str, Any]:
+def modules_on_meta(config: Path, family: Family | None = None, parts: Sequence[str] | None = None) -> dict[str, Any]:
     """The networks of a model, by their names in `Family.networks`, from a folder's configuration.
 
     Args:
         config: the folder, with a folder for each network.
         family: of the model; None: that which the folder tells.
+        parts: which networks; None: all.
 
     Raises:
         InputError: a configuration is missing or not readable.
@@ -29,7 +31,8 @@ def modules_on_meta(config: Path, family: Family | None = None) -> dict[str, Any
     from accelerate import init_empty_weights
 
     family = family or family_of_folder(config)
-    read: dict[str, dict[str, Any]] = {part: read_json(config / part / "config.json") for part in family.networks}
+    parts = tuple(family.networks) if parts is None else parts
+    read: dict[str, dict[str, Any]] = {part: read_json(config / part / "config.json") for part in parts}
     for part, settings in read.items():
         for key in DEPTHS:
             if any(depth > DEEPEST for depth in _numbers(settings.get(key))):
