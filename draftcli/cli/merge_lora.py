@@ -33,6 +33,12 @@ def merge_lora(
     variant: Annotated[
         str | None, typer.Option(metavar="NAME", help="Variant of the base's files, such as fp16.")
     ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="VAE of the merged model: folder, hub id or .safetensors.  [default: the run's]"
+        ),
+    ] = None,
     format_: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="diffusers, single-file, lora or kohya.")
     ] = "diffusers",
@@ -83,7 +89,7 @@ def merge_lora(
     from draftcli.export.arguments import check_arguments, check_options
 
     check_options(format_, scale, dtype, verify)
-    check_arguments(inputs or (), base, config)
+    check_arguments(inputs or (), base, config, vae)
     console = open_console(quiet, debug)
     from draftcli.export.merge import MergeRequest, merge
 
@@ -93,6 +99,7 @@ def merge_lora(
             base=base,
             config=config,
             variant=variant,
+            vae=vae,
             format=format_,
             scale=scale,
             rank=rank,

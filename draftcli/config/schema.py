@@ -173,8 +173,7 @@ class RewardConfig(RewardSource):
     """Divide by the spread of the scores so far: their standard deviation over about the last hundred steps, or largest
     minus smallest. The first step of a run only collects statistics."""
     target: float | None = None
-    """Stop pushing an image whose score is above this: min(score, target). With a negative weight, below this:
-    max(score, target)."""
+    """Stop pushing images that score above this: min(score, target); with a negative weight max(score, target)."""
     robust: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Take the reward's gradient at the worst image within this distance rather than at the image itself (RSA-FT). The
     distance is Euclidean over all values of an image, 0 to 1 each: one of rho moves a value of an H x W image by rho /

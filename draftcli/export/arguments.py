@@ -39,8 +39,8 @@ def check_options(format_: str, scale: float, dtype: str | None, verify: str) ->
         raise InputError(f"--scale {scale:g} would change nothing; give a finite number that is not 0")
 
 
-def check_arguments(inputs: Sequence[str], base: str | None, config: str | None = None) -> None:
-    """See that the inputs, the base and its configuration are there; no inputs mean the newest run.
+def check_arguments(inputs: Sequence[str], base: str | None, config: str | None = None, vae: str | None = None) -> None:
+    """See that the inputs, the base, its configuration and another VAE are there; no inputs mean the newest run.
 
     Raises:
         InputError: one is not, a scale is no number, or there is no run.
@@ -49,10 +49,11 @@ def check_arguments(inputs: Sequence[str], base: str | None, config: str | None 
         parse_input(text)
     if not inputs:
         find_run(None)
-    if base is not None and is_single_file(base):
-        checked_file(base, "--base")
-    elif base is not None and base not in BUILT_IN:
-        check_source("--base", base, "a diffusers folder, a hub id such as OWNER/NAME or a .safetensors file")
+    for option, model in (("--base", base), ("--vae", vae)):
+        if model is not None and is_single_file(model):
+            checked_file(model, option)
+        elif model is not None and model not in BUILT_IN:
+            check_source(option, model, "a diffusers folder, a hub id such as OWNER/NAME or a .safetensors file")
     if config is not None:
         check_source("--config", config, "a diffusers folder or a hub id such as OWNER/NAME")
 

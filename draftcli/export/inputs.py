@@ -136,8 +136,7 @@ def vae_of(inputs: Sequence[MergeInput]) -> tuple[str, str | None] | None:
     named = list(dict.fromkeys(model.vae or f"that of {model.pretrained}" for _, model in runs))
     if len(named) > 1:
         raise InputError(
-            f"the runs were trained with different VAEs ({', '.join(named)}), and a model has one; give the LoRAs' "
-            f"files that are to be merged, such as {runs[0][0].final / LORA_FILE}, with --base MODEL"
+            f"the runs were trained with different VAEs ({', '.join(named)}), and a model has one; say which with --vae"
         )
     return next(((model.vae, model.variant) for _, model in runs if model.vae), None)
 

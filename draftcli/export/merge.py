@@ -48,6 +48,7 @@ class MergeRequest:
         base: model to merge into; None: the run's.
         config: for a single-file base: folder with configuration and tokenizers.
         variant: which files of a base folder, such as fp16.
+        vae: as `model.vae`, of a merged model; None: the runs'.
         format: the output's, a name in OUTPUT_FORMATS.
         scale: multiplies the scales of all inputs; finite and not 0.
         rank: for LoRA formats: at most this much in each layer.
@@ -64,6 +65,7 @@ class MergeRequest:
     base: str | None = None
     config: str | None = None
     variant: str | None = None
+    vae: str | None = None
     format: str = "diffusers"
     scale: float = 1.0
     rank: int | None = None
@@ -84,6 +86,8 @@ class MergeRequest:
         check_options(self.format, self.scale, self.dtype, self.verify)
         if self.rank is not None and not OUTPUT_FORMATS[self.format].is_lora:
             warnings.warn(f"--rank has no effect with --format {self.format}: a merged model has no rank", stacklevel=3)
+        if self.vae is not None and OUTPUT_FORMATS[self.format].is_lora:
+            warnings.warn(f"--vae has no effect with --format {self.format}: a LoRA has no VAE", stacklevel=3)
 
 
 @dataclass
@@ -171,7 +175,7 @@ def _base(
             )
         return None, family, shapes
     pretrained, config, variant = found
-    vae = None if kind.is_lora else vae_of(inputs)
+    vae = None if kind.is_lora else (request.vae, request.variant) if request.vae else vae_of(inputs)
     elsewhere = ["vae"] if kind.is_lora or vae else []
     base = open_base(pretrained, request.config or config, request.variant or variant, elsewhere)
     if vae:

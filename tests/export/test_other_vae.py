@@ -155,10 +155,18 @@ def test_with_another_base_it_goes_along_and_a_loras_file_takes_the_bases_own(ru
     assert same_vae(pipeline(Path("out")).vae, base)
 
 
+def test_another_vae_can_be_given(run, other):
+    mine = with_vae(run, "./gone")
+    merge(mine, "--vae", other, "--output", "out", "--verify", "keys")
+    assert same_vae(pipeline(Path("out")).vae, other)
+    refused(mine, "--vae", "./gone", "--output", "no", words=["--vae", "gone"])
+    merge(mine, "--vae", other, "--format", "lora", "--output", "lora", "--verify", "keys")
+
+
 def test_runs_with_different_vaes_make_no_model_but_one_lora(run, other):
     mine = with_vae(run, other)
     both = (mine, run, "--verify", "keys", "--output")
-    refused(*both, "x", words=["different VAEs", str(other), "--base MODEL", LORA_FILE])
+    refused(*both, "x", words=["different VAEs", str(other), "--vae"])
     merge(*both, "x", "--format", "lora")
 
 

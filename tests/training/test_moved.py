@@ -183,7 +183,16 @@ def test_a_moved_run_draws_and_merges_with_its_base_given_anew(begun: Path, comm
             *("--prompts", f"{second}/held_out.txt", "--num-images", 1, "--features", "toy", *base),
             *("--set", f"rewards.{REWARD}.pretrained={second}/reward"),
         ],
-        "merge-lora": ["--base", f"{second}/base", "--format", "diffusers", "--output", "merged"],
+        "merge-lora": [
+            "--base",
+            f"{second}/base",
+            "--vae",
+            f"{second}/base/vae",
+            "--format",
+            "diffusers",
+            "--output",
+            "merged",
+        ],
     }[command]
     result = draftp(command, "run", *arguments)
     assert result.code == 0, result.err
