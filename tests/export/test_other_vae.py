@@ -160,7 +160,8 @@ def test_another_vae_can_be_given(run, other):
     merge(mine, "--vae", other, "--output", "out", "--verify", "keys")
     assert same_vae(pipeline(Path("out")).vae, other)
     refused(mine, "--vae", "./gone", "--output", "no", words=["--vae", "gone"])
-    merge(mine, "--vae", other, "--format", "lora", "--output", "lora", "--verify", "keys")
+    with pytest.warns(UserWarning, match="--vae has no effect with --format lora"):
+        merge(mine, "--vae", other, "--format", "lora", "--output", "lora", "--verify", "keys")
 
 
 def test_runs_with_different_vaes_make_no_model_but_one_lora(run, other):
