@@ -26,7 +26,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -295,6 +295,26 @@ def _tokenizer(folder: Path, pad_token: str) -> CLIPTokenizer:
     lines = ["#version: 0.2", *(f"{a} {b}" for a, b in _MERGES)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return CLIPTokenizer.from_pretrained(folder, pad_token=pad_token, model_max_length=77)
+
+
+def vae_forms(model: Path, checkpoint: Path, alone: Path) -> dict[str, Path]:
+    """Every form in which the VAE of a model can be given.
+
+    Args:
+        model: a diffusers folder.
+        checkpoint: the same as a single file.
+        alone: where its VAE is written by the original's names.
+    """
+    prefix = "first_stage_model."
+    tensors = {key.removeprefix(prefix): t for key, t in load_file(checkpoint).items() if key.startswith(prefix)}
+    save_file(tensors, alone)
+    return {
+        "folder": model / "vae",
+        "model": model,
+        "diffusers' file": model / "vae" / "diffusion_pytorch_model.safetensors",
+        "original file": alone,
+        "in a checkpoint": checkpoint,
+    }
 
 
 def write_single_file(folder: Path, path: Path) -> Path:

@@ -157,10 +157,10 @@ class LeastGain(WeightedSum):
             if spread is None or scale is None or setting.weight == 0:
                 continue
             held = _until_target(score, setting)
-            gain = ((held - spread.first) * (setting.weight / scale)).masked_fill(silent[name], math.inf).to(like)
-            gains.append(gain)
-            reached = False if setting.target is None else held.detach() == setting.target
-            trained.append(gain.masked_fill(torch.as_tensor(reached, device=gain.device), math.inf))
+            gain = ((held - spread.first) * (setting.weight / scale)).masked_fill(silent[name], math.inf)
+            gains.append(gain.to(like))
+            below = gain if setting.target is None else gain.masked_fill(held == setting.target, math.inf)
+            trained.append(below.to(like))
         least, pushed = (torch.stack(some).min(0).values for some in (gains, trained))
         least, pushed = (some.masked_fill(some == math.inf, 0) for some in (least, pushed))
         return least.detach() + (pushed - pushed.detach())

@@ -13,7 +13,7 @@ from draftcli.config import ModelConfig
 from draftcli.core.models.loading import load_parts
 from draftcli.errors import InputError
 from tests.command import draftp
-from tests.tiny import make_sdxl, write_single_file
+from tests.tiny import make_sdxl, vae_forms, write_single_file
 
 FILE = "diffusion_pytorch_model.safetensors"
 
@@ -128,21 +128,10 @@ def same_decoder(parts, model):
     return found.keys() <= meant.keys() and all(torch.equal(tensor, meant[key]) for key, tensor in found.items())
 
 
-@pytest.mark.parametrize(
-    "form", ["its folder", "the whole model", "a file of diffusers", "a checkpoint", "in a checkpoint"]
-)
+@pytest.mark.parametrize("form", ["folder", "model", "diffusers' file", "original file", "in a checkpoint"])
 def test_every_form_of_the_same_vae(tiny_sdxl, other, form):
     checkpoint = write_single_file(other, Path("whole.safetensors"))
-    prefix = "first_stage_model."
-    alone = {key.removeprefix(prefix): t for key, t in load_file(checkpoint).items() if key.startswith(prefix)}
-    save_file(alone, "sdxl_vae.safetensors")
-    source = {
-        "its folder": other / "vae",
-        "the whole model": other,
-        "a file of diffusers": other / "vae" / FILE,
-        "a checkpoint": "sdxl_vae.safetensors",
-        "in a checkpoint": checkpoint,
-    }[form]
+    source = vae_forms(other, checkpoint, Path("sdxl_vae.safetensors"))[form]
     assert same_decoder(load(tiny_sdxl, source), other)
 
 

@@ -15,7 +15,7 @@ from draftcli.core.lora.adapters import LORA_FILE
 from draftcli.export.formats import OUTPUT_FORMATS
 from tests.core.test_lora_files import ask
 from tests.export.merging import merge, pipeline, refused, report, tuned_unet, weights
-from tests.tiny import make_sdxl, write_single_file
+from tests.tiny import make_sdxl, vae_forms, write_single_file
 
 PREFIX = "first_stage_model."
 FILE = "diffusion_pytorch_model.safetensors"
@@ -73,15 +73,7 @@ def same_vae(found: AutoencoderKL, model: Path) -> bool:
     ],
 )
 def test_a_merged_model_has_the_vae_that_the_run_was_trained_with(run, tiny_sdxl, other, checkpoint, name, form):
-    alone = {key.removeprefix(PREFIX): t for key, t in load_file(checkpoint).items() if key.startswith(PREFIX)}
-    save_file(alone, "alone.safetensors")
-    vae = {
-        "folder": other / "vae",
-        "model": other,
-        "diffusers' file": other / "vae" / FILE,
-        "original file": "alone.safetensors",
-        "in a checkpoint": checkpoint,
-    }[form]
+    vae = vae_forms(other, checkpoint, Path("alone.safetensors"))[form]
     out = merge(with_vae(run, vae), "--format", name, "--output", output_of(name)).out
     assert f"base: {tiny_sdxl}, VAE: {vae})" in out
     assert f"vae: bit for bit that of model.vae {vae}, encoder included" in out
