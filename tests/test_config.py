@@ -151,6 +151,7 @@ def test_a_recipe_that_is_no_file_and_no_preset_names_the_presets():
 @pytest.mark.parametrize(
     "data",
     [
+        {"sampling": {"steps": 2}, "draftp": {"truncation_steps": 3}},
         {"trainer": {"micro_batch_size": 4, "global_batch_size": 10}},
         {"sharding": {"offload": True, "strategy": "fsdp"}},
         {"model": {"quantize": "8bit"}, "peft": {"peft_scheme": "none"}},

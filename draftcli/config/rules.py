@@ -1,6 +1,6 @@
 """What settings forbid each other in a training, and which have no effect beside others.
 
-What only the gradient mode can tell is in core/gradient/mode.py, which asks it.
+What only the gradient mode can tell is in core/gradient/mode.py, which asks it; that imports torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from draftcli.errors import InputError
 Purpose = Literal["training", "drawing"]
 
 
+USE_K = ("last_k", "low_variance")  # gradient modes with `uses_k`; named here, a wrong K costs no import of torch
 NOISY = ("euler_ancestral", "lcm")  # samplers that add fresh noise after each step but the last
 
 
@@ -39,7 +40,9 @@ def contradictions(cfg: Config) -> Iterator[str]:
 def conflicts(cfg: Config) -> Iterator[str]:
     """Why the settings cannot train, each reason in one line."""
     yield from contradictions(cfg)
-    sharding = cfg.sharding
+    steps, k, sharding = cfg.sampling.steps, cfg.draftp.truncation_steps, cfg.sharding
+    if k > steps and cfg.draftp.gradient_mode[0] in USE_K:
+        yield f"draftp.truncation_steps is {k}, sampling.steps {steps}: K can be at most {steps}"
     try:
         check_batch_size(cfg)
     except InputError as error:

@@ -130,7 +130,7 @@ def steps_of(cfg: Config, folder: Path, images: int) -> dict[Phase, int]:
     mode, again = make_mode(cfg), recomputes_steps(cfg)
     k = mode.longest
     sampling = _guidance(cfg, range(cfg.sampling.steps - k, cfg.sampling.steps))
-    draftp = {"gradient": "last_k"} if mode.like_last_k else {}
+    draftp = {"gradient": "last_k", "truncation_steps": k} if mode.like_last_k else {}
     model = {"vae_tile": None} if cfg.sharding.two_stage else {}
     settings = _relevant(cfg, images, draftp=draftp, sampling=sampling, model=model)
     rewards = ((), ()) if cfg.sharding.two_stage else (_named(cfg.rewards), _asked_in_training(cfg))

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from draftcli.config import Config
+from draftcli.config.rules import USE_K
 from draftcli.core.backward import Piece, Work
 from draftcli.core.draftp import SDXLDRaFTPModel, training_step
 from draftcli.core.gradient.last_k import LastK
@@ -57,6 +58,12 @@ def assert_same(found, expected):
 
 def test_the_modes_are_there():
     assert mode_names() == ["drtune", "last_k", "low_variance", "matching", "random_k", "refl", "sparse"]
+
+
+@every_mode
+def test_the_rules_know_which_modes_use_k(tiny_sdxl, name):
+    mode = make_mode(tiny_config(tiny_sdxl, draftp={"gradient": name}))
+    assert mode.uses_k == (name in USE_K)
 
 
 @every_mode
