@@ -57,7 +57,7 @@ def do_jobs(run: Run[_Job], groups: Iterable[Sequence[_Job]], folder: Path, proc
     os.environ["OMP_NUM_THREADS"] = "1"
     until = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         for group in groups:
             for line in pool.map(partial(_in_time, run, folder, until), group):
                 print(line, flush=True)
