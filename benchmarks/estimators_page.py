@@ -118,6 +118,30 @@ def efficiency(results: Results) -> list[str]:
     return lines
 
 
+def seconds(results: Results) -> list[str]:
+    """The same in seconds of training steps."""
+    first, recipe = (curve(runs(results, arm), "toy")[-1] for arm in (FIRST, RECIPE))
+    whole = curve(runs(results, FIRST), "seconds")[-1]
+    titles = ("an image", "the whole budget", f"to {first:.2f}", "of DRaFT-1's", f"to {recipe:.2f}")
+    lines = head("mode, seconds", *titles)
+    for arm, name in NAMES.items():
+        some = runs(results, arm)
+        if not some:
+            continue
+        last = curve(some, "seconds")[-1]
+        images = some[0]["curve"][-1]["evaluations"] / some[0]["evaluations_an_image"]
+        needed = at_reward(some, first, "seconds") if arm != FIRST else whole
+        cells = [
+            f"{last / images:.3f}",
+            f"{last:.0f}",
+            number(needed, ".0f"),
+            number(needed / whole, ".0%", ""),
+            number(at_reward(some, recipe, "seconds"), ".0f"),
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
 def end_of_budget(results: Results) -> list[str]:
     """At the end of equal budgets, beside the recipe, in pairs."""
     recipe = runs(results, RECIPE)
@@ -182,6 +206,7 @@ def protocol(results: Results) -> list[str]:
 
 TABLES = {
     "efficiency": efficiency,
+    "seconds": seconds,
     "end_of_budget": end_of_budget,
     "sweep": sweep,
     "fidelity": fidelity,
@@ -191,8 +216,8 @@ TABLES = {
 
 
 def draw(results: Results, picture: Path) -> None:
-    """Learned reward against evaluations, and the oracle against the learned reward."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5.2), constrained_layout=True)
+    """Learned reward against evaluations and against seconds, and the oracle against the learned reward."""
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 5.2), constrained_layout=True)
     colours = plt.get_cmap("tab20").colors  # pyright: ignore[reportAttributeAccessIssue]
     for i, arm in enumerate(ARMS):
         some = runs(results, arm)
@@ -201,10 +226,13 @@ def draw(results: Results, picture: Path) -> None:
         evaluations = [point["evaluations"] / 1000 for point in some[0]["curve"]]
         style = {"color": colours[i % 20], "marker": "o", "markersize": 3, "linewidth": 2 if arm == RECIPE else 1.3}
         left.plot(evaluations, curve(some, "toy"), label=NAMES[arm].replace("`", ""), **style)
+        middle.plot(curve(some, "seconds"), curve(some, "toy"), **style)
         right.plot(curve(some, "toy"), curve(some, "toy_oracle"), **style)
-    left.axhline(curve(runs(results, RECIPE), "toy")[-1], color="grey", linewidth=0.8, linestyle="--")
+    for axes in (left, middle):
+        axes.axhline(curve(runs(results, RECIPE), "toy")[-1], color="grey", linewidth=0.8, linestyle="--")
+        axes.set_ylabel("learned reward, held-out captions")
     left.set_xlabel("UNet evaluations, thousands (forward 1, backward 2)")
-    left.set_ylabel("learned reward, held-out captions")
+    middle.set_xlabel("seconds of training steps")
     right.set_xlabel("learned reward, held-out captions")
     right.set_ylabel("oracle: the truth")
     figure.legend(*left.get_legend_handles_labels(), loc="outside right upper", fontsize=8)

@@ -310,13 +310,4 @@ def _save_network(folder: Path, network: Any, clip: CLIPReward, settings: FineTu
         tensors = {name: tensor.contiguous().cpu() for name, tensor in get_peft_model_state_dict(network).items()}
         save_file(tensors, folder / ADAPTER_FILE, metadata={"format": "pt"})
         return
-    network.save_pretrained(folder)
-    clip.tokenizer.save_pretrained(folder)
-    size, preprocess = clip.preprocess.size, clip.preprocess
-    facts = {
-        "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size}, "resample": 3,
-        "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": preprocess.mean.flatten().tolist(),
-        "image_std": preprocess.std.flatten().tolist(), "do_convert_rgb": True,
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    clip.save(folder)

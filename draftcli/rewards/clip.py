@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -69,19 +70,30 @@ class CLIPReward(nn.Module):
 
     def embed_pixels(self, pixels: Tensor) -> Tensor:
         """(B, 3, S, S), preprocessed -> (B, D) of length 1, differentiable."""
-        vision = self.clip.vision_model(pixel_values=pixels.to(self.clip.dtype))
-        return F.normalize(self.clip.visual_projection(vision.pooler_output), dim=-1)
+        return self.project(self.pool(pixels))
+
+    def pool(self, pixels: Tensor) -> Tensor:
+        """(B, 3, S, S), preprocessed -> (B, W), the vision tower's pooled output, differentiable."""
+        return self.clip.vision_model(pixel_values=pixels.to(self.clip.dtype)).pooler_output
+
+    def project(self, pooled: Tensor) -> Tensor:
+        """(B, W), see `pool` -> (B, D) of length 1, what is compared with texts."""
+        return F.normalize(self.clip.visual_projection(pooled), dim=-1)
 
     @torch.no_grad()
     def embed_texts(self, texts: list[str]) -> Tensor:
         """Texts -> (B, D) of length 1."""
         return self.embed_words(texts)
 
-    def embed_words(self, texts: list[str]) -> Tensor:
-        """The same, differentiable in the text tower, for who trains it."""
+    def embed_words(self, texts: list[str], padding: Literal["max_length", "longest"] = "max_length") -> Tensor:
+        """The same, differentiable in the text tower, for who trains it.
+
+        Padding up to the longest text alone takes less time and gives the same up to rounding: the text tower's
+        attention is causal, and what follows the end of a text changes nothing.
+        """
         # Tokenizers that say nothing of a length have 10^30.
         length = min(self.tokenizer.model_max_length, self.clip.config.text_config.max_position_embeddings)
-        tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(texts, padding=padding, max_length=length, truncation=True, return_tensors="pt")
         tokens = tokens.to(self.preprocess.mean.device)
         text = self.clip.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
         return F.normalize(self.clip.text_projection(text.pooler_output), dim=-1)
@@ -89,6 +101,19 @@ class CLIPReward(nn.Module):
     def forward(self, images: Tensor, prompts: list[str]) -> Tensor:
         """(B,) scores; see `draftcli.rewards.Reward`."""
         return self.scale * (self.embed_images(images) * self.embed_texts(prompts)).sum(-1)
+
+    def save(self, folder: Path) -> None:
+        """Write network, tokenizer and preprocessing as transformers does; `load_clip_reward` opens it as "crop"."""
+        self.clip.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        size, mean, std = self.preprocess.size, self.preprocess.mean.flatten(), self.preprocess.std.flatten()
+        facts = {
+            "image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": size},
+            "resample": 3, "do_center_crop": True, "crop_size": {"height": size, "width": size}, "do_rescale": True,
+            "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": mean.tolist(), "image_std": std.tolist(),
+            "do_convert_rgb": True,
+        }  # fmt: skip
+        (folder / "preprocessor_config.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def load_clip_reward(name: str, pretrained: str, processor: str | None = None, bare_cosine: bool = False) -> CLIPReward:

@@ -54,8 +54,8 @@ def head_features(clip: CLIPReward, pixels: Tensor, texts: Tensor) -> Tensor:
         pixels: (B, 3, S, S), preprocessed.
         texts: (B, D) embedded prompts, of length 1.
     """
-    pooled = clip.clip.vision_model(pixel_values=pixels.to(clip.clip.dtype)).pooler_output
-    match = nn.functional.normalize(clip.clip.visual_projection(pooled), dim=-1) * texts
+    pooled = clip.pool(pixels)
+    match = clip.project(pooled) * texts
     return torch.cat([pooled, match, clip.scale * match.sum(-1, keepdim=True)], dim=-1)
 
 

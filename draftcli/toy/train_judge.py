@@ -16,22 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
 
 import draftcli
 from draftcli.core.lora.adapters import LORA_FILE
+from draftcli.rewards.clip import CLIPReward
 from draftcli.toy import oracle
-from draftcli.toy.train_reward import (
-    COMPARED,
-    agreement,
-    augment,
-    embed_captions,
-    look,
-    loss_over_pairs,
-    new_families,
-    scale,
-    train_reward,
-)
+from draftcli.toy.judged import COMPARED, new_families
+from draftcli.toy.reward import toy_judge
+from draftcli.toy.train_reward import agreement, augmented, embed_captions, loss_over_pairs, train_reward
 from draftcli.toy.train_sdxl import draw_pictures, open_pipeline
 from draftcli.toy.training import device, minimise, paint, to_float
 from draftcli.toy.world import Scene, caption, held_out_scenes
@@ -90,25 +82,23 @@ def teach_extremes(
         pipe.unload_lora_weights()
     pictures = torch.stack([(images * 255).round().to(torch.uint8) for images in kinds], dim=1)
     truth = torch.stack([oracle.oracle_score(images, prompts) for images in kinds], dim=1)
-    clip: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
-    clip.to(device()).train()
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    clip = toy_judge(folder).to(device()).requires_grad_(True)
 
     def loss(step: int) -> Tensor:
         chosen = torch.from_numpy(rng.choice(len(scenes), size=min(24, len(scenes)), replace=False))
         rows = torch.from_numpy(np.stack([rng.permutation(len(kinds))[:COMPARED] for _ in chosen]))
-        _, seen = look(clip, augment(to_float(pictures[chosen[:, None], rows].flatten(0, 1))))
-        texts = embed_captions(clip, tokenizer, [scenes[i] for i in chosen])
-        logits = scale(clip) * torch.einsum("se,spe->sp", texts, seen.unflatten(0, (len(chosen), COMPARED)))
+        seen = clip.embed_pixels(augmented(clip, pictures[chosen[:, None], rows].flatten(0, 1)))
+        texts = embed_captions(clip, [scenes[i] for i in chosen])
+        logits = clip.scale * torch.einsum("se,spe->sp", texts, seen.unflatten(0, (len(chosen), COMPARED)))
         return loss_over_pairs(logits, truth[chosen].gather(1, rows).to(logits))
 
     seconds = minimise(clip.parameters(), loss, steps, lr=3e-4, name="judge, networks that went too far")
-    clip.eval().half().save_pretrained(folder)
-    clip = clip.float()
+    clip.half().save(folder)
+    clip.float()
     return {
         "extremes": {"networks": len(PUSHES), "images": len(kinds) * len(scenes), "steps": steps, "seconds": seconds,
-                     "means": _means(clip, tokenizer, drawn, check)},
-        **agreement(clip, tokenizer, pipe, seed, len(check)),
+                     "means": _means(clip, drawn, check)},
+        **agreement(clip, pipe, seed, len(check)),
     }  # fmt: skip
 
 
@@ -124,11 +114,8 @@ def push(model: Path, reward: Path, run: Path, settings: list[str], seed: int, s
 
 
 @torch.no_grad()
-def _means(
-    clip: CLIPModel, tokenizer: CLIPTokenizer, drawn: list[Tensor], scenes: list[Scene]
-) -> dict[str, list[float]]:
+def _means(clip: CLIPReward, drawn: list[Tensor], scenes: list[Scene]) -> dict[str, list[float]]:
     """Mean scores by the judge and by the oracle of each batch of images, one image for every scene."""
-    texts, prompts = embed_captions(clip, tokenizer, scenes), [caption(scene) for scene in scenes]
-    judged = [scale(clip) * (look(clip, images.to(device()))[1] * texts).sum(-1).mean() for images in drawn]
-    truth = [oracle.oracle_score(images, prompts).mean() for images in drawn]
-    return {"judge": [float(x) for x in judged], "oracle": [float(x) for x in truth]}
+    prompts = [caption(scene) for scene in scenes]
+    judged = [float(clip(images.to(device()), prompts).mean()) for images in drawn]
+    return {"judge": judged, "oracle": [float(oracle.oracle_score(images, prompts).mean()) for images in drawn]}

@@ -16,7 +16,7 @@ import yaml
 from draftcli.errors import first_line, warn
 from draftcli.metrics.hacking import sign_changes
 from draftcli.metrics.roles import reward_role
-from draftcli.metrics.statistics import or_nan
+from draftcli.metrics.statistics import direction, has_interval, or_nan
 from draftcli.pages.curve import StepCurve, curve_chart
 from draftcli.pages.embed import embedded
 from draftcli.pages.numbers import signed, significant
@@ -95,8 +95,8 @@ def find_alarms(
 
 def _reward_row(name: str, figures: Mapping[str, float | None], trained: Mapping[str, int]) -> dict[str, str | bool]:
     values = {key: or_nan(figures[key]) for key in ("base", "tuned", "difference", "low", "high")}
-    direction = trained.get(name, 1) * ((values["low"] > 0) - (values["high"] < 0))
-    interval = f"{signed(values['low'])} to {signed(values['high'])}" if math.isfinite(values["low"]) else "none"
+    wanted = trained.get(name, 1) * direction(figures["low"], figures["high"])
+    known = has_interval(figures["low"], figures["high"])
     return {
         "name": name,
         "role": reward_role(name, trained),
@@ -104,8 +104,8 @@ def _reward_row(name: str, figures: Mapping[str, float | None], trained: Mapping
         "base": significant(values["base"]),
         "tuned": significant(values["tuned"]),
         "change": signed(values["difference"]),
-        "interval": interval,
-        "kind": ("", "up", "down")[direction],
+        "interval": f"{signed(values['low'])} to {signed(values['high'])}" if known else "none",
+        "kind": ("", "up", "down")[wanted],
     }
 
 

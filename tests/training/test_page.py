@@ -79,6 +79,16 @@ def test_a_reward_whose_lower_scores_are_wanted_got_better_where_it_fell_and_wei
     assert html.count('<td class="up">') == 2, "one rose and one fell, and both are better for it"
 
 
+def test_a_change_whose_interval_has_no_width_is_neither_better_nor_worse(run):
+    """All prompts changed alike: how far they might have been apart is not known."""
+    same = {"base": 1.0, "tuned": 1.2, "difference": 0.2, "low": 0.2, "high": 0.2, "n": 8}
+    last = {**HISTORY[-1], "rewards": {**HISTORY[-1]["rewards"], REWARD: same}}
+    run.validation.write_text("".join(json.dumps(one) + "\n" for one in [*HISTORY[:-1], last]), encoding="utf-8")
+    html = train_page(run)
+    assert '<td class="">+0.200</td><td>none</td>' in html
+    assert '<td class="down">\N{MINUS SIGN}0.200</td>' in html
+
+
 def test_alarms_are_those_of_the_run_at_their_steps():
     monitor = Monitor.of(Config.model_validate({"rewards": {REWARD: 1.0}, "held_out_rewards": [HELD_OUT]}))
     assert find_alarms(HISTORY[:2], STEPS[:2], monitor) == []
