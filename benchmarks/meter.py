@@ -6,14 +6,17 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from draftcli.cli.console import open_console
 from draftcli.planning.live_bytes import LiveBytes, PeakMeter
 
-__all__ = ["LiveBytes", "Meter", "PeakMeter", "clock", "matmul_rate", "quiet_console"]
+__all__ = ["FlopCount", "LiveBytes", "Meter", "PeakMeter", "clock", "matmul_rate", "quiet_console"]
 
 
 def quiet_console(width: int = 120) -> Console:
@@ -21,6 +24,27 @@ def quiet_console(width: int = 120) -> Console:
     console = open_console(quiet=False, debug=False)
     console.width = width
     return console
+
+
+class FlopCount(TorchDispatchMode):
+    """FLOP of what runs inside, by torch's own formulas.
+
+    Beside `LiveBytes`, instead of torch's FlopCounterMode: that one tells modules apart by hooks on the graph, which
+    keep the activations of a backward pass alive until its end.
+
+    Attributes:
+        total: so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class Meter:

@@ -33,7 +33,7 @@ from typing import Any
 import diffusers
 import peft
 import torch
-from meter import LiveBytes, Meter, PeakMeter, clock, matmul_rate, quiet_console
+from meter import FlopCount, LiveBytes, Meter, PeakMeter, clock, matmul_rate, quiet_console
 from plain_loop import PlainLoop
 from rich.console import Console
 from rich.table import Table
@@ -236,8 +236,8 @@ def peak_bytes(side: Side) -> tuple[int, dict[str, int]]:
 def measure_once(side: Side, read: Callable[[], float]) -> dict[str, Any]:
     """What `measure` and `peak_bytes` find, of a single step: for networks whose step takes minutes."""
     live = LiveBytes([t for network in side.networks for t in (*network.parameters(), *network.buffers())])
-    counter = FlopCounterMode(display=False)
-    seconds, flops, peaks = Meter(read), Meter(counter.get_total_flops), PeakMeter(live)
+    counter = FlopCount()
+    seconds, flops, peaks = Meter(read), Meter(lambda: counter.total), PeakMeter(live)
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:
@@ -250,7 +250,7 @@ def measure_once(side: Side, read: Callable[[], float]) -> dict[str, Any]:
     took = read() - began
     return {
         "seconds": took, "all_seconds": [took], "first": took, "loss": loss, "phases": dict(seconds.totals),
-        "flops": counter.get_total_flops(), "phase_flops": dict(flops.totals),
+        "flops": counter.total, "phase_flops": dict(flops.totals),
         "peak": live.peak, "peaks": dict(peaks.peaks),
     }  # fmt: skip
 
