@@ -252,7 +252,7 @@ def fidelity(job: Job, exact: Path) -> dict[str, Any]:
 
 
 def run(job: Job, folder: Path) -> str:
-    """Do a job in a process of its own, and write its file."""
+    """Do a job in one thread, and write its file."""
     import torch
 
     from draftcli.cli.console import open_console

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,21 @@ def runs(results: Results, arm: str, stage: str = "final") -> list[dict[str, Any
     return [run for run in found if run is not None]
 
 
+def finished(results: Results) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """The arms that have finished runs: their key, their name and those runs."""
+    for arm, name in NAMES.items():
+        if some := runs(results, arm):
+            yield arm, name, some
+
+
+def at_reward_of_first(results: Results, arm: str, key: str) -> float:
+    """A figure of an arm where its learned reward first reaches the one with which DRaFT-1 ends; NaN: it does not."""
+    first, some = runs(results, FIRST), runs(results, arm)
+    if arm == FIRST:
+        return float(curve(some, key)[-1])
+    return at_reward(some, curve(first, "toy")[-1], key)
+
+
 def sum_cosine(found: dict[str, Any], exact: dict[str, Any]) -> str:
     """Cosine of the sums of gradients over all pairs, with the interval over resampled pairs."""
     gram, own, true = (np.array(g) for g in (found["gram"], found["gram_mode"], exact["gram_exact"]))
@@ -92,18 +108,12 @@ def fidelity(results: Results) -> list[str]:
 def efficiency(results: Results) -> list[str]:
     """Evaluations to the reward at which DRaFT-1 ends, and to the recipe's; what oracle and diversity are there."""
     first, recipe = (curve(runs(results, arm), "toy")[-1] for arm in (FIRST, RECIPE))
-    budget = runs(results, FIRST)[0]["curve"][-1]["evaluations"]
+    budget = at_reward_of_first(results, FIRST, "evaluations")
     there = ("of DRaFT-1's", "oracle there", "diversity there, of the base's")
     lines = head("mode", "seeds", "an image", f"to {first:.2f}", *there, f"to {recipe:.2f}")
-    for arm, name in NAMES.items():
-        some = runs(results, arm)
-        if not some:
-            continue
-        needed = at_reward(some, first, "evaluations") if arm != FIRST else budget
-        last = -1 if arm == FIRST else None
-        oracle, kept = (
-            curve(some, key)[last] if last is not None else at_reward(some, first, key)
-            for key in ("toy_oracle", "diversity")
+    for arm, name, some in finished(results):
+        needed, oracle, kept = (
+            at_reward_of_first(results, arm, key) for key in ("evaluations", "toy_oracle", "diversity")
         )
         cells = [
             f"{len(some)}",
@@ -121,16 +131,13 @@ def efficiency(results: Results) -> list[str]:
 def seconds(results: Results) -> list[str]:
     """The same in seconds of training steps."""
     first, recipe = (curve(runs(results, arm), "toy")[-1] for arm in (FIRST, RECIPE))
-    whole = curve(runs(results, FIRST), "seconds")[-1]
+    whole = at_reward_of_first(results, FIRST, "seconds")
     titles = ("an image", "the whole budget", f"to {first:.2f}", "of DRaFT-1's", f"to {recipe:.2f}")
     lines = head("mode, seconds", *titles)
-    for arm, name in NAMES.items():
-        some = runs(results, arm)
-        if not some:
-            continue
+    for arm, name, some in finished(results):
         last = curve(some, "seconds")[-1]
         images = some[0]["curve"][-1]["evaluations"] / some[0]["evaluations_an_image"]
-        needed = at_reward(some, first, "seconds") if arm != FIRST else whole
+        needed = at_reward_of_first(results, arm, "seconds")
         cells = [
             f"{last / images:.3f}",
             f"{last:.0f}",
@@ -150,10 +157,7 @@ def end_of_budget(results: Results) -> list[str]:
     lines = head("mode", "learned reward", less, "oracle", less, "diversity, of the base's")
     base = recipe[0]["curve"][0]
     lines.append(f"| base | {np.mean(base['toy']):.3f} | | {np.mean(base['toy_oracle']):.3f} | | 100% |")
-    for arm, name in NAMES.items():
-        some = runs(results, arm)
-        if not some:
-            continue
+    for arm, name, some in finished(results):
         cells: list[str] = []
         for key in ("toy", "toy_oracle"):
             found = paired(mean_over_seeds(recipe, -1, key), mean_over_seeds(some, -1, key), groups)
@@ -198,9 +202,8 @@ def protocol(results: Results) -> list[str]:
     lines = head("trained on `toy`", *keys)
     base = runs(results, RECIPE)[0]["curve"][0]
     lines.append(f"| base | {' | '.join(f'{np.mean(base[key]):.3f}' for key in keys)} |")
-    for arm, name in NAMES.items():
-        if some := runs(results, arm):
-            lines.append(f"| {name} | {' | '.join(f'{curve(some, key)[-1]:.3f}' for key in keys)} |")
+    for _, name, some in finished(results):
+        lines.append(f"| {name} | {' | '.join(f'{curve(some, key)[-1]:.3f}' for key in keys)} |")
     return lines
 
 

@@ -97,7 +97,7 @@ def runs_of(stage: str, arms: Sequence[str], seeds: int = SEEDS, steps: int = ST
 
 
 def do(run: Run, folder: Path) -> str:
-    """Train in a process of its own, judge held-out pictures on the way, and write the file."""
+    """Train in one thread, judge held-out pictures on the way, and write the file."""
     import torch
 
     import draftcli

@@ -31,7 +31,7 @@ class Named(Protocol):
 
 _Job = TypeVar("_Job", bound=Named)
 Run = Callable[[_Job, Path], str]
-"""run(job, folder) does a job in a process of its own, writes its file and returns a line about it."""
+"""run(job, folder) does a job in one of the processes, writes its file and returns a line about it."""
 
 
 def file_of(job: Named, folder: Path) -> Path:

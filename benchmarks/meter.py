@@ -29,8 +29,8 @@ def quiet_console(width: int = 120) -> Console:
 class FlopCount(TorchDispatchMode):
     """FLOP of what runs inside, by torch's own formulas.
 
-    Beside `LiveBytes`, instead of torch's FlopCounterMode: that one tells modules apart by hooks on the graph, which
-    keep the activations of a backward pass alive until its end.
+    torch's FlopCounterMode tells modules apart as well, by hooks on the graph that keep the activations of a backward
+    pass alive until its end: beside `LiveBytes` or a clock, it changes what they measure.
 
     Attributes:
         total: so far.
@@ -45,6 +45,10 @@ class FlopCount(TorchDispatchMode):
         if (formula := flop_registry.get(func.overloadpacket)) is not None:
             self.total += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+    def read(self) -> int:
+        """`total`, for a `Meter`."""
+        return self.total
 
 
 class Meter:

@@ -90,7 +90,7 @@ JOBS = (
 
 
 def run(job: StopJob, output: Path) -> str:
-    """Train in a process of its own, and write the job's file."""
+    """Train in one thread, and write the job's file."""
     import torch
 
     import draftcli

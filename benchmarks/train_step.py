@@ -38,7 +38,6 @@ from plain_loop import PlainLoop
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import draftcli
 from draftcli.config import Config
@@ -214,11 +213,11 @@ def measure(sides: dict[str, Side], read: Callable[[], float], rounds: int) -> d
             if seconds < found[name]["seconds"]:
                 found[name] |= {"seconds": seconds, "phases": dict(meter.totals)}
     for name, side in sides.items():
-        counter = FlopCounterMode(display=False)
-        meter = Meter(counter.get_total_flops)
+        counter = FlopCount()
+        meter = Meter(counter.read)
         with counter:
             side.step(meter)
-        found[name] |= {"flops": counter.get_total_flops(), "phase_flops": dict(meter.totals)}
+        found[name] |= {"flops": counter.total, "phase_flops": dict(meter.totals)}
     return found
 
 
@@ -237,7 +236,7 @@ def measure_once(side: Side, read: Callable[[], float]) -> dict[str, Any]:
     """What `measure` and `peak_bytes` find, of a single step: for networks whose step takes minutes."""
     live = LiveBytes([t for network in side.networks for t in (*network.parameters(), *network.buffers())])
     counter = FlopCount()
-    seconds, flops, peaks = Meter(read), Meter(lambda: counter.total), PeakMeter(live)
+    seconds, flops, peaks = Meter(read), Meter(counter.read), PeakMeter(live)
 
     @contextmanager
     def phase(name: str) -> Iterator[None]:

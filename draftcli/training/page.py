@@ -96,7 +96,6 @@ def find_alarms(
 def _reward_row(name: str, figures: Mapping[str, float | None], trained: Mapping[str, int]) -> dict[str, str | bool]:
     values = {key: or_nan(figures[key]) for key in ("base", "tuned", "difference", "low", "high")}
     wanted = trained.get(name, 1) * direction(figures["low"], figures["high"])
-    known = has_interval(figures["low"], figures["high"])
     return {
         "name": name,
         "role": reward_role(name, trained),
@@ -104,9 +103,13 @@ def _reward_row(name: str, figures: Mapping[str, float | None], trained: Mapping
         "base": significant(values["base"]),
         "tuned": significant(values["tuned"]),
         "change": signed(values["difference"]),
-        "interval": f"{signed(values['low'])} to {signed(values['high'])}" if known else "none",
+        "interval": _interval(values["low"], values["high"]),
         "kind": ("", "up", "down")[wanted],
     }
+
+
+def _interval(low: float, high: float) -> str:
+    return f"{signed(low)} to {signed(high)}" if has_interval(low, high) else "none"
 
 
 def _sign_rows(line: ValidationLine) -> list[dict[str, str | bool]]:
@@ -117,7 +120,7 @@ def _sign_rows(line: ValidationLine) -> list[dict[str, str | bool]]:
             "base": significant(sign.base),
             "tuned": significant(sign.tuned),
             "change": signed(sign.tuned - sign.base),
-            "interval": f"{signed(sign.low)} to {signed(sign.high)}" if math.isfinite(sign.low) else "none",
+            "interval": _interval(sign.low, sign.high),
             "far": sign.is_far,
         }
         for sign in sign_changes(line)
